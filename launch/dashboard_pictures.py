@@ -1,10 +1,11 @@
-"""Draw the dashboards from the data of a Prometheus: monitoring/pictures/*.png.
+"""Draw the dashboards with data from a Prometheus server: monitoring/pictures/*.png.
 
 Usage: launch/dashboard_pictures.py http://127.0.0.1:9090 [MINUTES [END [DASHBOARD ...]]]
 
-END is in seconds since 1970; without it, now. Without names, all dashboards. Needs matplotlib.
+END is in seconds since 1970; default: now. Without names, draws all dashboards. Needs matplotlib.
 
-Not Grafana, which is no Python or Debian package: the same JSON, the same queries, the same places.
+This does not use Grafana, because it is not available as a Python or Debian package. It uses the
+same JSON, queries and layout.
 """
 
 import json
@@ -25,7 +26,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
 MONITORING = Path(__file__).parent.parent / "monitoring"
-CELL = (0.54, 0.36)  # inches of a column and of a row of the grid
+CELL = (0.54, 0.36)  # width of a column and height of a row of the grid, in inches
 POINTS = 240
 GREY = "#5f6670"
 SIZES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -41,18 +42,18 @@ class Series(NamedTuple):
 
 
 class Asker(NamedTuple):
-    """A Prometheus and the time range to show."""
+    """A Prometheus server and the time range to show."""
 
     url: str
     start: float
     end: float
 
     def minutes(self, times: Any) -> Any:
-        """Minutes before the end."""
+        """Convert times to minutes relative to the end: negative, 0 at the end."""
         return (times - self.end) / 60
 
     def series(self, target: dict[str, Any]) -> list[Series]:
-        """Query series as Grafana does with every variable set to All."""
+        """Query the series of a target, as Grafana does if every variable is set to All."""
         seconds = self.end - self.start
         step = seconds / POINTS
         expression = re.sub(r'"\$(namespace|run|rank)"', '".*"', target["expr"])
@@ -71,7 +72,7 @@ class Asker(NamedTuple):
 
 
 def _legend(form: str, labels: dict[str, str]) -> str:
-    """Fill labels into a legend; those that the series lacks are left out."""
+    """Fill labels into a legend format. Labels that the series lacks are left out."""
     return " ".join(re.sub(r"{{(\w+)}}", lambda word: labels.get(word[1], ""), form).split())
 
 
@@ -100,7 +101,7 @@ def say(value: float, unit: str) -> str:
 
 
 def draw(dashboard: dict[str, Any], asker: Asker, picture: Path) -> None:
-    """Draw a dashboard as a PNG with few colours, which keeps it small."""
+    """Draw a dashboard as a PNG with few colors, to keep the file small."""
     panels = dashboard["panels"]
     rows = max(p["gridPos"]["y"] + p["gridPos"]["h"] for p in panels) + 2
     figure = plt.figure(figsize=(24 * CELL[0], rows * CELL[1]), facecolor="#f2f4f6")
@@ -181,7 +182,7 @@ def _draw_graph(
     axes.set_xlim(asker.minutes(asker.start), 0)
     if all((line.values >= 0).all() for line in series):
         top = max(axes.get_ylim()[1], 1e-9)
-        axes.set_ylim(-0.02 * top, top)  # lines at 0 are seen
+        axes.set_ylim(-0.02 * top, top)  # so that lines at 0 are visible
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} min"))
     axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -193,7 +194,7 @@ def _draw_graph(
 
 
 def _draw_legend(axes: Axes, series: Sequence[Series], shades: Sequence[Any], width: int) -> None:
-    """Draw a legend of the largest series, as many as fit in three lines."""
+    """Draw a legend with the largest series, as many as fit in three lines."""
     longest = max(len(line.name) for line in series)
     columns = max(1, int((width * CELL[0] - 0.6) / (0.3 + 0.052 * longest)))
     largest = sorted(range(len(series)), key=lambda i: -series[i].values.mean())

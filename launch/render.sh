@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Regenerates the committed files that derive from run files and code; tests compare them.
+# Regenerates the committed files that are derived from run files and code. Tests check that they
+# are up to date.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dist_sae() { "${PYTHON:-.venv/bin/python}" -m dist_sae "$@"; }

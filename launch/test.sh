@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Installs into a virtual environment of its own and runs every check, the tests marked `system` too.
-# Needs Python >= 3.11 and root. Installs the Debian packages below: servers for metrics, npm for
-# Grafana's types, tools that run pods in namespaces of their own, and a browser.
+# Installs into the virtual environment .venv-test and runs every check, including the tests marked
+# `system`. Needs Python >= 3.11 and root. Installs the Debian packages below if one is missing:
+# servers for metrics, npm for Grafana's types, tools that run pods in Linux namespaces, a browser.
 # Options go to pytest, for example: launch/test.sh -k loader
-# Runs four tests at a time, one thread each, also on two cores: most wait for processes and servers.
+# Runs four tests at a time with one thread each, even on two cores, because most tests wait for
+# processes and servers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -38,8 +39,8 @@ fi
 bin=.venv-test/bin
 $bin/ruff format --check .
 $bin/ruff check .
-unset PYTHONDONTWRITEBYTECODE # else each worker and each program compiles all modules anew
-$bin/python -m pytest --collect-only --quiet > /dev/null & # so that not each worker compiles them
+unset PYTHONDONTWRITEBYTECODE # else each worker and each program compiles all modules again
+$bin/python -m pytest --collect-only --quiet > /dev/null & # compiles all modules for the workers
 $bin/mypy
 $bin/lint-imports
 wait

@@ -115,7 +115,7 @@ class Forward:
         return transfer
 
     def send(self, rows: dict[str, Tensor]) -> RowTransfer:
-        """Copy rows from a GPU to pinned memory, on a separate stream so the model need not wait."""
+        """Copy rows from a GPU to pinned memory. Uses a separate stream, so the model can go on."""
         if not next(iter(rows.values())).is_cuda:
             return RowTransfer(rows, None)
         if self._stream is None:
