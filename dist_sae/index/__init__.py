@@ -1,1 +1,1 @@
-"""The latent index: what each latent of a trained dictionary does, on all rows of a set."""
+"""The latent index: what each latent of a trained dictionary does on every row of its data."""

@@ -1,8 +1,7 @@
-"""`dist-sae index`: makes a latent index, as one of any number of workers.
+"""`dist-sae index`: one of any number of workers that build a latent index together.
 
-Stage 1 encodes units, stage 2 merges buckets. Both take them from a work queue, so workers may
-start, stop and die at any time. What they write depends only on the checkpoint and the activation
-set.
+Stage 1 encodes units and stage 2 merges buckets. Workers claim both from a work queue, so they may
+start, stop and die at any time. The result depends only on the checkpoint and the activation set.
 """
 
 import gc
@@ -66,18 +65,18 @@ def index(
     *,
     repair: bool = False,
 ) -> dict[str, Any]:
-    """Make the index of a checkpoint, together with any other workers.
+    """Build the index of a checkpoint, together with any other workers.
 
     Args:
         run: The run.
-        worker: This worker; with `index.latent_shards` it is one for all of its ranks.
-        stopping: When set, abandon the present unit or bucket.
+        worker: This worker. If `index.latent_shards` is above 1, all of its ranks are one worker.
+        stopping: When set, the worker abandons its current unit or bucket.
         telemetry: Receives the metrics.
         step: Step of the checkpoint; None takes the newest.
-        repair: Check every existing object, and make damaged ones again.
+        repair: Check every existing object, and rebuild the damaged ones.
 
     Returns:
-        `summary` of the whole index; nothing on ranks other than the first.
+        The `summary` of the whole index on the first rank, an empty dict on the others.
 
     Raises:
         ConfigError: There is no checkpoint, or an index of this name has other settings.
@@ -97,7 +96,7 @@ def index(
 
 @contextmanager
 def _join(run: Run, stopping: threading.Event) -> Iterator[tuple[Mesh, Watch | None]]:
-    """Join the ranks of this worker."""
+    """Join the ranks of this worker; yield their mesh and watch (None for a single rank)."""
     shards = run.index.latent_shards
     if shards == 1:
         yield alone(), None
@@ -126,13 +125,13 @@ class _Pace:
         self._since = time.monotonic()
 
     def of(self, amount: int) -> float:
-        """Amount done per second since the last call, waiting included."""
+        """Return the amount done per second since the last call, including time spent waiting."""
         began, self._since = self._since, time.monotonic()
         return amount / max(self._since - began, 1e-9)
 
 
 class _Worker:
-    """A worker of one or several ranks: in stage 1 they work together, in stage 2 each alone."""
+    """A worker of one or more ranks, which work together in stage 1 and separately in stage 2."""
 
     def __init__(
         self,
@@ -158,7 +157,7 @@ class _Worker:
         """Work until the index is complete.
 
         Raises:
-            Stopped: The worker was asked to stop before that.
+            Stopped: `stopping` was set before the index was complete.
         """
         store, folder, manifest, *_ = self._opened
         buckets = list(range(manifest.n_buckets))
@@ -171,7 +170,7 @@ class _Worker:
         self._mesh.barrier()
 
     def _encode_units(self) -> None:
-        """Stage 1: encode units until all are."""
+        """Run stage 1: encode units until all are encoded."""
         opened, mesh = self._opened, self._mesh
         folder, manifest = opened.folder, opened.manifest
         work = Work("unit", manifest.units, folder.unit_claims, folder.units, metrics=_UNIT_METRICS)
@@ -215,10 +214,12 @@ class _Worker:
     def _agreed(
         self, queue: WorkQueue | None, claimed: int | None = None, *, wait: bool
     ) -> int | None:
-        """The next unit, taken by the first rank; see `WorkQueue.take`.
+        """Return the next unit, which the first rank claims for all; see `WorkQueue.take`.
 
         Args:
-            claimed: A unit that is already claimed: taken next, unless the worker is to stop.
+            queue: The queue; None on all ranks but the first.
+            claimed: A unit that is already claimed. It comes next, unless `stopping` is set.
+            wait: Whether to wait while other workers have claimed all remaining units.
         """
         unit = None
         if queue and claimed is None:
@@ -230,7 +231,7 @@ class _Worker:
     def _encode(
         self, encoder: Encoder, unit: int, following: Callable[[], int | None]
     ) -> Encoded | None:
-        """Encode a unit; None if retention has deleted it."""
+        """Encode a unit. Return None if retention has deleted it."""
         self._at(working=True)
         try:
             if unit < retired_below(self._opened.activations):
@@ -253,7 +254,7 @@ class _Worker:
             self._release(queue, record)
 
     def _release(self, queue: WorkQueue | None, record: UnitRecord) -> None:
-        """Give back a unit whose record is stored."""
+        """Release the claim on a unit whose record is stored, and report the progress."""
         assert queue is not None
         queue.release(record.unit, done=True)
         self._telemetry.life.progressed()
@@ -264,7 +265,11 @@ class _Worker:
         logs.progress("index", queue.done(), n_units, rows_per_second=pace)
 
     def _merge_buckets(self, buckets: list[int]) -> bool:
-        """Stage 2: merge buckets until all are; False if damaged units must be encoded again."""
+        """Run stage 2: merge buckets until all are merged.
+
+        Returns:
+            False if damaged units must be encoded again first.
+        """
         opened, mesh, own = self._opened, self._mesh, self._worker
         store, folder, manifest, *_ = opened
         worker = Worker(
@@ -286,7 +291,7 @@ class _Worker:
                 try:
                     if records is None:
                         self._pace = _Pace()
-                        gc.collect()  # the encoder's weights, as many bytes as are kept below
+                        gc.collect()  # frees the encoder: the decoder below is as large
                         records = UnitRecords(unit_records(store, folder, manifest))
                         origins = Origins(store, records)
                         decoder = decoder_of(opened, alive)
@@ -306,7 +311,7 @@ class _Worker:
                     return False  # another worker has found a unit's codes damaged
                 except CorruptObjectError as exc:
                     if store.size(folder.buckets.key(bucket)) is not None:
-                        # another worker took over this bucket and finished; the codes are deleted
+                        # another worker took over this bucket, finished and deleted the codes
                         queue.release(bucket, done=True)
                         continue
                     if not self._drop_damaged(records or (), exc):
@@ -327,13 +332,17 @@ class _Worker:
         return True
 
     def _drop_damaged(self, records: Iterable[UnitRecord], exc: CorruptObjectError) -> bool:
-        """Delete the manifests of units that are damaged, or whose codes or rows are.
+        """Delete the records of units whose record, codes or table of rows is damaged.
+
+        Args:
+            records: Records of the index's units.
+            exc: The error, which names the damaged object.
 
         Returns:
-            False if the error is about another object.
+            False if the damaged object does not belong to a unit.
 
         Raises:
-            CorruptObjectError: Buckets contain rows of a unit that has since been deleted.
+            CorruptObjectError: A unit cannot be encoded again, because retention has deleted it.
         """
         store, folder, manifest, *_ = self._opened
         there = set(store.keys(folder.codes))
@@ -350,7 +359,7 @@ class _Worker:
         for record in records:
             if record.origin and record.origin.key == exc.key:
                 store.delete(record.origin.key)
-        if damaged:  # all units, if the codes are deleted because the index is complete
+        if damaged:  # every unit of a complete index, because its codes are deleted
             logger.warning("units to be encoded again: %d, for %s", len(damaged), exc)
         for unit in sorted(damaged):
             store.delete(folder.units.key(unit))
@@ -360,7 +369,13 @@ class _Worker:
     def _queue(
         self, work: Work, worker: Worker, *, lead: bool = False
     ) -> Iterator[WorkQueue | None]:
-        """Open a queue whose claims are renewed; with `lead`, None on all ranks but the first."""
+        """Open a queue and keep its claims renewed.
+
+        Args:
+            work: The work to share.
+            worker: Who claims it.
+            lead: Whether only the first rank claims work. The other ranks get None.
+        """
         if lead and not self._mesh.is_first:
             yield None
             return
@@ -372,7 +387,7 @@ class _Worker:
                 queue.release_all()
 
     def _at(self, *, working: bool) -> None:
-        """Tell the watch and the pulse whether this rank works on something."""
+        """Report to the watch and to the liveness check whether this rank is working."""
         self._done += working
         if self._watch:
             self._watch.at(self._done, working=working)

@@ -1,11 +1,11 @@
-"""Cells of decoder directions, so that nearest latents are looked for in few of them.
+"""Cells of decoder directions, which limit the search for nearest latents to a few cells.
 
-A cell is the latents that are nearest to one of some centroids, which are found by spherical
-k-means on evenly spaced latents. Cells are made once for a dictionary and stored; whoever uses the
-stored ones finds the same neighbours.
+Spherical k-means on evenly spaced latents finds the centroids. A cell is the set of latents that
+are nearest to one centroid. Cells are computed once per dictionary and stored, so that all workers
+find the same neighbors.
 
-    <folder>/cells-<begin of its sha256>.safetensors
-    <folder>/cells.json                               sealed, last
+    <folder>/cells-<first 16 digits of its sha256>.safetensors
+    <folder>/cells.json                                         sealed, written last
 """
 
 import hashlib
@@ -33,17 +33,17 @@ from dist_sae.storage.records import Record, read_record, seal
 logger = logging.getLogger(__name__)
 
 EXACT_LATENTS = 131_072
-"""Width up to which all latents are compared with all."""
+"""Widest dictionary in which every latent is compared with all others, without cells."""
 PROBES = 64
-"""Cells that a latent is compared with."""
-_SAMPLE = 32  # latents for each centroid
+"""Number of cells that a latent is compared with."""
+_SAMPLE = 32  # sampled latents per centroid
 SAMPLE_BYTES = 512 * 2**20
-"""Most bytes of directions that centroids are found on."""
+"""Most bytes of sampled directions for k-means."""
 _ROUNDS = 6
 
 
 class CellsRecord(Record):
-    """`cells.json`."""
+    """The content of `cells.json`."""
 
     schema_version: Literal[1] = 1
     checkpoint: str
@@ -52,21 +52,21 @@ class CellsRecord(Record):
 
 
 class Cells(NamedTuple):
-    """A division of all latents."""
+    """A division of all latents into cells."""
 
     centroids: Float[Tensor, "cells d"]
-    """Unit directions."""
+    """Centroids, of unit length."""
     cell_of: Int[Tensor, " n_latents"]
-    """Int32."""
+    """Cell of each latent (int32)."""
 
     def nearest(self, queries: Float[Tensor, "q d"], kernels: Kernels) -> Int[Tensor, "q probes"]:
-        """The cells to look into for each query."""
+        """Return the cells to search for each query, nearest centroid first."""
         return _nearest(queries, self.centroids, min(PROBES, len(self.centroids)), kernels)
 
 
 @cache
 def kernels_on(device: torch.device) -> Kernels:
-    """The kernels for a device; the choice is logged once."""
+    """Choose the kernels for a device. Cached, so that the choice is logged once."""
     return choose_kernels("auto", device)
 
 
@@ -78,8 +78,8 @@ def make_cells(
     """Divide the latents of a checkpoint into 2 to 4 sqrt(n_latents) cells.
 
     Args:
-        checkpoint: The dictionary.
-        device: Computes them; the CPU if None.
+        checkpoint: The checkpoint of the dictionary.
+        device: Device to compute on; the CPU if None.
         alive: Called before each part of the decoder.
 
     Raises:
@@ -104,17 +104,17 @@ def stored_cells(
     device: torch.device | None = None,
     alive: Callable[[], None] = lambda: None,
 ) -> Cells | None:
-    """The cells of a dictionary, which are made and stored if they are not there.
+    """Load the cells of a dictionary. Compute and store them first if they do not exist.
 
     Args:
-        store: Takes the objects.
-        folder: Prefix of their keys, with a slash at its end.
-        checkpoint: The dictionary.
-        device: Computes them; the CPU if None.
-        alive: As in `make_cells`.
+        store: The store of the cells.
+        folder: Prefix of the keys, with a trailing slash.
+        checkpoint: The checkpoint of the dictionary.
+        device: Device to compute on; the CPU if None.
+        alive: Called before each part of the decoder.
 
     Returns:
-        None for a dictionary so narrow that all latents are compared with all.
+        The cells, or None for a dictionary of at most `EXACT_LATENTS` latents, which needs none.
 
     Raises:
         CorruptObjectError: The checkpoint is damaged.
@@ -148,7 +148,7 @@ def _load(store: ObjectStore, key: str, checkpoint: Checkpoint) -> Cells:
 
 
 def _sample(decoder: Decoder, count: int) -> Float[Tensor, "sample d"]:
-    """Directions of evenly spaced latents."""
+    """Return the directions of evenly spaced latents."""
     latents = torch.linspace(0, decoder.n_latents - 1, count, dtype=torch.float64).long()
     found = []
     for first, part in decoder.parts():
@@ -160,14 +160,14 @@ def _sample(decoder: Decoder, count: int) -> Float[Tensor, "sample d"]:
 def _centroids(
     sample: Float[Tensor, "sample d"], n_cells: int, kernels: Kernels
 ) -> Float[Tensor, "cells d"]:
-    """Spherical k-means."""
+    """Run spherical k-means."""
     chosen = torch.randperm(len(sample), generator=torch.Generator().manual_seed(0))[:n_cells]
     centroids = sample[chosen.to(sample.device)]
     every, ones = torch.arange(len(sample), device=sample.device), sample.new_ones(len(sample))
     for _ in range(_ROUNDS):
         nearest = _nearest(sample, centroids, 1, kernels)[:, 0]
         sums = kernels.sum_by_latent(ones, Entries(nearest, every, n_cells), sample)
-        is_empty = ~sums.any(1)  # of latents, or of all but rows of zeros
+        is_empty = ~sums.any(1)  # cells without latents, or with rows of zeros only
         centroids = torch.where(is_empty[:, None], centroids, directions(sums))
     return centroids
 

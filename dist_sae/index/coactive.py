@@ -27,32 +27,33 @@ from dist_sae.index.units import sampled_rows
 from dist_sae.storage import ObjectStore
 
 MOST_PAIRS = 16
-"""Most coactive latents that are kept for each latent."""
+"""Most coactive latents that are stored per latent."""
 LEAST_ROWS = 2
-"""Least rows on which a pair is active; two rare latents meet once by chance alone."""
+"""Fewest rows on which both latents of a pair are active. Two rare latents can share one row by
+chance."""
 MOST_ENTRIES = 2**25
-"""Most entries of the sample in memory; if latents are dense, it has fewer rows."""
+"""Most entries of the sample in memory. If latents are dense, the sample has fewer rows."""
 _MOST_AT_ONCE = 2**22  # entries that are counted at a time for one latent
-_DENSE_FROM = 1 / 16  # entries per latent from which an array over all latents is faster
+_DENSE_FROM = 1 / 16  # entries / n_latents from which an array over all latents is faster
 
 
 class _Together(NamedTuple):
-    """Latents that are active on the rows of one latent."""
+    """The latents that are active on the same rows as one latent."""
 
     others: NDArray[np.int64]
     counts: NDArray[np.int64]
-    """Common rows with each."""
+    """Number of rows shared with each of `others`."""
     products: NDArray[np.float64]
-    """Products of both activations, summed over these rows."""
+    """Product of both activations, summed over the shared rows."""
 
 
 class Sample:
-    """All codes of the rows on which pairs are counted.
+    """All codes of the sampled rows, on which pairs are counted.
 
     Args:
         store: The store of runs.
-        manifest: The index.
-        records: Its units.
+        manifest: The manifest of the index.
+        records: Records of the index's units.
     """
 
     def __init__(
@@ -65,13 +66,13 @@ class Sample:
             np.concatenate(column) for column in zip(*units, strict=True)
         )
         self.rows = len(counts)
-        """Rows of the sample."""
+        """Number of rows in the sample."""
         self._n_latents = manifest.n_latents
         self._ends = np.concatenate([[0], counts.cumsum(dtype=np.int64)])
         self._firings = np.bincount(self._latents, minlength=self._n_latents)
 
     def pairs(self, latents: range) -> pa.Table:
-        """Find the others with the largest phi for each latent of a range: a table of `PAIRS`."""
+        """Find the latents with the largest phi for each latent of a range, as a `PAIRS` table."""
         found: list[list[NDArray[Any]]] = [
             [np.zeros(0, field.type.to_pandas_dtype()) for field in PAIRS]
         ]
@@ -112,7 +113,7 @@ class Sample:
     def _places(
         self, rows: NDArray[np.int64], acts: NDArray[np.float32]
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Places of all entries of some rows, and for each entry the `acts` of its row."""
+        """Return the places of all entries of some rows, with `acts` repeated for each entry."""
         starts = self._ends[rows]
         counts = self._ends[rows + 1] - starts
         ends = counts.cumsum()
@@ -144,9 +145,12 @@ def _parts(n: int, parts: int) -> Iterator[slice]:
 def _unit_codes(
     store: ObjectStore, manifest: IndexManifest, record: UnitRecord, share: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
-    """Codes of a unit's sampled rows: counts of the rows, latents and acts by row.
+    """Read the codes of a unit's sampled rows: entries per row, then latents and acts by row.
 
     Args:
+        store: The store of runs.
+        manifest: The manifest of the index.
+        record: The record of the unit.
         share: Share of all rows to keep, at most `manifest.pair_share`.
     """
     chunks = [read_codes(store, chunk) for chunk in record.sample]
@@ -156,7 +160,7 @@ def _unit_codes(
     latents = np.concatenate([codes.places for codes in chunks])
     acts = np.concatenate([codes.acts for codes in chunks])
     counts = np.stack([codes.counts for codes in chunks]).sum(0, dtype=np.int64)
-    order = np.argsort(row, kind="stable")  # joins the latents of all shards row by row
+    order = np.argsort(row, kind="stable")  # groups the latents of all shards by row
     numbers = sampled_rows(manifest, record.unit, record.rows)
     kept = chances(manifest.seed, PAIRS_CHANCE, record.unit, numbers) < below(share)
     order = order[kept[row[order]]]

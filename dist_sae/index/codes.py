@@ -1,4 +1,4 @@
-"""Codes as stage 1 stores them, and seeded choices of rows."""
+"""The stored format of stage 1's codes, and seeded sampling of rows."""
 
 from typing import Any, NamedTuple
 
@@ -13,17 +13,16 @@ from dist_sae.storage.records import READS
 
 
 class Codes(NamedTuple):
-    """Codes of a unit, grouped by latent or by row."""
+    """The codes of a unit, grouped by latent or by row."""
 
     counts: NDArray[np.int32]
-    """Entries of each group."""
+    """Number of entries in each group."""
     places: NDArray[np.int32]
-    """If groups are latents, the row of each entry, ascending within a group; if groups are rows,
-    the latent."""
+    """Row of each entry if the groups are latents (ascending within a group), else its latent."""
     acts: NDArray[np.float32]
 
     def to_bytes(self) -> bytes:
-        """Little-endian int32 counts, int32 places and fp32 acts, one after the other."""
+        """Encode as int32 counts, int32 places and fp32 acts in sequence, all little-endian."""
         return b"".join(
             part.astype(dtype).tobytes()
             for part, dtype in zip(self, ("<i4", "<i4", "<f4"), strict=True)
@@ -31,16 +30,16 @@ class Codes(NamedTuple):
 
     @classmethod
     def of(cls, numbers: NDArray[np.int32], chunk: CodesChunk) -> "Codes":
-        """The codes of a chunk, whose bytes are given as little-endian int32; copies nothing."""
+        """View a chunk's bytes, given as little-endian int32, as codes. Copies nothing."""
         counts, places, acts = np.split(numbers, (chunk.groups, chunk.groups + chunk.entries))
         return cls(counts, places, acts.view("<f4"))
 
 
 def read_codes(store: ObjectStore, chunk: CodesChunk) -> Codes:
-    """Read codes.
+    """Read a chunk of codes.
 
     Raises:
-        CorruptObjectError: They do not match their checksum, or are gone.
+        CorruptObjectError: The bytes do not match the checksum, or the object is gone.
     """
     for _ in range(READS):
         try:
@@ -53,7 +52,7 @@ def read_codes(store: ObjectStore, chunk: CodesChunk) -> Codes:
 
 
 def rounded(acts: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Round positive numbers to 11 significant bits: those of fp16, in the range of fp32."""
+    """Round positive numbers to 11 significant bits: fp16's precision in the range of fp32."""
     bits = acts.view(np.uint32) + np.uint32(0x1000)
     return (bits & np.uint32(0xFFFFE000)).view(np.float32)
 
@@ -61,10 +60,10 @@ def rounded(acts: NDArray[np.float32]) -> NDArray[np.float32]:
 def chances(
     seed: int, purpose: int, unit: NDArray[Any] | int, row: NDArray[Any]
 ) -> NDArray[np.uint64]:
-    """A random number below 2^64 for each row: splitmix64's finaliser of (unit, row).
+    """Return a random number below 2^64 for each row: splitmix64's finalizer of (unit, row).
 
-    It is the same on every machine and in any order of rows. Rows whose number is below a share are
-    among those of any larger share.
+    The number is the same on every machine and in any order of rows. Rows that are sampled for one
+    share are also sampled for any larger share.
     """
     x = np.asarray(unit, dtype=np.uint64) << np.uint64(32) | row.astype(np.uint64)
     for number in (seed, purpose):
@@ -76,9 +75,9 @@ def chances(
 
 
 def below(share: float) -> np.uint64:
-    """The number below which this share of the rows lies; 1 leaves out one row in 2^64."""
+    """Return the bound on `chances` that samples this share of rows. 1 omits one row in 2^64."""
     return np.uint64(min(2**64 - 1, int(share * 2**64)))
 
 
 POSTINGS_CHANCE, PAIRS_CHANCE, DECILE_CHANCE = range(3)
-"""Purposes of `chances`."""
+"""Values for `purpose` in `chances`."""

@@ -1,4 +1,4 @@
-"""The decoder of a checkpoint, part by part."""
+"""A checkpoint's decoder, read part by part."""
 
 from collections.abc import Callable, Iterator
 
@@ -13,13 +13,13 @@ _ROWS = 4096
 
 
 class Decoder:
-    """Decoder rows in fp32, with the running mean of the weights if there is one.
+    """Decoder rows in fp32, from the running mean of the weights if the checkpoint has one.
 
     Args:
-        checkpoint: The trained dictionary.
+        checkpoint: The checkpoint of the trained dictionary.
         alive: Called before each part is read.
-        keep_bytes: Bytes of rows that may stay in memory. If all fit, `windows` keeps them, and
-            nothing is read again.
+        keep_bytes: Most bytes of rows to cache. If all rows fit, the first call of `windows`
+            caches them, and the decoder is not read again.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Decoder:
         self.n_latents, self.d_out = checkpoint.manifest.tensors[self._name].shape
 
     def parts(self, latents: range | None = None) -> Iterator[tuple[int, Float[Tensor, "n d_out"]]]:
-        """Yield the first latent and the rows of each part of a range of latents, or of all.
+        """Yield (first latent, rows) for each part of a range of latents, by default all.
 
         Raises:
             CorruptObjectError: The checkpoint is damaged.
@@ -51,14 +51,15 @@ class Decoder:
             yield first, rows.float()
 
     def directions(self) -> Iterator[tuple[int, Float[Tensor, "n d_out"]]]:
-        """Yield the first latent and the unit directions of each part."""
+        """Yield (first latent, directions of unit length) for each part."""
         for first, rows in self.parts():
             yield first, directions(rows)
 
     def windows(self, n_bytes: int) -> Iterator["_Window"]:
-        """Yield first latent, rows and their lengths, of as many parts as fit into `n_bytes`.
+        """Yield (first latent, rows, their lengths) for windows of parts that fit into `n_bytes`.
 
-        A window has at least one part. One of all rows is kept if it may be.
+        A window has at least one part. If all rows fit into `keep_bytes`, they become one window,
+        which is cached.
         """
         if self._kept is None and 4 * self.n_latents * self.d_out <= self.keep_bytes:
             whole = torch.empty(self.n_latents, self.d_out)
@@ -85,13 +86,13 @@ _Window = tuple[int, Float[Tensor, "n d_out"], Float[Tensor, "n 1"]]
 
 
 def lengths(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n 1"]:
-    """Lengths of rows, computed in fp64; a tiny number for rows of zeros."""
-    pieces = torch.split(rows, _ROWS)  # bounds the copies in fp64
+    """Compute the lengths of rows in fp64. Rows of zeros get a tiny positive number."""
+    pieces = torch.split(rows, _ROWS)  # limits the size of the fp64 copies
     norms = torch.cat([piece.double().norm(dim=1, keepdim=True).float() for piece in pieces])
     return norms.clamp_min_(torch.finfo(torch.float32).tiny)
 
 
 def directions(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Rows of unit length; rows of zeros stay."""
+    """Scale rows to unit length. Rows of zeros stay zero."""
     unit: Tensor = rows / lengths(rows)
     return unit

@@ -1,7 +1,7 @@
-"""Stage 1 of an index: encodes units.
+"""Stage 1 of an index: encoding units.
 
-With a dictionary sharded over ranks, each rank reads its share of a block's rows, all rows meet all
-latents as in training, and each rank has the codes of its own latents.
+With a dictionary sharded over ranks, each rank contributes its share of a block's rows. Every row
+meets every latent, as in training, and each rank gets the codes of its own latents.
 """
 
 import math
@@ -31,27 +31,27 @@ from dist_sae.kernels import Entries, select
 from dist_sae.kernels.choice import choose_kernels
 
 ENCODE_ROWS = 4096
-"""Rows that are encoded at a time."""
+"""Most rows that are encoded at a time."""
 _BLOCKS_AHEAD = 2
 _MOST_READERS = 8
 
 
 class Encoded(NamedTuple):
-    """A unit after its encoding, with the codes of this rank's latents."""
+    """An encoded unit, with the codes of this rank's latents."""
 
     unit: int
     origin: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]
     """Token, position and document of each row."""
     sums: tuple[float, float, int]
-    """Squared error, squared distance from the mean and active latents, over all ranks."""
+    """Sums over all ranks: squared error, squared distance from the mean, and active latents."""
     latents: NDArray[np.int32]
-    """This rank's latent of each entry, from 0; entries are sorted by row."""
+    """Latent of each entry, counted from this rank's first latent. Entries are sorted by row."""
     rows: NDArray[np.int32]
     acts: NDArray[np.float32]
 
 
 _Block = dict[str, Future[SiteRows]]
-"""A block of rows that is being read, by site."""
+"""A block of rows that is being read, one future per site."""
 
 
 class _Begun(NamedTuple):
@@ -62,11 +62,11 @@ class _Begun(NamedTuple):
 
 
 class Encoder:
-    """Encodes units with a trained dictionary. Its `with` block ends the reading ahead.
+    """Encodes units with a trained dictionary. Leaving its `with` block stops the read-ahead.
 
     Args:
         sae: The dictionary, or this rank's shard of it.
-        activations: The set, at the dictionary's sites.
+        activations: The activation set at the dictionary's sites.
         normalisers: The normalisers of these sites.
     """
 
@@ -79,7 +79,8 @@ class Encoder:
         self._normalisers = normalisers
         self._height = math.lcm(select.ALIKE_ROWS, sae.axis.shards)
         readers = min(len(normalisers.of), _MOST_READERS)
-        self._pool = ThreadPoolExecutor(1 + readers, "blocks")  # one thread may wait for a unit
+        # one more thread than readers, since `_begin` may wait in one until a unit is produced
+        self._pool = ThreadPoolExecutor(1 + readers, "blocks")
         self._begun: dict[int, Future[_Begun]] = {}
 
     def __enter__(self) -> Self:
@@ -101,8 +102,8 @@ class Encoder:
         Args:
             unit: Number of the unit.
             alive: Called before each block.
-            following: Called before the last block is encoded; returns the next unit, if it is
-                known. That unit's first blocks are read meanwhile.
+            following: Called before the last block is encoded. Returns the next unit, whose first
+                blocks are then read ahead, or None if it is not known.
 
         Raises:
             ObjectNotFoundError: The unit does not exist.
@@ -145,7 +146,12 @@ class Encoder:
     def _encode(
         self, acts: Mapping[str, Tensor]
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Float[Tensor, ""]]:
-        """Encode rows: this rank's entries, and the squared error of this rank's part of them."""
+        """Encode rows.
+
+        Returns:
+            The entries of this rank's latents as (latents, rows, acts), and the squared error
+            summed over this rank's share of the rows.
+        """
         sae, axis = self.sae, self.sae.axis
         scaled = self._normalisers.rows(acts, sae.b_dec.device)
         n = len(scaled.inputs)
@@ -163,7 +169,7 @@ class Encoder:
         return (latents.int(), rows.int(), codes.acts[on].float()), squares
 
     def _squared_total(self, shards: Mapping[str, SiteShard], rows: int) -> float:
-        """Sum of |y - mean|^2 over a unit's targets, from the sums in its manifest."""
+        """Compute the sum of |y - mean|^2 over a unit's targets from the sums in its manifest."""
         total = 0.0
         for site in self._normalisers.writes:
             scale, mean = self._normalisers.of[site].scale, self._normalisers.of[site].mean
@@ -173,7 +179,7 @@ class Encoder:
         return total
 
     def _begin(self, unit: int) -> _Begun:
-        """Find a unit's shards, and begin to read their first blocks."""
+        """Find a unit's shards, and start to read their first blocks."""
         shards = self._activations.shards(self._activations.manifest(unit))
         numbers = range(_n_blocks(shards))[:_BLOCKS_AHEAD]
         return _Begun(shards, deque(self._submit(shards, number) for number in numbers))
@@ -188,7 +194,7 @@ class Encoder:
         ahead: deque[_Block],
         following: Callable[[], int | None],
     ) -> Iterator[dict[str, SiteRows]]:
-        """Yield the blocks of all sites; reads ahead, at the end into the next unit."""
+        """Yield each block with the rows of all sites, reading ahead into the next unit."""
         n_blocks = _n_blocks(shards)
         for number in range(n_blocks):
             if number + _BLOCKS_AHEAD < n_blocks:
@@ -206,13 +212,13 @@ def _n_blocks(shards: Mapping[str, SiteShard]) -> int:
 def open_encoder(
     opened: Opened, axis: LatentAxis, device: torch.device, stopping: threading.Event
 ) -> Encoder:
-    """Load the dictionary of an index, or this rank's shard of it.
+    """Load the dictionary of an index, or this rank's shard of it, into an encoder.
 
     Args:
         opened: The index.
-        axis: This rank's place among those that share the dictionary.
+        axis: This rank's place among the ranks that share the dictionary.
         device: Device of the dictionary.
-        stopping: Ends waits for units that are not produced yet.
+        stopping: When set, stops waiting for units that are not produced yet.
     """
     run, normalisers = opened.run, opened.normalisers
     kernels = choose_kernels("auto", device)

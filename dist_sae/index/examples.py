@@ -1,4 +1,4 @@
-"""Examples of a latent, with their documents and its other activations there."""
+"""Examples of a latent, with their documents and the latent's other activations in them."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +10,12 @@ from dist_sae.index.texts import CONTEXT_TOKENS, Texts
 
 
 def apart(firings: Iterable[Firing], reach: int = CONTEXT_TOKENS) -> Iterator[Firing]:
-    """Firings whose texts, of `reach` tokens on either side, do not overlap with an earlier's."""
+    """Yield the firings whose texts do not overlap the text of an earlier one.
+
+    Args:
+        firings: The firings.
+        reach: Tokens of text on either side of a firing.
+    """
     seen: dict[int, list[int]] = {}
     for firing in firings:
         others = seen.setdefault(firing.document, [])
@@ -20,7 +25,7 @@ def apart(firings: Iterable[Firing], reach: int = CONTEXT_TOKENS) -> Iterator[Fi
 
 
 def read_documents(texts: Texts, firings: Iterable[Firing]) -> None:
-    """Read the documents of firings, each unit once."""
+    """Read the documents of firings into `texts`, each unit once."""
     documents = defaultdict[int, set[int]](set)
     for firing in firings:
         documents[firing.unit].add(firing.document)
@@ -31,7 +36,10 @@ def read_documents(texts: Texts, firings: Iterable[Firing]) -> None:
 def activations_near(
     index: Index, latent: int, firings: Sequence[Firing]
 ) -> dict[tuple[int, int], float]:
-    """Activations by document and position: of the firings, and by postings of rows near them."""
+    """Return a latent's activations in the documents of some firings, by (document, position).
+
+    An index without postings gives only the activations of the firings themselves.
+    """
     known = {(firing.document, firing.position): firing.act for firing in firings}
     if not firings or not index.manifest.postings_share:
         return known

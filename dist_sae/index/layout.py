@@ -1,21 +1,21 @@
-"""Layout of a latent index in the store of runs. Manifests are sealed, and written last.
+"""The layout of a latent index in the store of runs.
 
     <run>/index/<name>/
-      index.json                        first: what is indexed, and how; a worker with other
-                                        settings refuses to join
+      index.json                        written first: what is indexed, and how; a worker with
+                                        other settings refuses to join
       rows/<unit>-<digest>.parquet      stage 1: token, position and document of a unit's rows
       codes/<unit>-<attempt>-<n>.bin    stage 1: codes of a unit by latent; deleted at the end
-      units/<unit>.json                 last of a unit: sums, and where its codes lie
-      latents/<bucket>-...parquet       stage 2: a line for each latent of a bucket
+      units/<unit>.json                 written last for a unit: sums, and the places of its codes
+      latents/<bucket>-...parquet       stage 2: one line per latent of a bucket
       examples/<bucket>-...parquet      stage 2: largest activations, and some of each decile
       postings/<bucket>-<piece>-...     stage 2: all activations, by latent, unit and row
       pairs/<bucket>-...parquet         stage 2: latents that are active together
-      buckets/<bucket>.json             last of a bucket
+      buckets/<bucket>.json             written last for a bucket: its tables
 
-The names of tables contain the beginning of their checksum. A bucket is a range of neighbouring
-latents. A row is named by its unit and its number within the unit, as in the activation set.
-Activations are in the scale of the checkpoint (multiplied by the normaliser's factor) and rounded
-to 11 significant bits.
+All JSON records are sealed. The name of a table contains the first digits of its checksum. A bucket
+is a range of consecutive latents. A row is identified by its unit and its number within the unit,
+as in the activation set. Activations are in the scale of the checkpoint (multiplied by the
+normaliser's factor) and rounded to 11 significant bits.
 """
 
 import hashlib
@@ -42,13 +42,13 @@ HISTOGRAM_BARS = 16
 DECILES = 10
 TOP = -1
 """Value of `decile` for an example that is one of the largest activations."""
-_BUCKETS = 64  # most buckets that can be merged at once; memory does not depend on it
+_BUCKETS = 64  # most buckets, hence most workers of stage 2; memory does not depend on it
 LEAST_LATENTS = 512
-"""Least number of latents in a bucket, unless the dictionary has fewer."""
+"""Fewest latents in a bucket, unless the dictionary has fewer or it is the last bucket."""
 
 
 class IndexManifest(Record):
-    """`index.json`: what is indexed, and how."""
+    """The content of `index.json`: what is indexed, and how."""
 
     schema_version: Literal[1] = 1
     name: str
@@ -60,33 +60,34 @@ class IndexManifest(Record):
     plan: str
     """Hash of the plan."""
     site: str
-    """The first site that is read."""
+    """The first site that the dictionary reads."""
     scale: float
     """Factor by which the site's activations are multiplied before they are encoded."""
     writes: tuple[str, ...] = ()
-    """Sites that are written; empty if there is only one."""
+    """Sites that the dictionary writes; empty if there is only one."""
     compared: bool = True
-    """Whether each row of W_dec belongs to one latent, so that nearest latents exist."""
+    """Whether row i of W_dec is all that latent i writes. If not, latents have no nearest latents,
+    since rows cannot be compared."""
     n_latents: int
     bucket_latents: int
-    """Latents of a bucket; the last bucket may have fewer."""
+    """Number of latents in a bucket. The last bucket may have fewer."""
     units: tuple[int, ...]
     """Units to index, ascending."""
     deleted: tuple[int, ...] = ()
     """Units of the plan that were deleted before the index began (`store.retention`)."""
     planned_rows: int
-    """Estimated rows of the units."""
+    """Estimated number of rows in the units."""
     settings: dict[str, Any]
-    """Section `index` of the run file, apart from the workers."""
+    """The `index` section of the run file, except the settings of the workers."""
     seed: int
     head: str | None = None
-    """Digest of the head that output tokens are computed with; empty if there are none. None in an
-    index of an earlier version, in which each worker uses the head that it has."""
+    """Digest of the head that output tokens are computed with; empty if there are no output tokens.
+    None in an index of an earlier version, where each worker uses the head of its own model."""
 
     @field_validator("settings")
     @classmethod
     def _filled(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """Settings that are newer than the index have their defaults."""
+        """Fill settings that are newer than the index with their defaults."""
         return IndexConfig().deciding() | settings
 
     @property
@@ -95,13 +96,13 @@ class IndexManifest(Record):
         return -(-self.n_latents // self.bucket_latents)
 
     def bucket(self, number: int) -> range:
-        """Latents of a bucket."""
+        """Return the latents of a bucket."""
         first = number * self.bucket_latents
         return range(first, min(first + self.bucket_latents, self.n_latents))
 
     @property
     def postings_share(self) -> float:
-        """Share of the rows whose activations are kept."""
+        """Share of the rows whose activations are stored as postings."""
         kept = self.settings["postings"]
         return float({"all": 1.0, "none": 0.0}.get(kept, kept))
 
@@ -112,12 +113,12 @@ class IndexManifest(Record):
 
 
 def bucket_latents(n_latents: int) -> int:
-    """Latents of a bucket of a dictionary."""
+    """Return the number of latents per bucket for a dictionary of `n_latents`."""
     return min(n_latents, max(LEAST_LATENTS, -(-n_latents // _BUCKETS)))
 
 
 class Stored(Record):
-    """An object, and its checksum."""
+    """A stored object, with its size and checksum."""
 
     key: Key
     bytes: int
@@ -125,11 +126,11 @@ class Stored(Record):
 
 
 class CodesChunk(Record):
-    """Where codes of a unit lie: bytes `[offset, offset + bytes)` of an object, see `Codes`."""
+    """A chunk of a unit's codes: bytes `[offset, offset + bytes)` of an object. See `Codes`."""
 
     key: Key
     first: int
-    """First latent."""
+    """First latent of the chunk."""
     groups: int
     offset: int
     bytes: int
@@ -138,57 +139,57 @@ class CodesChunk(Record):
 
 
 class UnitRecord(Record):
-    """`units/<unit>.json`: what stage 1 found on a unit, and where its codes lie."""
+    """The content of `units/<unit>.json`: stage 1's sums over a unit, and where its codes are."""
 
     schema_version: Literal[1] = 1
     unit: int
     rows: int
     deleted: bool = False
-    """The unit was deleted before it was read; it has no rows."""
+    """Whether retention deleted the unit before it was encoded. A deleted unit has no rows."""
     squared_error: float = 0.0
-    """Sum of |x - x_hat|^2 over the rows, in the scale of the checkpoint."""
+    """Sum of |y - y_hat|^2 over the rows, in the scale of the checkpoint."""
     squared_total: float = 0.0
-    """Sum of |x - mean|^2, with the mean of the normaliser."""
+    """Sum of |y - mean|^2 over the rows, with the mean of the normaliser."""
     active: int = 0
-    """Active latents, summed over the rows."""
+    """Number of active latents, summed over the rows."""
     origin: Stored | None = None
-    """Table with the origin of the rows."""
+    """Table of the rows' origin, with the schema `ROWS`."""
     buckets: tuple[tuple[CodesChunk, ...], ...] = ()
-    """Codes of each bucket, one chunk after another."""
+    """Codes of each bucket, with a chunk from each rank that has latents of the bucket."""
     sample: tuple[CodesChunk, ...] = ()
-    """Codes of the rows on which pairs are counted."""
+    """Codes of the rows on which pairs are counted, with a chunk from each rank."""
     sampled_rows: int = 0
 
 
 class Piece(Record):
-    """A part of a bucket's postings."""
+    """One of the postings tables of a bucket."""
 
     stored: Stored
     first: int
-    """First latent."""
+    """First latent of the piece."""
     last: int
-    """Last latent; the next piece may begin with it."""
+    """Last latent of the piece. The next piece may start with the same latent."""
     entries: int
 
 
 class BucketRecord(Record):
-    """`buckets/<bucket>.json`: the tables of a bucket."""
+    """The content of `buckets/<bucket>.json`: the tables of a bucket."""
 
     schema_version: Literal[1] = 1
     bucket: int
     entries: int
     never_fired: int
-    """Latents without an entry."""
+    """Number of latents without an entry."""
     latents: Stored
     examples: Stored
     postings: tuple[Piece, ...]
     pairs: Stored | None
     pair_rows: int = 0
-    """Rows on which pairs were counted."""
+    """Number of rows on which pairs were counted."""
 
 
 class IndexFolder:
-    """Keys of an index.
+    """The keys of an index.
 
     Args:
         run: Name of the run.
@@ -205,30 +206,30 @@ class IndexFolder:
         self.codes = f"{self.prefix}codes/"
 
     def read(self, store: ObjectStore, kind: type[Some], number: int) -> Some:
-        """Read the record of a unit or bucket; raises like `read_record`."""
+        """Read the record of a unit or bucket. Raises the errors of `read_record`."""
         keys = self.units if issubclass(kind, UnitRecord) else self.buckets
         return read_record(kind, store, keys.key(number), within=self.prefix)
 
     def rows(self, unit: int) -> str:
-        """Stem of the key of the origin of a unit's rows."""
+        """Return the key of the origins of a unit's rows, without digest and extension."""
         return f"{self.prefix}rows/{unit:08d}"
 
     def table(self, name: str, bucket: int) -> str:
-        """Stem of the key of a bucket's table."""
+        """Return the key of a bucket's table, without digest and extension."""
         return f"{self.prefix}{name}/{bucket:08d}"
 
     def piece(self, bucket: int, number: int) -> str:
-        """Stem of the key of a piece of a bucket's postings."""
+        """Return the key of a piece of a bucket's postings, without digest and extension."""
         return f"{self.prefix}postings/{bucket:08d}-{number:06d}"
 
 
 def index_name(run: Run, step: int) -> str:
-    """Name of the index of a step."""
+    """Return the name of the index of a step."""
     return run.index.name or f"step-{step:08d}"
 
 
 def names(runs: ObjectStore, run: str) -> list[str]:
-    """Names of the indexes of a run, those of the last steps last."""
+    """List the indexes of a run, sorted by name. Default names sort by step."""
     there = runs.folders(f"{run}/index/")
     return [name for name in there if runs.size(IndexFolder(run, name).manifest) is not None]
 
@@ -237,8 +238,9 @@ def read_manifest(runs: ObjectStore, folder: IndexFolder) -> IndexManifest:
     """Read the manifest of an index.
 
     Raises:
-        ObjectNotFoundError: It has not begun.
-        CorruptObjectError: It is damaged, or its schema is of another version of dist-sae.
+        ObjectNotFoundError: No worker has begun the index.
+        CorruptObjectError: The manifest is damaged, or its schema is of another version of
+            dist-sae.
     """
     remedy = f"delete {runs.url}/{folder.prefix} and index again, or under another index.name"
     return read_record(IndexManifest, runs, folder.manifest, remedy)
@@ -258,7 +260,7 @@ LATENTS = pa.schema(
         ("decoder_norm", pa.float32()),
         ("encoder_norm", pa.float32()),
         ("encoder_bias", pa.float32()),
-        ("nearest", pa.list_(pa.int32())),  # latents with the nearest decoder directions
+        ("nearest", pa.list_(pa.int32())),  # latents with the closest decoder directions
         ("nearest_cosine", pa.list_(pa.float32())),
         ("top_tokens", pa.list_(pa.int32())),  # tokens whose logits the latent raises most
         ("top_logits", pa.list_(pa.float32())),
@@ -266,11 +268,11 @@ LATENTS = pa.schema(
         ("bottom_logits", pa.list_(pa.float32())),
     ]
 )
-"""Schema of `latents/`: all latents of the bucket, ascending. For a latent that never fires,
-`mean`, `max`, `deciles` and `histogram` are 0."""
+"""Schema of `latents/`, with all latents of the bucket in ascending order. `mean`, `max`, `deciles`
+and `histogram` are 0 for a latent that never fires."""
 NORMS = pa.field("norms", pa.list_(pa.float32()))
-"""One more column of `latents/` if several sites are written: the length of each site's part of the
-decoder row, in the order of `IndexManifest.writes` and in the scale of the checkpoint."""
+"""Additional column of `latents/` if several sites are written: the length of each site's part of
+the decoder row, in the order of `IndexManifest.writes` and in the scale of the checkpoint."""
 EXAMPLES = pa.schema(
     [
         ("latent", pa.int32()),
@@ -283,8 +285,8 @@ EXAMPLES = pa.schema(
         ("token", pa.int32()),
     ]
 )
-"""Schema of `examples/`, sorted by latent. Of each latent the largest activations come first (among
-equal ones, the first row), then some of each decile from the lowest, by act (rising)."""
+"""Schema of `examples/`, sorted by latent. A latent's largest activations come first, in descending
+order (ties by unit and row). Then come some of each decile, in ascending order."""
 POSTINGS = pa.schema(
     [("latent", pa.int32()), ("unit", pa.int32()), ("row", pa.int32()), ("act", pa.float32())]
 )
@@ -295,18 +297,19 @@ PAIRS = pa.schema(
         ("other", pa.int32()),
         ("count", pa.int32()),  # rows on which both are active
         ("product", pa.float32()),  # product of both activations, summed over the rows
-        ("phi", pa.float32()),  # correlation of the two activities
+        ("phi", pa.float32()),  # phi coefficient of being active, see `coactive.py`
     ]
 )
-"""Schema of `pairs/`, sorted by latent, phi (falling), count (falling), other."""
+"""Schema of `pairs/`, sorted by latent, phi (descending), count (descending) and other."""
 
 
 def to_parquet(table: pa.Table, group_rows: int = 131_072, **encodings: str) -> bytes:
-    """Encode a table as Parquet with zstd; the same table gives the same bytes.
+    """Encode a table as Parquet with zstd. The same table always gives the same bytes.
 
     Args:
-        group_rows: Rows of a row group, the smallest part that is read.
-        encodings: Encodings of columns that use no dictionary.
+        table: The table.
+        group_rows: Rows per row group, which is the smallest part that is read.
+        encodings: Encodings of the columns that do not use dictionary encoding.
     """
     stream = io.BytesIO()
     plain = [name for name in table.column_names if name not in encodings]
@@ -321,19 +324,21 @@ def to_parquet(table: pa.Table, group_rows: int = 131_072, **encodings: str) -> 
         ],
         column_encoding=encodings or None,
         store_schema=False,
-        write_page_checksum=True,  # protects tables that are read in parts
+        write_page_checksum=True,  # a table that is read in parts cannot be checked by its sha256
     )
     return stream.getvalue()
 
 
 def store_table(store: ObjectStore, stem: str, data: bytes) -> Stored:
-    """Store a table under a name that its content decides, unless it exists already.
+    """Store a table under a key that contains its digest, unless it exists already.
 
-    So two attempts with the same content share an object, and two with other content never
+    Two attempts with the same content share one object, and two with different content never
     overwrite each other.
 
     Args:
-        stem: The key, without the part that the content decides.
+        store: The store of runs.
+        stem: The key, without digest and extension.
+        data: The table as Parquet.
     """
     sha256 = hashlib.sha256(data).hexdigest()
     stored = Stored(key=f"{stem}-{sha256[:8]}.parquet", bytes=len(data), sha256=sha256)
@@ -344,10 +349,10 @@ def store_table(store: ObjectStore, stem: str, data: bytes) -> Stored:
 
 
 def read_stored(store: ObjectStore, stored: Stored) -> bytes:
-    """Read an object and check it.
+    """Read an object and verify its checksum.
 
     Raises:
-        CorruptObjectError: It does not match its checksum, or is gone.
+        CorruptObjectError: The object does not match its checksum, or is gone.
     """
     for _ in range(READS):
         try:
@@ -366,10 +371,10 @@ def read_stored(store: ObjectStore, stored: Stored) -> bytes:
 def read_table(
     store: ObjectStore, stored: Stored, columns: Iterable[str] | None = None
 ) -> pa.Table:
-    """Read a whole table, checked."""
+    """Read a whole table, or some of its columns, and verify its checksum."""
     data = pa.BufferReader(read_stored(store, stored))
     return pq.ParquetFile(data).read(None if columns is None else list(columns), use_threads=False)
 
 
 TABLES = ("rows", "latents", "examples", "postings", "pairs")
-"""Folders of the tables."""
+"""The folders of tables."""

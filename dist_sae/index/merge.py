@@ -1,8 +1,8 @@
-"""Stage 2 of an index: merges the codes of a bucket's latents on all units into its tables.
+"""Stage 2 of an index: merging the codes of a bucket's latents on all units.
 
-Codes of a unit are sorted by latent, so they are merged by counting, without another sort. The
-latents of a bucket are taken in ranges of at most `MOST_ENTRIES` entries. A single latent with more
-entries is taken in parts. So memory is bounded whatever a bucket holds.
+The codes of a unit are sorted by latent, so they are merged by counting, without another sort. To
+bound memory, a bucket's latents are merged in ranges of at most `MOST_ENTRIES` entries, and a
+single latent with more entries is merged in parts.
 """
 
 import tempfile
@@ -28,7 +28,7 @@ from dist_sae.index.layout import (
 from dist_sae.storage import ObjectStore
 
 MOST_ENTRIES = 2**24
-"""Most entries in memory; when they are sorted, `_NUMBER_BITS` bits number them."""
+"""Most entries in memory. Sort keys number them with `_NUMBER_BITS` bits."""
 _NUMBER_BITS = 24
 _ACT_BITS = 18  # 8 of the exponent and 10 of the mantissa of a rounded, positive fp32
 _CUT_BITS = 13  # lower bits of the mantissa, which are 0 after rounding
@@ -37,32 +37,32 @@ Int = NDArray[np.int64]
 
 
 class Tile(NamedTuple):
-    """Entries of neighbouring latents, by latent, unit and row."""
+    """Entries of consecutive latents, sorted by latent, unit and row."""
 
     first: int
-    """First latent."""
+    """First latent of the tile."""
     counts: Int
-    """Entries of each latent."""
+    """Number of entries of each latent."""
     units: NDArray[np.int32]
     rows: NDArray[np.int32]
     acts: NDArray[np.float32]
 
     @property
     def latents(self) -> Int:
-        """Latent of each entry, from 0."""
+        """Latent of each entry, counted from `first`."""
         return np.repeat(np.arange(len(self.counts)), self.counts)
 
 
 class BucketCodes:
-    """Codes of a bucket on all units, in memory or in a temporary file.
+    """The codes of a bucket on all units, in memory or in a temporary file.
 
     Args:
         store: The store of the codes.
-        latents: The bucket.
-        chunks: Chunks of each unit, in the order of the units.
+        latents: The latents of the bucket.
+        chunks: The chunks of each unit as (unit, chunks), in the order of the units.
 
     Raises:
-        CorruptObjectError: Codes are damaged.
+        CorruptObjectError: A chunk of codes is damaged or gone.
         StoreFullError: The folder of temporary files has no space.
     """
 
@@ -100,7 +100,7 @@ class BucketCodes:
                 self._chunks = list(_mapped(spool, start, chunks))
 
     def ranges(self) -> Iterator[tuple[int, int]]:
-        """Ranges of the bucket's latents with at most `MOST_ENTRIES` entries, or of one latent."""
+        """Yield ranges of the bucket's latents: one latent, or at most `MOST_ENTRIES` entries."""
         start = entries = 0
         for latent, count in enumerate(self.counts.tolist()):
             if latent > start and entries + count > MOST_ENTRIES:
@@ -110,7 +110,10 @@ class BucketCodes:
         yield start, len(self.counts)
 
     def tiles(self, start: int, stop: int) -> Iterator[Tile]:
-        """Entries of a range, in tiles of at most `MOST_ENTRIES`; several for a large latent."""
+        """Yield the entries of a range in tiles of at most `MOST_ENTRIES`.
+
+        Only a range of a single large latent has more than one tile.
+        """
         waiting: list[tuple[int, int, Codes]] = []
         entries = 0
         for unit, first, codes in self._chunks:
@@ -130,7 +133,7 @@ class BucketCodes:
         yield self._merge(start, stop, waiting)
 
     def _merge(self, start: int, stop: int, parts: list[tuple[int, int, Codes]]) -> Tile:
-        """Merge parts by counting: each entry's place follows from the counts."""
+        """Merge parts by counting: the counts give the place of each entry."""
         counts = np.zeros(stop - start, np.int64)
         for _, first, codes in parts:
             counts[first : first + len(codes.counts)] += codes.counts
@@ -148,7 +151,7 @@ class BucketCodes:
 
 
 def _parts(codes: Codes) -> Iterator[Codes]:
-    """Cut the codes of one latent on one unit that are too many for a tile."""
+    """Split codes that do not fit into a tile. Only those of a single latent can be so many."""
     if len(codes.acts) <= MOST_ENTRIES:
         yield codes
         return
@@ -162,9 +165,10 @@ def _parts(codes: Codes) -> Iterator[Codes]:
 def _mapped(
     spool: IO[bytes], first: int, chunks: Sequence[tuple[int, Sequence[CodesChunk]]]
 ) -> Iterator[tuple[int, int, Codes]]:
-    """Codes that were spooled to a file, as views of its memory map; they outlive the file.
+    """Yield codes that were spooled to a file, as views of its memory map.
 
-    The file is mapped once, since a map per unit would take a file descriptor each.
+    The views stay valid after the file is closed. The file is mapped once, because one map per unit
+    would take a file descriptor each.
     """
     spool.flush()
     numbers = np.asarray(np.memmap(spool, "<i4", "r"))
@@ -177,22 +181,22 @@ def _mapped(
 
 
 class Statistics(NamedTuple):
-    """Numbers of each latent of a range."""
+    """Statistics of each latent of a range."""
 
     firings: Int
     mean: NDArray[np.float64]
     largest: NDArray[np.float32]
     deciles: NDArray[np.float32]
-    """[latents, 9]: the smallest activation of each decile except the lowest."""
+    """Smallest activation of each decile except the lowest, [latents, 9]."""
     histogram: Int
-    """[latents, bars]"""
+    """Firings in each bar of the histogram, [latents, bars]."""
 
 
 class Chosen(NamedTuple):
-    """Examples, by latent: the largest first, then some of each decile from the lowest."""
+    """Examples by latent: the largest activations first, then some of each decile, ascending."""
 
     latents: Int
-    """Latents, counted from the first of the range."""
+    """Latent of each example, counted from the first of the range."""
     deciles: NDArray[np.int8]
     units: NDArray[np.int32]
     rows: NDArray[np.int32]
@@ -200,9 +204,9 @@ class Chosen(NamedTuple):
 
 
 class _Ranks(NamedTuple):
-    """The ranks of the examples of a range, as `Chosen` orders them.
+    """The ranks of a range's examples among their latent's activations, in the order of `Chosen`.
 
-    Rank 0 is a latent's smallest activation; among equal ones the last row has the lowest rank.
+    Rank 0 is a latent's smallest activation. Among equal activations, later rows rank lower.
     """
 
     latents: Int
@@ -213,10 +217,13 @@ class _Ranks(NamedTuple):
 def summarise(
     codes: BucketCodes, start: int, stop: int, *, top: int, per_decile: int, seed: int
 ) -> tuple[Statistics, Chosen]:
-    """Summarise the activations of a range of `BucketCodes.ranges`.
+    """Compute the statistics of a range of latents, and choose their examples.
 
     Args:
-        top: Number of largest activations that are examples.
+        codes: The codes of the bucket.
+        start: First latent of a range of `BucketCodes.ranges`, counted from the bucket's first.
+        stop: Latent after the last.
+        top: Number of largest activations that become examples.
         per_decile: Examples of each decile, for latents with more than `top` firings.
         seed: Seed of the choice within a decile.
     """
@@ -230,7 +237,7 @@ def summarise(
 
 
 def _ranks(counts: Int, first: int, top: int, per_decile: int, seed: int) -> _Ranks:
-    """Choose examples by rank: the largest, and one of each `per_decile`-th part of a decile."""
+    """Choose examples by rank: the largest, and one from each of a decile's `per_decile` parts."""
     largest = np.minimum(counts, top)
     latents = np.repeat(np.arange(len(counts)), largest)
     nth = np.arange(len(latents)) - np.repeat(largest.cumsum() - largest, largest)
@@ -255,13 +262,14 @@ def _summarise_tile(tile: Tile, wanted: _Ranks) -> tuple[Statistics, Chosen]:
     keys = tile.latents.astype(np.uint64) << np.uint64(_ACT_BITS)
     keys |= (tile.acts.view(np.uint32) >> np.uint32(_CUT_BITS)).astype(np.uint64)
     keys <<= np.uint64(_NUMBER_BITS)
-    keys |= np.arange(n - 1, -1, -1, dtype=np.uint64)  # among equal ones the first comes last
+    # numbers descend, so that of equal activations the first row sorts last and counts as larger
+    keys |= np.arange(n - 1, -1, -1, dtype=np.uint64)
     keys.sort()
     order = (n - 1 - (keys & np.uint64(2**_NUMBER_BITS - 1)).astype(np.int64)) if n else starts
     keys >>= np.uint64(_NUMBER_BITS)
 
     def at(ranks: Int) -> NDArray[np.float32]:
-        """Activations at ranks, [latents, some]; 0 for latents that never fire."""
+        """Return the activations at `ranks` [latents, n]; 0 for latents that never fire."""
         places = np.minimum(starts[:, None] + ranks, max(0, n - 1))
         values = (
             _act(keys[places] & np.uint64(2**_ACT_BITS - 1))
@@ -292,7 +300,7 @@ def _summarise_tile(tile: Tile, wanted: _Ranks) -> tuple[Statistics, Chosen]:
 def _summarise_large(
     codes: BucketCodes, latent: int, counts: Int, wanted: _Ranks
 ) -> tuple[Statistics, Chosen]:
-    """Summarise a single latent in two passes over its entries: count values, then find ranks."""
+    """Summarise one large latent in two passes: count its values, then find the wanted ranks."""
     values = np.zeros(2**_ACT_BITS, np.int64)
     total = 0.0
     for tile in codes.tiles(latent, latent + 1):
@@ -307,7 +315,7 @@ def _summarise_large(
     largest = _act(bits_at(counts - 1).astype(np.uint64))
     edges = (ends - values)[_edge_bits(largest).astype(np.int64)]
     bits = bits_at(wanted.ranks)
-    # how many entries of the same value come before the wanted one
+    # number of entries with the same value that come before the wanted one
     nth = ends[bits] - 1 - wanted.ranks
     units, rows = np.empty(len(bits), np.int32), np.empty(len(bits), np.int32)
     seen = np.zeros(len(values), np.int64)
@@ -336,14 +344,14 @@ def _summarise_large(
 
 
 def _decile_ranks(counts: Int) -> Int:
-    """Rank at which each decile except the lowest begins, [latents, 9]."""
+    """Return the rank at which each decile except the lowest starts, [latents, 9]."""
     last = (counts - 1).clip(0)[:, None]
     ranks: Int = np.minimum(-(-counts[:, None] * np.arange(1, DECILES) // DECILES), last)
     return ranks
 
 
 def _edge_bits(largest: NDArray[np.float32]) -> NDArray[np.uint64]:
-    """Bits of the smallest activation in each bar except the first, [latents, 15]."""
+    """Return the bits of the lower edge of each bar except the first, [latents, 15]."""
     inner = np.arange(1, HISTOGRAM_BARS) / HISTOGRAM_BARS
     bits = (largest[:, None].astype(np.float64) * inner).astype(np.float32).view(np.uint32)
     bits >>= np.uint32(_CUT_BITS)

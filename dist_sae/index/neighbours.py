@@ -1,11 +1,10 @@
-"""Nearest latents by decoder direction, of a checkpoint that is read part by part.
+"""Nearest latents by decoder direction, from a checkpoint that is read part by part.
 
-The cosines of all pairs are the decoder's product with itself, which is as much work as encoding
-one row for every latent. In wider dictionaries (`cells.py`) a latent is compared only with the
-latents of some cells. Products in fp32 pick candidates, twice as many as are wanted. The
-candidates' cosines are computed in fp64 and rounded to fp32, so results do not depend on who
-computes which range. If more than 2 m + 2 latents are equally near, to fp32 rounding, only some of
-them become candidates.
+The cosines of all pairs are the product of the decoder with itself, which costs as much as encoding
+`n_latents` rows. So a wide dictionary compares each latent only with the latents of some cells (see
+`cells.py`). Products in fp32 pick 2 m + 2 candidates for each latent. Their cosines are computed in
+fp64 and rounded to fp32, so the result does not depend on how latents are divided into ranges. If
+more than 2 m + 2 latents are equally near, to fp32 rounding, only some of them become candidates.
 """
 
 from collections.abc import Callable
@@ -22,20 +21,20 @@ from dist_sae.kernels import Kernels, select
 from dist_sae.kernels.keys import NOTHING, from_keys, to_keys
 
 WINDOW_BYTES = 256 * 2**20
-"""Bytes of directions in memory, if cells are used and more are not allowed."""
+"""Bytes of decoder rows in memory when cells are used, unless `Decoder.keep_bytes` allows more."""
 QUERIES_BYTES = 128 * 2**20
-"""Most bytes of the rows whose neighbours are searched at a time."""
+"""Most bytes of rows whose neighbors are searched at a time."""
 PAIRS_BYTES = 64 * 2**20
 """Most bytes of fp64 rows whose cosines are computed at a time."""
 
 
 class Neighbours(NamedTuple):
-    """The nearest other latents of consecutive latents."""
+    """The nearest latents of each of some consecutive latents."""
 
     latents: Int[Tensor, "latents m"]
-    """Int32, the nearest first, among equal ones the lower; -1 if there are fewer than m."""
+    """The nearest latents (int32), nearest first, ties by number; -1 if there are fewer than m."""
     cosines: Float[Tensor, "latents m"]
-    """Fp32; 0 for a latent whose decoder row is zero, and for missing neighbours."""
+    """Their cosines (fp32); 0 for missing neighbors, and if a decoder row is zero."""
 
 
 @torch.no_grad()
@@ -48,17 +47,18 @@ def neighbours(
     alive: Callable[[], None] = lambda: None,
     decoder: Decoder | None = None,
 ) -> Neighbours:
-    """The `m` latents with the highest cosine to each of a range of latents.
+    """Find the `m` latents with the highest cosine to each latent of a range.
 
     Args:
-        checkpoint: The trained dictionary.
-        latents: Latents to find neighbours of, at least one. The decoder is read twice for every
+        checkpoint: The checkpoint of the trained dictionary.
+        latents: Latents to find neighbors of, at least one. The decoder is read twice for every
             128 MiB of their rows, so a range should be long.
-        m: Neighbours of a latent.
+        m: Number of neighbors per latent.
         cells: Limits the comparison to the nearest cells; None compares with all latents.
-        device: Computes the products; the CPU if None.
+        device: Device for the products; the CPU if None.
         alive: Called before each part of the decoder.
-        decoder: Of the checkpoint, for a caller who asks again: it may keep its rows.
+        decoder: The checkpoint's decoder. A caller of several ranges passes one with `keep_bytes`
+            set, so that it is read once.
 
     Raises:
         CorruptObjectError: The checkpoint is damaged.
@@ -95,7 +95,7 @@ def _nearer(
     first: int,
     kernels: Kernels,
 ) -> Int[Tensor, "q k"]:
-    """The largest keys so far, with those of some consecutive latents."""
+    """Update the largest keys with the products of some consecutive latents."""
     blocks = select.products(queries, others, torch.float32)
     no_bias = torch.zeros(len(others), device=others.device)
     k = best.shape[1]
@@ -110,7 +110,7 @@ def _compare_in_cells(
     cells: Cells,
     kernels: Kernels,
 ) -> None:
-    """Compare queries with the latents of their nearest cells; updates the keys."""
+    """Compare queries with the latents of their nearest cells, and update `best` in place."""
     n_cells = len(cells.centroids)
     probed = cells.nearest(queries, kernels).cpu()
     queries_of = _grouped(probed.flatten(), n_cells)
@@ -120,7 +120,7 @@ def _compare_in_cells(
             who = (queries_of(cell) // probed.shape[1]).to(queries.device)
             members = members_of(cell)
             if len(who) and len(members):
-                # cells are not in the order of latents; it matters only with more ties than places
+                # latents are not compared in order, so if more tie than fit, any of them may stay
                 others = (window[members] / lengths[members]).to(queries.device)
                 products = queries[who] @ others.T
                 no_bias = torch.zeros(len(members), device=queries.device)
@@ -129,7 +129,7 @@ def _compare_in_cells(
 
 
 def _grouped(groups: Int[Tensor, " n"], n_groups: int) -> Callable[[int], Int[Tensor, " _"]]:
-    """A function that gives the ascending indices of a group's items."""
+    """Return a function from a group to the ascending indices of its items."""
     order = groups.argsort(stable=True)
     ends = torch.bincount(groups, minlength=n_groups).cumsum(0).tolist()
     return lambda group: order[ends[group - 1] if group else 0 : ends[group]]
@@ -142,14 +142,14 @@ def _ranked(
     decoder: Decoder,
     m: int,
 ) -> Neighbours:
-    """The nearest of the candidates, by exact cosines.
+    """Find the nearest of the candidates, by cosines in fp64.
 
     Args:
         rows: Decoder rows of the latents.
         first: Number of the first latent.
-        candidates: Numbers of latents; -1 is none.
-        decoder: Has the candidates' rows.
-        m: Neighbours of a latent.
+        candidates: Numbers of the candidate latents; -1 for no candidate.
+        decoder: The decoder, which has the candidates' rows.
+        m: Number of neighbors per latent.
     """
     keys = torch.full((len(rows), max(m, candidates.shape[1])), NOTHING)
     own = torch.arange(first, first + len(rows))[:, None]

@@ -1,4 +1,4 @@
-"""Opening an index to work on it: the first worker begins it, later workers join."""
+"""Opening an index for a worker: the first worker creates it, later workers join."""
 
 import logging
 import threading
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Opened(NamedTuple):
-    """An index that is being made, and what it is made from."""
+    """An index that is being built, and what it is built from."""
 
     store: ObjectStore
     folder: IndexFolder
@@ -39,7 +39,7 @@ class Opened(NamedTuple):
     activations: ObjectStore
     plan: Plan
     model: ModelConfig
-    """The model, at the place that this run file names."""
+    """The model, at the path that the worker's run file names."""
 
     @property
     def normalisers(self) -> SiteNormalisers:
@@ -48,14 +48,14 @@ class Opened(NamedTuple):
 
     @property
     def neighbours(self) -> int:
-        """Number of nearest latents that are kept for each latent."""
+        """Number of nearest latents that are stored per latent; 0 if they do not exist."""
         return int(self.manifest.settings["neighbours"]) if self.manifest.compared else 0
 
 
 def open_index(
     run: Run, worker: str, stopping: threading.Event, telemetry: Telemetry, step: int | None
 ) -> Opened:
-    """Begin an index, or join the workers of one that has begun; raises as `index` does."""
+    """Create an index, or join the workers of an existing one. Raises the errors of `index`."""
     runs = open_store(run.store.runs, run.store.s3, telemetry, stopping)
     store = open_store(run.store.activations, run.store.s3, telemetry, stopping)
     checkpoint = find_checkpoint(runs, run, step)
@@ -81,7 +81,8 @@ def open_index(
         _check_same(there, manifest, f"{runs.url}/{folder.prefix}")
         manifest = there
         if len(set(folder.buckets.numbers(runs))) < manifest.n_buckets:
-            open_outputs(run.model, manifest, normalisers)  # an error now, not after all units
+            # fails now if this worker has another head, not after all units are encoded
+            open_outputs(run.model, manifest, normalisers)
     if manifest.deleted:
         logger.warning(
             "units %s were deleted (store.retention) and are not in the index",
@@ -91,7 +92,7 @@ def open_index(
 
 
 def _begun(runs: ObjectStore, folder: IndexFolder) -> IndexManifest | None:
-    """The manifest of an index; None if no worker has begun it."""
+    """Read the manifest of an index. Return None if no worker has begun the index."""
     try:
         return read_manifest(runs, folder)
     except ObjectNotFoundError:

@@ -4,13 +4,14 @@
 
 W_U is the unembedding, and gain is the weight of the final norm. `mean` is the mean over channels
 if that norm is a LayerNorm, and 0 for an RMSNorm. This is the logit lens with the norm folded into
-the centred unembedding, as in TransformerLens and Neuronpedia. It ignores later layers, and the
-division by the norm of the whole residual stream. So effects of one latent can be compared with
+the centered unembedding, as in TransformerLens and Neuronpedia. It ignores later layers, and the
+division by the norm of the whole residual stream. So the effects of one latent can be compared with
 each other, but not with logits.
 
-If several sites are written, W_dec[i] is what the latent adds to the residual stream: the sum over
-outputs of MLPs and attention, or else the last residual stream, which contains the earlier ones.
-Rows are in the scale of the first of these sites. With two models, they are the first model's.
+If several sites are written, W_dec[i] is what the latent adds to the residual stream. That is the
+part for the last residual stream if one is written, since it contains the earlier ones. Otherwise
+it is the sum over the outputs of MLPs and attention. Rows are in the scale of the first site of
+this sum. With two models, only the sites of the first model count.
 """
 
 import logging
@@ -33,27 +34,27 @@ logger = logging.getLogger(__name__)
 
 LATENTS = 1024
 VOCABULARY = 8192
-"""Latents and tokens whose effects are computed at a time: 32 MiB."""
+"""Latents and tokens whose effects are computed at a time, which take 32 MiB."""
 
 
 _Parts = Sequence[tuple[slice, float]]
-"""Columns of decoder rows that add up in the residual stream, and their factors."""
+"""Columns of decoder rows that are summed in the residual stream, with their factors."""
 
 
 class End(NamedTuple):
-    """Tokens at one end of the effects of some latents, the most extreme first."""
+    """The tokens with the most extreme effects of some latents at one end, most extreme first."""
 
     tokens: Int[Tensor, "latents n"]
     effects: Float[Tensor, "latents n"]
 
 
 class Outputs:
-    """Finds output tokens.
+    """Finds the output tokens of latents.
 
     Args:
         head: The model's head; with None there are no output tokens.
-        n: Tokens at either end.
-        parts: The parts of a decoder row that the head reads.
+        n: Number of tokens at either end.
+        parts: The columns of a decoder row that reach the head.
     """
 
     def __init__(self, head: "Head | None", n: int, parts: _Parts = ((slice(None), 1.0),)) -> None:
@@ -63,7 +64,7 @@ class Outputs:
 
     @torch.no_grad()
     def of(self, rows: Float[Tensor, "latents d_out"]) -> dict[str, End]:
-        """Find the tokens whose logits decoder rows raise and lower most: `top` and `bottom`."""
+        """Find the tokens whose logits a decoder row raises (`top`) or lowers (`bottom`) most."""
         if self._head is None:
             none = End(torch.empty(len(rows), 0).long(), torch.empty(len(rows), 0))
             return {"top": none, "bottom": none}
@@ -77,9 +78,9 @@ class Outputs:
 
 
 def head_digest(model: ModelConfig, manifest: IndexManifest, normalisers: SiteNormalisers) -> str:
-    """Digest of the model's head, for an index that begins; see `IndexManifest.head`.
+    """Return the digest of the model's head for a new index; see `IndexManifest.head`.
 
-    If the head cannot be used, a line in the log says why.
+    If the head cannot be used, a warning gives the reason.
     """
     head, _ = _load(model, manifest, normalisers)
     if isinstance(head, str) and head:
@@ -90,7 +91,7 @@ def head_digest(model: ModelConfig, manifest: IndexManifest, normalisers: SiteNo
 def open_outputs(
     model: ModelConfig, manifest: IndexManifest, normalisers: SiteNormalisers
 ) -> Outputs:
-    """Load the head that the index was begun with.
+    """Load the head that the index was created with.
 
     Args:
         model: The model.
@@ -98,7 +99,7 @@ def open_outputs(
         normalisers: The normalisers of the dictionary's sites.
 
     Raises:
-        ConfigError: This worker does not have that head.
+        ConfigError: This worker's model has another head.
     """
     n = int(manifest.settings["output_tokens"])
     if manifest.head == "":
@@ -118,9 +119,10 @@ def open_outputs(
 def _load(
     model: ModelConfig, manifest: IndexManifest, normalisers: SiteNormalisers
 ) -> "tuple[Head | str, _Parts]":
-    """Load a model's head, or say why it cannot be used; "" if no output tokens are wanted.
+    """Load a model's head, with the columns of decoder rows that reach it and their factors.
 
-    Also returns the columns of decoder rows that the head reads, and their factors.
+    In place of a head that cannot be used, return the reason. It is empty if no output tokens are
+    wanted.
     """
     if not manifest.settings["output_tokens"] or not isinstance(model, HuggingFaceModel):
         return "", ()
@@ -142,7 +144,7 @@ def _load(
 
 
 def _ends(rows: Float[Tensor, "latents d"], head: "Head", n: int) -> tuple[End, End]:
-    """The largest effects of some rows, and the largest of their opposites."""
+    """Find the tokens with the largest effects, and those with the largest negated effects."""
     rows = rows.to(head.gain.device, torch.float32)
     if head.centres:
         rows = rows - rows.mean(1, keepdim=True)

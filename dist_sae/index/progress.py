@@ -1,4 +1,4 @@
-"""Progress of an index, read from the objects that its workers have stored."""
+"""The progress of an index, read from the objects that its workers have stored."""
 
 import threading
 from typing import NamedTuple
@@ -11,25 +11,25 @@ from dist_sae.training.waiting import await_until
 
 
 class IndexProgress(NamedTuple):
-    """The state of an index: complete, or how far its workers are."""
+    """The state of an index: complete, or how far its workers have come."""
 
     manifest: IndexManifest
     units: int
-    """Units that are encoded."""
+    """Number of encoded units."""
     buckets: int
-    """Buckets that are merged."""
+    """Number of merged buckets."""
     tidy: bool
-    """True if no codes are left; they are deleted last."""
+    """Whether the codes are deleted, which is the last step of an index."""
 
     def is_complete(self, run: Run, step: int) -> bool:
-        """True if the index is complete and has the settings of the run file."""
+        """Return whether the index is complete, of this step, and has the run file's settings."""
         there = self.manifest
         asked = there.step == step and there.settings == run.index.deciding()
         return asked and self.tidy and self.buckets == there.n_buckets
 
 
 def index_progress(runs: ObjectStore, run: Run, step: int) -> IndexProgress | None:
-    """Read the state of the index of a step; None if it has not begun."""
+    """Read the state of a step's index. Return None if no worker has begun it."""
     folder = IndexFolder(run.name, index_name(run, step))
     if runs.size(folder.manifest) is None:
         return None
@@ -42,7 +42,7 @@ def index_progress(runs: ObjectStore, run: Run, step: int) -> IndexProgress | No
 
 
 def is_indexed(run: Run, stopping: threading.Event | None = None) -> bool:
-    """True if the run's newest checkpoint has its index."""
+    """Return whether the run's newest checkpoint has a complete index."""
     runs = open_store(run.store.runs, run.store.s3, None, stopping)
     checkpoint = find_checkpoint(runs, run, None)
     if checkpoint is None:
@@ -56,7 +56,7 @@ def is_indexed(run: Run, stopping: threading.Event | None = None) -> bool:
 
 
 def await_index(run: Run, stopping: threading.Event) -> None:
-    """Wait until the run's newest checkpoint has its index.
+    """Wait until the run's newest checkpoint has a complete index.
 
     Raises:
         Stopped: `stopping` was set first.

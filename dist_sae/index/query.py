@@ -1,6 +1,6 @@
 """Queries of a complete latent index.
 
-The page of a latent costs a few small reads: of each table, only the row group with the latent.
+Reading a latent's page is cheap: of each table, only the row group with the latent is read.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,14 +34,15 @@ from dist_sae.index.ranged import LatentTable
 from dist_sae.storage import ObjectStore
 
 _OPEN_TABLES = 64
-"""Tables that stay open, with a row group, and their footer or all their bytes, in memory."""
+"""Number of tables cached in memory, each with one row group and its footer (or, for a small table,
+all of its bytes). Also the number of units whose row origins are cached."""
 
 
 class Firing(NamedTuple):
-    """One activation of a latent, kept as an example."""
+    """One activation of a latent that the index stores as an example."""
 
     decile: int
-    """Tenth of the latent's activations, from 0, the smallest; -1 for the largest activations."""
+    """Decile of the latent's activations, from 0 (smallest); -1 for the largest activations."""
     act: float
     unit: int
     row: int
@@ -52,22 +53,22 @@ class Firing(NamedTuple):
 
 
 class Near(NamedTuple):
-    """A latent with a decoder direction close to another's."""
+    """A latent whose decoder direction is close to another latent's."""
 
     latent: int
     cosine: float
 
 
 class Coactive(NamedTuple):
-    """A latent that is active together with another, on `pair_rows` rows."""
+    """A latent that is often active together with another, counted on `Index.pair_rows` rows."""
 
     latent: int
     rows: int
-    """Rows on which both are active."""
+    """Number of rows on which both are active."""
     product: float
-    """Product of both activations, summed over the rows."""
+    """Product of both activations, summed over these rows."""
     phi: float
-    """Correlation of the two activities."""
+    """Phi coefficient of the two latents' being active; see `coactive.py`."""
 
 
 class Output(NamedTuple):
@@ -75,69 +76,70 @@ class Output(NamedTuple):
 
     token: int
     logit: float
-    """Change of the logit by an activation of 1, in the scale of the checkpoint."""
+    """Change of the logit per unit of activation, in the scale of the checkpoint."""
 
 
 class LatentPage(NamedTuple):
-    """Everything that an index has about a latent, except its postings."""
+    """Everything that an index stores about a latent, except its postings."""
 
     latent: int
     firings: int
     density: float
-    """Share of the rows on which it fires."""
+    """Firing frequency: the share of rows on which the latent fires."""
     mean: float
-    """Mean activation where it fires. This and the next three are 0 if it never fires."""
+    """Mean activation over the firings. `mean`, `max`, `deciles` and `histogram` are 0 if the
+    latent never fires."""
     max: float
     deciles: tuple[float, ...]
-    """Smallest activation of the deciles 1 to 9."""
+    """Smallest activation of each of the deciles 1 to 9."""
     histogram: tuple[int, ...]
-    """Firings by activation, in equal steps from 0 to `max`."""
+    """Firings by activation, in equal bars from 0 to `max`."""
     decoder_norm: float
     encoder_norm: float
     encoder_bias: float
     nearest: tuple[Near, ...]
-    """The nearest first; empty if the index has none."""
+    """Latents with the closest decoder directions, nearest first; empty if the index has none."""
     top_tokens: tuple[Output, ...]
-    """Whose logits it raises most; empty if the index has none."""
+    """Tokens whose logits the latent raises most; empty if the index has no output tokens."""
     bottom_tokens: tuple[Output, ...]
-    """Whose logits it lowers most."""
+    """Tokens whose logits the latent lowers most; empty if the index has no output tokens."""
     examples: tuple[Firing, ...]
-    """The largest first, then by decile."""
+    """Examples: the largest activations first, then some of each decile."""
     coactive: tuple[Coactive, ...]
-    """By phi, falling; empty if the index counts no pairs."""
+    """Coactive latents by descending phi; empty if the index has no pairs."""
     norms: Mapping[str, float]
-    """Length of the decoder row's part at each site, in the scale of the checkpoint; empty if one
-    site is written."""
+    """Length of the decoder row's part at each site, in the scale of the checkpoint; empty if only
+    one site is written."""
 
     @property
     def profile(self) -> dict[str, float]:
-        """Share of each written site in the sum of `norms`."""
+        """Each written site's share of the sum of `norms`."""
         total = sum(self.norms.values()) or 1.0
         return {site: norm / total for site, norm in self.norms.items()}
 
     @property
     def largest(self) -> tuple[Firing, ...]:
-        """The examples with the largest activations, falling."""
+        """The examples with the largest activations, in descending order."""
         return tuple(example for example in self.examples if example.decile == TOP)
 
 
 class Index:
     """A complete latent index.
 
-    Every object that is read whole is checked against its sha256. Of one that is read in parts
-    (larger than 1 MiB, for one latent) the pages carry a CRC-32, which is checked; the footer that
-    says where they lie carries none.
+    Every object that is read whole is checked against its sha256. An object above 1 MiB is read in
+    parts if only one latent is needed. Then its pages are checked against their CRC-32, but the
+    footer, which contains their offsets, has no checksum.
 
     Args:
         runs: The store of runs.
         run: Name of the run.
-        name: Name of the index; None takes the complete one of the last step, of several the
-            youngest.
-        step: With no name: only indexes of this step.
+        name: Name of the index; None takes the complete index of the latest step, and the newest if
+            that step has several.
+        step: Step to which the choice is limited if `name` is None.
 
     Raises:
-        NoIndexError: There is none, or it is not complete.
-        CorruptObjectError: It is damaged, or its schema is of another version of dist-sae.
+        NoIndexError: The index does not exist, or is not complete.
+        CorruptObjectError: The index is damaged, or its schema is of another version of dist-sae.
     """
 
     def __init__(
@@ -158,7 +160,7 @@ class Index:
 
     @property
     def n_latents(self) -> int:
-        """Latents of the dictionary."""
+        """Number of latents of the dictionary."""
         return self.manifest.n_latents
 
     def latent(self, latent: int) -> LatentPage:
@@ -191,14 +193,14 @@ class Index:
     def examples(self, latent: int) -> tuple[Firing, ...]:
         """Read a latent's examples: the largest activations, then some of each decile.
 
-        Raises: As `latent`.
+        Raises the errors of `latent`.
         """
         return _firings(self._rows(self._bucket_of(latent).examples, latent))
 
     def neighbours(self, latent: int) -> tuple[tuple[Near, ...], tuple[Coactive, ...]]:
-        """Read the latents nearest by decoder direction, and those most coactive.
+        """Read a latent's nearest latents by decoder direction, and its most coactive latents.
 
-        Raises: As `latent`.
+        Raises the errors of `latent`.
         """
         page = self.latent(latent)
         return page.nearest, page.coactive
@@ -206,11 +208,14 @@ class Index:
     def postings(self, latent: int) -> Iterator[pa.Table]:
         """Yield all activations of a latent, in tables of `POSTINGS`, by unit and row.
 
-        The first table is empty, so that every latent has one. If `index.postings` is a share, only
-        the activations on the kept rows are there (`manifest.postings_share`).
+        The first table is empty, so that every latent has at least one table. If `index.postings`
+        is a share, only the activations on a sample of the rows are stored
+        (`manifest.postings_share`).
 
-        Raises: As `latent`; and
-            ConfigError: The index keeps no postings.
+        Raises:
+            LatentNotFoundError: The dictionary has no such latent.
+            CorruptObjectError: A table is damaged.
+            ConfigError: The index stores no postings.
         """
         record = self._bucket_of(latent)
         self.check_postings()
@@ -223,7 +228,7 @@ class Index:
         """Yield all activations of a bucket's latents, piece by piece, by latent, unit and row.
 
         Raises:
-            ConfigError: The index keeps no postings.
+            ConfigError: The index stores no postings.
             CorruptObjectError: A table is damaged.
         """
         self.check_postings()
@@ -231,7 +236,7 @@ class Index:
             yield read_table(self._store, piece.stored)
 
     def bucket_pairs(self, bucket: int) -> pa.Table:
-        """Read the coactive pairs of a bucket's latents: a table of `PAIRS`.
+        """Read the coactive pairs of a bucket's latents, as a `PAIRS` table.
 
         Raises:
             ConfigError: The index counts no pairs.
@@ -246,7 +251,7 @@ class Index:
         return read_table(self._store, record.pairs)
 
     def has_postings(self, unit: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Whether the activations on each of these rows of a unit are kept; see `postings`."""
+        """Return whether the activations on each of these rows are stored; see `postings`."""
         share = self.manifest.postings_share
         if share == 1:
             return np.ones(len(rows), np.bool_)
@@ -263,36 +268,36 @@ class Index:
             yield read_table(self._store, self._record(bucket).examples, columns)
 
     def _read_origins(self, unit: int) -> pa.Table:
-        """Read token, position and document of a unit's rows: a table of `ROWS`."""
+        """Read token, position and document of a unit's rows, as a `ROWS` table."""
         record = self.folder.read(self._store, UnitRecord, unit)
         return read_table(self._store, record.origin) if record.origin else ROWS.empty_table()
 
     @cached_property
     def firings(self) -> NDArray[np.int64]:
-        """Firings of each latent, [n_latents]."""
+        """Number of firings of each latent, [n_latents]."""
         parts = [table["firings"].to_numpy() for table in self.latents(["firings"])]
         return np.concatenate(parts)
 
     @cached_property
     def rows(self) -> int:
-        """Rows that were indexed; 0 if no latent fires."""
+        """Number of indexed rows; 0 if no latent fires."""
         densest = self.latent(int(self.firings.argmax()))
         return round(densest.firings / densest.density) if densest.firings else 0
 
     def denser_than(self, page: LatentPage) -> float:
-        """Share of the latents that fire on fewer rows than this one."""
+        """Return the share of latents that fire on fewer rows than this one."""
         return float(np.mean(self.firings < page.firings))
 
     @property
     def pair_rows(self) -> int:
-        """Rows on which coactive latents were counted."""
+        """Number of rows on which coactive latents were counted."""
         return self._record(0).pair_rows
 
     def check_postings(self) -> None:
-        """Make sure that the index keeps postings.
+        """Check that the index stores postings.
 
         Raises:
-            ConfigError: It keeps none.
+            ConfigError: The index stores no postings.
         """
         if not self.manifest.postings_share:
             raise ConfigError(
@@ -301,13 +306,14 @@ class Index:
             )
 
     def check_all_postings(self, who: str) -> None:
-        """Make sure that the index keeps all postings.
+        """Check that the index stores all postings, not a share.
 
         Args:
-            who: Would take what is missing as silence.
+            who: The caller, which would mistake a missing posting for an activation of 0. Named in
+                the error.
 
         Raises:
-            ConfigError: It keeps none, or a share.
+            ConfigError: The index stores no postings, or only a share.
         """
         self.check_postings()
         if self.manifest.postings_share < 1:
@@ -335,8 +341,8 @@ def index_of(runs: ObjectStore, run: str, checkpoint: Checkpoint) -> Index:
     """Open the index of a checkpoint.
 
     Raises:
-        NoIndexError: There is none, it is not complete, or is of another checkpoint of this step.
-        CorruptObjectError: It is damaged, or its schema is of another version of dist-sae.
+        NoIndexError: The step has no complete index, or it is of another checkpoint of this step.
+        CorruptObjectError: The index is damaged, or its schema is of another version of dist-sae.
     """
     index = Index(runs, run, step=checkpoint.step)
     if index.manifest.checkpoint != checkpoint.digest:

@@ -1,4 +1,4 @@
-"""Partial reads of tables sorted by latent: only the row groups of one latent."""
+"""Partial reads of tables that are sorted by latent: only the row groups of one latent."""
 
 import io
 import threading
@@ -16,18 +16,19 @@ from dist_sae.storage import ObjectStore
 from dist_sae.storage.records import READS
 
 WHOLE_BYTES = 2**20
-"""Objects up to this size are read whole, which takes as long as a part, and kept."""
+"""Largest object that is read whole and cached, which takes no longer than reading a part."""
 TAIL_BYTES = 2**16
-"""Bytes read from the end of a larger object: its footer, nearly always."""
+"""Bytes read first from the end of a larger object. They nearly always contain its footer."""
 
 Read = TypeVar("Read")
 
 
 class LatentTable:
-    """A Parquet table whose first column is the latent, ascending.
+    """A Parquet table whose first column is the latent, in ascending order.
 
-    An object that is read whole is checked against its sha256. In a larger object each page that is
-    read is checked by its CRC-32; the footer, which has the places of the pages, carries none.
+    An object that is read whole is checked against its sha256. In a larger object, each page that
+    is read is checked against its CRC-32. The footer, which contains the offsets of the pages, has
+    no checksum.
 
     Args:
         store: The store of the object.
@@ -38,15 +39,15 @@ class LatentTable:
         self._store = store
         self._stored = stored
         self._whole: bytes | None = None
-        self._lock = threading.Lock()  # guards the footer and kept bytes
-        # kept, since latents are often asked for in their order
+        self._lock = threading.Lock()  # guards the footer and the cached bytes
+        # cached, because latents are often read in order
         self._group = lru_cache(1)(lambda group: self._parsed(partial(self._read, group)))
 
     def of(self, latent: int) -> Iterator[pa.Table]:
-        """Yield a latent's rows, one row group after the other; an empty table if it has none.
+        """Yield a latent's rows, one row group after another, or an empty table if it has none.
 
         Raises:
-            CorruptObjectError: What was read is damaged, or the object is gone.
+            CorruptObjectError: The part that was read is damaged, or the object is gone.
         """
         with self._lock:
             groups = [i for i, span in self._spans.items() if latent in span]
@@ -62,7 +63,7 @@ class LatentTable:
 
     @cached_property
     def _spans(self) -> dict[int, range]:
-        """Latents of each row group that has rows."""
+        """The range of latents in each row group, except empty groups."""
         groups = {i: self._footer.row_group(i) for i in range(self._footer.num_row_groups)}
         found = {i: group.column(0).statistics for i, group in groups.items() if group.num_rows}
         return {i: range(statistics.min, statistics.max + 1) for i, statistics in found.items()}
@@ -70,7 +71,8 @@ class LatentTable:
     def _read_footer(self) -> pq.FileMetaData:
         size = self._stored.bytes
         tail = self._bytes(max(0, size - TAIL_BYTES), size)
-        length = int.from_bytes(tail[-8:-4], "little") + 8  # the file ends so, then "PAR1"
+        # a Parquet file ends with its footer, the footer's length in four bytes and "PAR1"
+        length = int.from_bytes(tail[-8:-4], "little") + 8
         if length > len(tail):
             tail = self._bytes(max(0, size - length), size)
         return pq.read_metadata(pa.BufferReader(tail[-length:]))
@@ -94,7 +96,7 @@ class LatentTable:
         return self._whole[start:stop]
 
     def _parsed(self, read: Callable[[], Read]) -> Read:
-        """Read; if the data are damaged, read again."""
+        """Call `read`, and call it again if the data are damaged."""
         reason = ""
         for _ in range(READS):
             try:
@@ -111,7 +113,7 @@ class LatentTable:
 
 
 class _Window(io.RawIOBase):
-    """A file of `size` bytes of which only `data`, from `start` on, is in memory."""
+    """A read-only file of `size` bytes, of which only `data`, from `start` on, is in memory."""
 
     def __init__(self, data: bytes, start: int, size: int) -> None:
         self._data = memoryview(data)

@@ -1,4 +1,4 @@
-"""Records of an index's units and buckets."""
+"""The records of an index's units and buckets."""
 
 import zlib
 from collections.abc import Iterable, Iterator
@@ -10,21 +10,21 @@ from dist_sae.storage import ObjectStore
 def bucket_records(
     store: ObjectStore, folder: IndexFolder, manifest: IndexManifest
 ) -> Iterator[BucketRecord]:
-    """Yield the records of all buckets, which stage 2 stored."""
+    """Yield the records of all buckets, as stored by stage 2."""
     return (folder.read(store, BucketRecord, n) for n in range(manifest.n_buckets))
 
 
 def unit_records(
     store: ObjectStore, folder: IndexFolder, manifest: IndexManifest
 ) -> Iterator[UnitRecord]:
-    """Yield the records of all units, which stage 1 stored."""
+    """Yield the records of all units, as stored by stage 1."""
     return (folder.read(store, UnitRecord, unit) for unit in manifest.units)
 
 
 class UnitRecords:
-    """The records of all units, compressed in memory; may be iterated any number of times.
+    """The records of all units, compressed in memory. Can be iterated any number of times.
 
-    A record of 64 buckets takes 84 kB as an object, and 4 kB here.
+    A record with 64 buckets takes 84 kB as an object, and 4 kB compressed.
     """
 
     def __init__(self, records: Iterable[UnitRecord]) -> None:

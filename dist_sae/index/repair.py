@@ -1,4 +1,4 @@
-"""Upkeep of an index: finds damaged objects, and deletes objects that no record names."""
+"""Repair of an index, and deletion of objects that no record names."""
 
 import itertools
 import logging
@@ -25,19 +25,22 @@ logger = logging.getLogger(__name__)
 def drop_damaged(
     store: ObjectStore, folder: IndexFolder, manifest: IndexManifest, retired: int
 ) -> list[str]:
-    """Read every object of an index; delete the damaged ones, with the manifests that name them.
+    """Read every object of an index. Delete the damaged ones and the records that name them.
 
-    Workers then make these buckets and units again. Codes are not read: stage 2 checks them.
+    Workers then rebuild these buckets and units. Codes are not read, because stage 2 checks them.
 
     Args:
-        retired: Units below it are deleted from the activation set.
+        store: The store of runs.
+        folder: The keys of the index.
+        manifest: The manifest of the index.
+        retired: Units below this number are deleted from the activation set.
 
     Returns:
         The faults, one line each.
 
     Raises:
-        CorruptObjectError: Making a damaged object again needs units that are deleted. Nothing
-            is changed.
+        CorruptObjectError: A damaged object cannot be rebuilt, because it needs deleted units.
+            Nothing is changed.
     """
     faults, doomed = list[str](), list[str]()
     needed = set[int]()
@@ -65,11 +68,14 @@ def check_not_retired(
     """Check that these units of the index can be encoded again.
 
     Args:
-        retired: Units below it are deleted from the activation set.
-        faults: Reasons why units must be encoded again.
+        store: The store of runs.
+        folder: The keys of the index.
+        units: Units that must be encoded again.
+        retired: Units below this number are deleted from the activation set.
+        faults: The reasons why these units must be encoded again.
 
     Raises:
-        CorruptObjectError: A unit is deleted.
+        CorruptObjectError: One of the units is deleted.
     """
     for unit in sorted(unit for unit in units if unit < retired):
         key = folder.units.key(unit)
@@ -88,8 +94,9 @@ def check_not_retired(
 
 
 def delete_unnamed(store: ObjectStore, folder: IndexFolder, manifest: IndexManifest) -> None:
-    """Delete the codes of a complete index, and objects that dead attempts have left."""
-    records: Iterable[Record] = itertools.chain(  # one in memory at a time: 84 kB, for 64 buckets
+    """Delete the codes of a complete index, and objects that failed attempts have left behind."""
+    # read one at a time, since a record takes 84 kB of memory for 64 buckets
+    records: Iterable[Record] = itertools.chain(
         unit_records(store, folder, manifest), bucket_records(store, folder, manifest)
     )
     named = {part.key for record in records for part in _objects(record)}
@@ -100,11 +107,11 @@ def delete_unnamed(store: ObjectStore, folder: IndexFolder, manifest: IndexManif
 def _faults(
     store: ObjectStore, folder: IndexFolder, kind: type[Record], keys: NumberedKeys, number: int
 ) -> Iterator[tuple[str, str]]:
-    """Yield what is wrong with a unit or bucket, and the key of the object."""
+    """Yield each fault of a unit or bucket, with the key of the damaged object."""
     try:
         stored = list(_objects(folder.read(store, kind, number)))
     except ObjectNotFoundError:
-        return  # it does not exist yet
+        return  # the unit or bucket is not done yet
     except CorruptObjectError as exc:
         yield str(exc), keys.key(number)
         return
@@ -116,7 +123,7 @@ def _faults(
 
 
 def _objects(record: Record) -> Iterator[Stored]:
-    """The objects that a unit or a bucket consists of."""
+    """Yield the tables that a unit or bucket consists of."""
     if isinstance(record, UnitRecord):
         parts = [record.origin]
     else:

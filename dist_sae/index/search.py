@@ -13,28 +13,28 @@ from dist_sae.index.query import Index
 from dist_sae.models import Tokenizer
 
 LEAST_EXAMPLES = 8
-"""Largest activations that a latent must have to be found."""
+"""Fewest largest activations with which a latent can be found."""
 IsWanted = Callable[[int], bool]
-"""Tells whether a token is one that is searched for."""
+"""Function that returns whether a token matches the search."""
 
 
 class Match(NamedTuple):
-    """A latent with some of its largest activations on tokens that are searched for."""
+    """A latent with some of its largest activations on tokens that match a search."""
 
     latent: int
     hits: int
-    """Largest activations on such a token."""
+    """Number of its largest activations on a matching token."""
     examples: int
-    """All of its largest activations that the index keeps."""
+    """Number of its largest activations that the index stores."""
 
     @property
     def share(self) -> float:
-        """Share of the largest activations that are on such a token."""
+        """Share of the largest activations that are on a matching token."""
         return self.hits / self.examples
 
 
 class Matches(NamedTuple):
-    """Latents that a search found, the best first: columns of `Match`."""
+    """The latents that a search found, best first, as columns of `Match`."""
 
     latents: NDArray[np.int64]
     hits: NDArray[np.int64]
@@ -44,8 +44,8 @@ class Matches(NamedTuple):
 class TopTokens:
     """The tokens of all latents' largest activations, in memory.
 
-    Takes 10 bytes for each different token of a latent, of which it has at most `index.examples`,
-    and reads all examples of the index.
+    Reads all examples of the index. Takes 10 bytes of memory for each distinct token of a latent,
+    of which there are at most `index.examples`.
 
     Args:
         index: The index.
@@ -72,10 +72,10 @@ class TopTokens:
         counts = np.bincount(self._latents, minlength=index.n_latents)
         self._starts = np.concatenate([[0], counts.cumsum()])
         self.tokens: NDArray[np.int32] = np.unique(self._tokens)
-        """All tokens, ascending."""
+        """All distinct tokens, in ascending order."""
 
     def of(self, latent: int, n: int) -> list[int]:
-        """The `n` most frequent tokens; of equally frequent ones that of the largest activation."""
+        """Return a latent's `n` most frequent tokens, ties by largest activation."""
         start, stop = self._starts[latent : latent + 2]
         found: list[int] = self._tokens[start : min(stop, start + n)].tolist()
         return found
@@ -83,7 +83,7 @@ class TopTokens:
     def search(self, is_wanted: IsWanted) -> Matches:
         """Find latents with a hit and at least `LEAST_EXAMPLES` largest activations.
 
-        They are sorted by share of hits, then number of hits (both falling), then latent.
+        The result is sorted by share of hits, then number of hits (both descending), then latent.
         """
         wanted = np.zeros(self.tokens.max(initial=0) + 1, np.bool_)
         wanted[self.tokens] = [is_wanted(token) for token in self.tokens.tolist()]
@@ -91,23 +91,24 @@ class TopTokens:
         examples = self._examples
         hits = np.bincount(self._latents[hit], self._counts[hit], len(examples)).astype(np.int64)
         able = np.flatnonzero((hits > 0) & (examples >= LEAST_EXAMPLES))
-        # shares of at most 4,096 examples differ by more than 1e-8, so hits decide among equal ones
+        # different shares of at most 4,096 examples differ by more than 1e-8, so hits only break
+        # ties
         rank = hits[able] / examples[able] + 1e-13 * hits[able]
         order = able[np.argsort(-rank, kind="stable")]
         return Matches(order, hits[order], examples[order])
 
 
 def search(index: Index, is_wanted: IsWanted) -> list[Match]:
-    """Find latents by the tokens of their largest activations: see `TopTokens.search`."""
+    """Find latents by the tokens of their largest activations. See `TopTokens.search`."""
     found = TopTokens(index).search(is_wanted)
     return list(map(Match, *(column.tolist() for column in found)))
 
 
 def is_token(tokenizer: Tokenizer, text: str) -> IsWanted:
-    """Search for one token.
+    """Return a test for one token.
 
     Raises:
-        ArgumentError: The text is not one token of the model.
+        ArgumentError: The text is not a single token of the model.
     """
     (ids,) = tokenizer([text])
     if len(ids) != 1:
@@ -119,14 +120,14 @@ def is_token(tokenizer: Tokenizer, text: str) -> IsWanted:
 
 
 def has_pattern(text_of: Callable[[int], str], pattern: str) -> IsWanted:
-    """Search for tokens in which a regular expression matches.
+    """Return a test for tokens whose text contains a match of a regular expression.
 
     Args:
-        text_of: Gives the text of a token.
+        text_of: Function that returns the text of a token.
         pattern: The regular expression.
 
     Raises:
-        ArgumentError: It is not a regular expression.
+        ArgumentError: The pattern is not a valid regular expression.
     """
     try:
         compiled = re.compile(pattern)

@@ -1,4 +1,4 @@
-"""Sums over a complete index."""
+"""The summary of a complete index."""
 
 from typing import Any
 
@@ -11,15 +11,16 @@ _PARTS = {
     "output_tokens": "output tokens",
     "pairs": "coactive latents",
 }
-"""Settings of the index whose value 0 leaves out a part of a latent's page."""
+"""Settings of the index, each with the part of a latent's page that the value 0 omits."""
 
 
 def summary(store: ObjectStore, folder: IndexFolder, manifest: IndexManifest) -> dict[str, Any]:
-    """Sums over a complete index.
+    """Summarize a complete index.
 
     Returns:
-        `index` (its place), `step`, `units`, `deleted_units`, `rows`, `fvu`, `l0`, `entries`,
-        `never_fired` (latents), `bytes` by table; `left_out`, if anything is: see that function.
+        `index` (its path or URL), `step`, `units`, `deleted_units`, `rows`, `fvu`, `l0`, `entries`,
+        `never_fired` (latents), `bytes` by table, and `left_out` if the function of that name
+        returns anything.
     """
     without = {"buckets": (), "sample": ()}  # these fields take 84 kB of memory for 64 buckets
     records = [
@@ -50,7 +51,7 @@ def summary(store: ObjectStore, folder: IndexFolder, manifest: IndexManifest) ->
 
 
 def left_out(manifest: IndexManifest) -> list[str]:
-    """Parts that this index lacks, each with the reason."""
+    """List the parts that this index lacks, each with the reason."""
     found = [
         f"{part} (index.{key}: 0)" for key, part in _PARTS.items() if not manifest.settings[key]
     ]

@@ -1,4 +1,4 @@
-"""Makes and stores the tables of a bucket."""
+"""Building and storing the tables of a bucket."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,13 +34,14 @@ from dist_sae.index.merge import BucketCodes, Chosen, Statistics, Tile, summaris
 from dist_sae.storage import ObjectStore
 
 GROUP_ROWS = {"latents": 2048, "examples": 32_768, "pairs": 32_768}
-"""Rows of a row group; a latent's page reads one per table, about half a megabyte in all."""
-_KEPT_ROWS = 2**24  # most rows whose origin stays in memory, 16 bytes each
+"""Rows per row group of each table. A latent's page reads one row group per table, about half a
+megabyte in all."""
+_KEPT_ROWS = 2**24  # most rows whose origin is cached, 16 bytes each
 _ORIGIN = ("document", "position", "token")
 
 
 class Origins:
-    """Token, position and document of rows; recently read units stay in memory.
+    """Token, position and document of rows. Recently read units are cached.
 
     Args:
         store: The store of runs.
@@ -58,7 +59,7 @@ class Origins:
         self._read = lru_cache(_KEPT_ROWS // largest)(self._read_unit)
 
     def find(self, units: NDArray[np.int32], rows: NDArray[np.int32]) -> list[NDArray[Any]]:
-        """Document, position and token of each of some rows."""
+        """Return the document, position and token of each of some rows."""
         columns: list[NDArray[Any]] = [
             np.empty(len(units), EXAMPLES.field(name).type.to_pandas_dtype()) for name in _ORIGIN
         ]
@@ -85,16 +86,21 @@ def make_bucket(
     sample: Sample | None,
     alive: Callable[[], None] = lambda: None,
 ) -> BucketRecord:
-    """Make and store the tables of a bucket.
+    """Build and store the tables of a bucket.
 
     Args:
-        weights: Columns of `LATENTS` that follow from the dictionary alone.
+        store: The store of runs.
+        folder: The keys of the index.
+        manifest: The manifest of the index.
+        records: The records of the index's units.
+        bucket: Number of the bucket.
+        weights: Columns of `LATENTS` that depend on the dictionary alone.
         origins: Origins of the index's rows.
-        sample: Rows on which pairs are counted; None makes no table of pairs.
+        sample: The rows on which pairs are counted; None omits the table of pairs.
         alive: Called before each piece of work.
 
     Raises:
-        CorruptObjectError: Codes are damaged.
+        CorruptObjectError: A chunk of codes or a table of rows is damaged or gone.
     """
     latents = manifest.bucket(bucket)
     rows, chunks = 0, []
@@ -154,7 +160,7 @@ def _postings(
     tile: Tile,
     numbers: "Iterator[int]",
 ) -> list[Piece]:
-    """Store a tile's entries on the rows that are kept."""
+    """Store a tile's entries, on the sampled rows if postings are a share, as a piece."""
     columns = [(tile.latents + tile.first).astype(np.int32), tile.units, tile.rows, tile.acts]
     if manifest.postings_share < 1:
         chance = chances(manifest.seed, POSTINGS_CHANCE, tile.units, tile.rows)

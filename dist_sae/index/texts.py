@@ -1,4 +1,4 @@
-"""Texts around rows, with a latent's activations."""
+"""The text around rows, with a latent's activations."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -11,12 +11,13 @@ from dist_sae.models import Tokenizer, build_tokenizer
 from dist_sae.storage import open_store
 
 CONTEXT_TOKENS = 24
-"""Tokens shown on either side."""
-_CHARACTER_TOKENS = 3  # a character has at most four bytes in UTF-8, each perhaps a token
+"""Default number of tokens shown on either side of a firing."""
+# a character has at most four bytes in UTF-8, each of which may be a token
+_CHARACTER_TOKENS = 3
 
 
 class Place(NamedTuple):
-    """A token of the corpus."""
+    """The place of a token in the corpus."""
 
     document: int
     position: int
@@ -28,20 +29,20 @@ class Token(NamedTuple):
 
     text: str
     act: float
-    """Activation; 0 also if the row is not in the activation set."""
+    """Activation of the latent. Also 0 if the row is not in the activation set."""
     in_context: bool
-    """True if the token is in the example's context."""
+    """Whether the model saw the token in the same context as the example's peak."""
 
 
 class Example(NamedTuple):
-    """One firing, with the text around it."""
+    """A firing of a latent, with the text around it."""
 
     act: float
     document: int
     position: int
     tokens: list[Token]
     peak: int
-    """Index in `tokens` of the token with the activation."""
+    """Index in `tokens` of the token that the firing is on."""
 
 
 class Texts:
@@ -49,7 +50,7 @@ class Texts:
 
     Args:
         run: The run.
-        plan: Its plan, which knows where every document lies.
+        plan: The run's plan, which locates every document.
     """
 
     def __init__(self, run: Run, plan: Plan) -> None:
@@ -62,7 +63,7 @@ class Texts:
         self._known: dict[int, list[int]] = {}
 
     def read(self, unit: int, documents: Iterable[int]) -> None:
-        """Add the documents of a unit."""
+        """Read and tokenize some documents of a unit, unless they are in memory."""
         wanted = set(documents) - self._known.keys()
         if not wanted:
             return
@@ -71,12 +72,12 @@ class Texts:
             self._known[document.number] = ids
 
     def forget(self, most: int = 0) -> None:
-        """Drop all documents, if there are more than `most`."""
+        """Drop all documents if there are more than `most`."""
         if len(self._known) > most:
             self._known.clear()
 
     def tokens(self, document: int) -> list[int]:
-        """Token ids of an added document."""
+        """Return the token ids of a document. They are empty if `read` has not read it."""
         return self._known.get(document, [])
 
 
@@ -86,13 +87,13 @@ def build_example(
     """Build the text around a token, with the latent's activations.
 
     Args:
-        place: The text's peak.
+        place: The token in the middle, on which the latent fires.
         known: Activations of the latent by (document, position).
-        texts: Has read the document.
-        reach: Tokens on either side.
+        texts: Texts that have read the document.
+        reach: Number of tokens on either side.
 
     Raises:
-        CorpusError: The document is not the one that the activations were made from.
+        CorpusError: The document differs from the one that the activations were computed from.
     """
     document, position, token = place
     ids = texts.tokens(document)
@@ -110,7 +111,7 @@ def build_example(
         act = known.get((document, number), 0.0)
         if text or not tokens:
             tokens.append(Token(text or "\ufffd", act, number // texts.context_tokens == context))
-        else:  # the token before has already shown its text
+        else:  # the text of this token is part of the one before
             tokens[-1] = tokens[-1]._replace(act=max(tokens[-1].act, act))
         if number == position:
             peak = len(tokens) - 1
@@ -118,9 +119,9 @@ def build_example(
 
 
 def token_texts(ids: Sequence[int], window: range, tokenizer: Tokenizer) -> list[str]:
-    """Text of each token of a window; characters that cross its ends are whole.
+    """Return the text of each token of a window. Characters that cross its ends are not cut.
 
-    If several tokens form one character, the first gets it and the others are empty.
+    If several tokens form one character, the first token gets it and the others are empty.
     """
     first = max(0, window.start - _CHARACTER_TOKENS)
     found = tokenizer.text(ids[first : window.stop + _CHARACTER_TOKENS])

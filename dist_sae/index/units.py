@@ -1,4 +1,4 @@
-"""Stores encoded units: codes by latent, the rows' origin, and a record of what is where."""
+"""Storing encoded units: codes by latent, the rows' origin, and a record of where both are."""
 
 import uuid
 from collections.abc import Callable
@@ -30,16 +30,16 @@ from dist_sae.storage.records import seal
 
 
 class UnitWriter:
-    """Stores units while the next ones are encoded. Its methods are collective.
+    """Stores units in the background while the next ones are encoded. Its methods are collective.
 
-    Each rank stores the codes of its own latents; then the first rank stores the unit's record.
+    Each rank stores the codes of its own latents. Then the first rank stores the unit's record.
 
     Args:
-        store: Takes the objects.
-        folder: Their keys.
-        manifest: The index.
+        store: The store of runs.
+        folder: The keys of the index.
+        manifest: The manifest of the index.
         mesh: The ranks that share the dictionary.
-        sealed: Called on the first rank, in a thread of its own, after a record is stored.
+        sealed: Called on the first rank, in a background thread, after a record is stored.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class UnitWriter:
         self._pool.shutdown(cancel_futures=True)
 
     def put(self, unit: Encoded, sae: Dictionary) -> None:
-        """Begin to store a unit, after the one before it.
+        """Start to store a unit, once all ranks have stored the codes of the previous one.
 
         Args:
             unit: The unit.
@@ -79,7 +79,7 @@ class UnitWriter:
         self._wait()
 
     def _gather(self) -> None:
-        """Wait until all ranks have stored their codes, and begin to store the record."""
+        """Wait until all ranks have stored their codes, then start to store the record."""
         if self._writing is None:
             return
         (unit, written), self._writing = self._writing, None
@@ -100,20 +100,20 @@ class UnitWriter:
 
 
 class Written(NamedTuple):
-    """Places of a unit's objects that one rank has stored."""
+    """The objects of a unit that one rank has stored."""
 
     buckets: dict[int, CodesChunk]
     sample: CodesChunk | None
     origin: Stored | None
-    """Table of the rows' origin; None on all ranks but the first, which stores it."""
+    """Table of the rows' origin, which only the first rank stores. None on the others."""
 
 
 def write_unit(
     store: ObjectStore, folder: IndexFolder, manifest: IndexManifest, sae: Dictionary, unit: Encoded
 ) -> Written:
-    """Store this rank's codes of a unit, bucket after bucket, and those of its sampled rows.
+    """Store this rank's codes of a unit by bucket, and its codes of the sampled rows.
 
-    The first rank stores the origin of the rows as well.
+    The first rank also stores the origin of the rows.
     """
     first, n_local = sae.first_latent, len(sae.W_enc)
     order = torch.from_numpy(unit.latents).argsort(stable=True).numpy()
@@ -157,16 +157,18 @@ def write_unit(
 
 
 def sampled_rows(manifest: IndexManifest, unit: int, rows: int) -> NDArray[np.int64]:
-    """Rows of a unit on which pairs are counted, ascending."""
+    """Return the rows of a unit on which pairs are counted, in ascending order."""
     chance = chances(manifest.seed, PAIRS_CHANCE, unit, np.arange(rows))
     return np.flatnonzero(chance < below(manifest.pair_share))
 
 
 def unit_record(manifest: IndexManifest, unit: Encoded, written: list[Written]) -> UnitRecord:
-    """Describe a unit that is stored.
+    """Build the record of a stored unit.
 
     Args:
-        written: Objects of all ranks, in the order of the ranks.
+        manifest: The manifest of the index.
+        unit: The unit.
+        written: The objects that each rank stored, in the order of the ranks.
     """
     error, total, active = unit.sums
     rows = len(unit.origin[0])

@@ -1,4 +1,4 @@
-"""Columns of the table of latents that follow from the dictionary alone."""
+"""Columns of the table of latents that depend on the dictionary alone."""
 
 from collections.abc import Callable, Iterator
 
@@ -20,7 +20,10 @@ from dist_sae.index.outputs import LATENTS, Outputs
 
 
 def decoder_of(opened: Opened, alive: Callable[[], None] = lambda: None) -> Decoder:
-    """The decoder, whose rows stay in memory if they take no more than a rank's encoder did."""
+    """Open the decoder. It may cache as many bytes as a rank's encoder took.
+
+    With one rank per worker, that is the whole decoder.
+    """
     decoder = Decoder(opened.checkpoint, alive)
     whole_bytes = 4 * decoder.n_latents * decoder.d_out
     decoder.keep_bytes = whole_bytes // opened.run.index.latent_shards
@@ -36,16 +39,18 @@ def weight_columns(
     device: torch.device,
     alive: Callable[[], None] = lambda: None,
 ) -> dict[str, pa.Array]:
-    """Norms, biases, nearest latents and output tokens of a range of latents, by column.
+    """Compute norms, biases, nearest latents and output tokens of a range of latents, by column.
 
     If several sites are written, `norms` has the length of each site's part of a decoder row.
 
     Args:
+        opened: The index.
+        latents: The range of latents.
         decoder: See `neighbours`.
         cells: See `neighbours`.
         outputs: Finds the output tokens.
-        device: Computes the nearest latents.
-        alive: As in `neighbours`.
+        device: Device for the search of nearest latents.
+        alive: Called before each part of the decoder.
     """
     checkpoint, normalisers = opened.checkpoint, opened.normalisers
     stored = weights_of(checkpoint)
@@ -81,7 +86,7 @@ def weight_columns(
 
 
 def _decoder(opened: Opened, latents: range) -> Iterator[Float[Tensor, "some d_out"]]:
-    """Decoder rows of some latents, part by part."""
+    """Yield the decoder rows of some latents, part by part."""
     sae, checkpoint = opened.run.sae, opened.checkpoint
     unit = 1 if sae.has_latent_rows else sae.together
     first, stop = latents.start // unit * unit, -(-latents.stop // unit) * unit
