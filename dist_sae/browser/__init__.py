@@ -1,1 +1,1 @@
-"""A local page on a latent index: lists, search, latents, texts."""
+"""Local web pages for a latent index: lists, search, latents, texts."""

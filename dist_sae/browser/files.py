@@ -1,4 +1,4 @@
-"""Pages of some latents, as files."""
+"""Writing the pages of some latents as files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,22 +17,22 @@ def write_pages(
     latents: Sequence[int] | None,
     other: OpenedRun | None = None,
 ) -> dict[str, Any]:
-    """Write a list of latents and a page of each, which need no server and no network.
+    """Write a list of latents and a page for each, which need no server and no network.
 
     Args:
         run: The run.
-        index: Name of the index; None takes the complete one of the last step.
-        folder: Takes the files; what has other names there stays.
-        latents: The latents; None takes those of the report.
-        other: Another run, whose nearest latent is put beside each.
+        index: Name of the index; None takes the complete index of the latest step.
+        folder: Folder for the files. Files with other names in it are not touched.
+        latents: The latents; None takes the latents of the report.
+        other: Another run. Each latent is compared with that run's nearest latent.
 
     Returns:
-        `pages`, their number; `browse`, the file to open.
+        `pages`, the number of files, and `browse`, the file to open.
 
     Raises:
         ConfigError: The folder cannot be written, or the other run cannot be compared.
         NoIndexError: There is no complete index.
-        LatentNotFoundError: There is no such latent.
+        LatentNotFoundError: The dictionary has no such latent.
     """
     if latents is None:
         config = run.config

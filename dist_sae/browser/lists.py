@@ -1,4 +1,4 @@
-"""Lists of latents, from what is kept of all of them in memory."""
+"""Lists of latents, from numbers of all latents in memory."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from dist_sae.errors import ArgumentError
 from dist_sae.index.query import Index
 from dist_sae.index.search import TopTokens
 
-SORTS = {  # key: what a reader sees
+SORTS = {  # key: label on the page
     "density": "density, falling",
     "rarity": "density, rising",
     "max": "largest activation",
@@ -24,28 +24,28 @@ SORTS = {  # key: what a reader sees
     "latent": "number",
 }
 PAGE_LATENTS = 50
-"""Latents of a page of a list."""
-_TOKENS = 5  # of a latent in a list
+"""Latents per page of a list."""
+_TOKENS = 5  # tokens per latent in a list
 _COLUMNS = ["density", "max", "decoder_norm", "top_tokens", "top_logits"]
 
 
 class Choice(NamedTuple):
-    """Which latents a list shows, and in which order."""
+    """The filter, order and page of a list of latents."""
 
     sort: str = "density"
     least: float = 0.0
-    """Least density, in percent; latents that never fire are in no list."""
+    """Lowest density to show, in percent. Latents that never fire are not in any list."""
     most: float = 100.0
-    """Largest density, in percent."""
+    """Highest density to show, in percent."""
     effect: float = 0.0
-    """Least effect on a logit: the decoder's, times the largest activation."""
+    """Smallest effect on a logit to show: the decoder row's effect times the largest activation."""
     cluster: str = ""
-    """Level and number of a cluster of the map, as 0.12; empty: all latents."""
+    """Level and number of a cluster of the map, for example 0.12; empty for all latents."""
     page: int = 0
 
     @classmethod
     def of(cls, query: Mapping[str, str]) -> "Choice":
-        """Read a choice from an address; raises `ArgumentError`."""
+        """Read a choice from a query string. Raises `ArgumentError` for an invalid value."""
         sort = query.get("sort", "density")
         if sort not in SORTS:
             raise ArgumentError(f"sort: {sort}: is none of {', '.join(SORTS)}")
@@ -54,22 +54,22 @@ class Choice(NamedTuple):
         return cls(sort, least, most, effect, cluster, number(query, "page"))
 
     def query(self, page: int = 0) -> str:
-        """Query string of this list at another page."""
+        """Return the query string of another page of this list."""
         said = self._replace(page=page)._asdict()
         kept = {k: v for k, v in said.items() if k == "sort" or v != self._field_defaults[k]}
         return urlencode({k: f"{v:.12g}" if isinstance(v, float) else v for k, v in kept.items()})
 
 
 class Lists:
-    """All latents by their numbers, their tokens and their clusters, in memory.
+    """Numbers, tokens and clusters of all latents, in memory.
 
-    Takes 60 bytes of a latent, and 10 of each token that it fires on (`TopTokens`); a million
-    latents take some seconds to read.
+    Takes 60 bytes per latent, and 10 per distinct token that the latent fires on (`TopTokens`). A
+    million latents take some seconds to read.
 
     Args:
         index: The index.
         map_: The map of its latents, if there is one.
-        name: Gives the text of a token.
+        name: Function that returns the text of a token.
     """
 
     def __init__(self, index: Index, map_: Map | None, name: Callable[[int], str]) -> None:
@@ -87,23 +87,23 @@ class Lists:
         self._raises = numbers.pop("raises", np.zeros((index.n_latents, 0), np.int32))
         self._numbers = numbers | {"norm": numbers.pop("decoder_norm")}
         self.map = map_
-        """Clusters and places."""
+        """The map, which has the clusters and places of the latents."""
         self._levels = map_.levels if map_ else []
         self._name = name
         self._order = lru_cache(maxsize=None)(self._find_order)
         self.tokens = TopTokens(index)
         """The tokens of the largest activations."""
         self.never = int((numbers["density"] == 0).sum())
-        """Latents that never fire."""
+        """Number of latents that never fire."""
 
     @property
     def sorts(self) -> dict[str, str]:
-        """Orders that there are."""
+        """The available orders, from key to label."""
         missing = {"effect"} - self._numbers.keys() | (set() if self._levels else {"cluster"})
         return {key: text for key, text in SORTS.items() if key not in missing}
 
     def row(self, latent: int) -> dict[str, Any]:
-        """Numbers of a latent, its clusters, and tokens: that it fires on most, that it raises."""
+        """Return a latent's numbers, clusters, and the tokens that it fires on and raises most."""
         return {
             "latent": latent,
             **{name: float(column[latent]) for name, column in self._numbers.items()},
@@ -113,15 +113,15 @@ class Lists:
         }
 
     def page(self, latents: NDArray[np.integer[Any]], page: int) -> dict[str, Any]:
-        """The rows of a page of a list, and its place among the pages."""
+        """Return the rows of a page of a list, with the number of pages."""
         shown = latents[page * PAGE_LATENTS :][:PAGE_LATENTS].tolist()
         return {"latents": list(map(self.row, shown)), **numbered(len(latents), page, PAGE_LATENTS)}
 
     def turns(self, latent: int, choice: Choice) -> list[tuple[str, str, str]]:
-        """Links from a latent of a list, to the list and its neighbours there.
+        """Return links from a latent to its list, and to the previous and next latent of the list.
 
         Returns:
-            Relation, address and text of each; empty if the list has no such latent.
+            Relation, URL and text of each link; empty if the latent is not in the list.
         """
         order = self.find(choice)
         at = np.flatnonzero(order == latent).tolist()
@@ -132,10 +132,10 @@ class Lists:
         return turns
 
     def find(self, choice: Choice) -> NDArray[np.int32]:
-        """The latents of a list, in its order, on all pages.
+        """Find the latents on all pages of a list, in its order.
 
         Raises:
-            ArgumentError: The index or its map has no such order, or no such cluster.
+            ArgumentError: The index has no map or no effects for this choice, or no such cluster.
         """
         if choice.sort not in self.sorts or (choice.effect and "effect" not in self._numbers):
             what = "cluster" if choice.sort == "cluster" else "effect"
@@ -155,7 +155,7 @@ class Lists:
         match sort:
             case "latent":
                 return np.arange(len(numbers["density"]), dtype=np.int32)
-            case "cluster":  # latents in none come last
+            case "cluster":  # latents in no cluster come last
                 keys = [level.astype(np.uint32) for level in reversed(self._levels)]
                 return np.lexsort((-numbers["density"], *keys)).astype(np.int32)
             case "rarity":
@@ -175,7 +175,11 @@ class Lists:
 
 
 def numbered(found: int, page: int, of_page: int) -> dict[str, int]:
-    """Number of what was found, of pages, and of this page; raises `ArgumentError`."""
+    """Return the number of results, of pages, and of this page.
+
+    Raises:
+        ArgumentError: There is no such page.
+    """
     pages = max(1, -(-found // of_page))
     if page >= pages:
         raise ArgumentError(f"page: {page}: there are pages 0 to {pages - 1}")
@@ -183,7 +187,7 @@ def numbered(found: int, page: int, of_page: int) -> dict[str, int]:
 
 
 def number(query: Mapping[str, str], name: str, default: int = 0) -> int:
-    """A number, from 0, that an address gives; raises `ArgumentError`."""
+    """Read a non-negative integer from a query string. Raises `ArgumentError` for other values."""
     said = query.get(name, str(default)).strip()
     if not said.isdecimal():
         raise ArgumentError(f"{name}: {said}: is not a number")

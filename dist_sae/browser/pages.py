@@ -1,4 +1,4 @@
-"""Pages of the browser, from the index of a run."""
+"""The browser's pages, rendered from a run's index."""
 
 import contextlib
 import threading
@@ -22,9 +22,9 @@ from dist_sae.storage import open_store
 MAP_NAME = "map.html"
 """Name of the file with the map."""
 _PAGE_CLUSTERS = 100
-_NEAREST = 5  # latents of another run
-_OF_DECILE = 2  # examples
-_KEPT_ANSWERS = 16  # of each kind
+_NEAREST = 5  # nearest latents of the other run
+_OF_DECILE = 2  # examples per decile
+_KEPT_ANSWERS = 16  # cached results of each kind of search
 _KINDS = {
     "latent": "latent number",
     "token": "token",
@@ -34,14 +34,14 @@ _KINDS = {
 
 
 class Pages:
-    """Pages of a run's latent index; may be asked by several threads.
+    """The pages of a run's latent index. Threads may share one instance.
 
     Args:
         run: The run.
-        index: Name of the index; None takes the complete one of the last step.
-        chosen: The latents that there are pages of, if these are files: they link to one another,
-            and nothing can be searched.
-        other: Another run, to compare latents with, by its index of the last step.
+        index: Name of the index; None takes the complete index of the latest step.
+        chosen: The latents that have pages, if pages are written as files. Such pages only link to
+            each other, and have no search.
+        other: Another run to compare latents with, by its index of the latest step.
 
     Raises:
         NoIndexError: There is no complete index.
@@ -62,7 +62,8 @@ class Pages:
             self._other = Other(run.config, self._explorer.index, other.config)
         self._chosen = frozenset(chosen)
         self._names: dict[int, str] = {}
-        self._turn = threading.RLock()  # texts, the model and its dictionary are read by one thread
+        # guards the texts, the model and its dictionary, which only one thread may use at a time
+        self._turn = threading.RLock()
         self._first = threading.Lock()
         self._kept: Lists | None = None
         self._matches = lru_cache(_KEPT_ANSWERS)(self._find_matches)
@@ -74,13 +75,13 @@ class Pages:
         return self._explorer.index.place
 
     def prepare(self) -> None:
-        """Read what is kept of all latents; pages wait for it."""
-        with contextlib.suppress(DistSaeError):  # the first page meets it as well, and says it
+        """Load the lists of all latents and the texts of their tokens. Pages wait for the lists."""
+        with contextlib.suppress(DistSaeError):  # the first page meets the same error and shows it
             for token in self._lists.tokens.tokens.tolist():
                 self._name(token)
 
     def listed(self, choice: Choice) -> str:
-        """A list of latents."""
+        """Render a list of latents."""
         lists = self._lists
         found = lists.find(choice)
         level, _, of_level = choice.cluster.partition(".")
@@ -98,11 +99,11 @@ class Pages:
         )
 
     def chosen(self, latents: Sequence[int]) -> str:
-        """A list of chosen latents."""
+        """Render a list of the chosen latents."""
         return self._render("chosen", "latents", latents=list(map(self._lists.row, latents)))
 
     def clusters(self, query: Mapping[str, str]) -> str:
-        """The clusters of the map at a `level`."""
+        """Render the list of the map's clusters at the `level` of the query."""
         map_ = self._lists.map
         if map_ is None:
             raise ArgumentError("clusters: there is no map; run `dist-sae analyse map`")
@@ -122,32 +123,35 @@ class Pages:
 
     @property
     def has_map(self) -> bool:
-        """Whether there is a map of the latents."""
+        """Whether the latents have a map."""
         return self._lists.map is not None
 
     def map(self) -> str:
-        """The map of all latents."""
+        """Return the page with the map of all latents."""
         if self._lists.map is None:
             raise ArgumentError("map: there is none; run `dist-sae analyse map`")
         return self._lists.map.page()
 
     def latent(self, latent: int, choice: Choice | None = None) -> str:
-        """A latent's page; raises `LatentNotFoundError`.
+        """Render a latent's page.
 
         Args:
-            latent: Its number.
-            choice: The list that it was found in, whose next latent it leads to.
+            latent: Number of the latent.
+            choice: The list that the latent was found in. The page links to the list's next latent.
+
+        Raises:
+            LatentNotFoundError: The dictionary has no such latent.
         """
         view = self._view(self._explorer, latent)
         turns = (choice and self._lists.turns(latent, choice)) or self._turns(latent)
         return self._render("latent", f"latent {latent}", **self._around(view), turns=turns)
 
     def compare(self, latent: int, other: int | None) -> str:
-        """A latent beside one of the other run, by default the nearest.
+        """Render a latent next to a latent of the other run, by default the nearest.
 
         Raises:
             ArgumentError: There is no other run.
-            LatentNotFoundError: There is no such latent.
+            LatentNotFoundError: One of the dictionaries has no such latent.
         """
         if self._other is None:
             raise ArgumentError("compare: start `dist-sae browse` with --compare RUN")
@@ -166,17 +170,18 @@ class Pages:
         )
 
     def search(self, query: Mapping[str, str]) -> str:
-        """Search; returns the page of what is found.
+        """Search, and render the results.
 
         Args:
-            query: `kind`, and what is `asked`; then the `page`, or in a text the `latent` to show.
+            query: The `kind` of search and the search text (`asked`). Then the `page` of the
+                results or, for a pasted text, the `latent` to highlight.
 
         Raises:
-            LatentNotFoundError: There is no latent of this number.
-            ArgumentError: The question is none of its kind.
-            ModelError: The model, or its tokenizer, is not at hand.
+            LatentNotFoundError: The dictionary has no latent of this number.
+            ArgumentError: The kind is unknown, or the search text is not valid for it.
+            ModelError: The model or its tokenizer cannot be loaded.
         """
-        # forms send line ends in this way
+        # HTML forms send line breaks as \r\n
         said = {
             "kind": query.get("kind", ""),
             "asked": query.get("asked", "").replace("\r\n", "\n"),
@@ -209,7 +214,7 @@ class Pages:
         )
 
     def error(self, message: str) -> str:
-        """A page that says what went wrong."""
+        """Render a page with an error message."""
         return self._render("error", "error", message=message)
 
     def _render(self, what: str, title: str, **content: Any) -> str:
@@ -246,7 +251,7 @@ class Pages:
             return self._kept
 
     def _name(self, token: int) -> str:
-        """Text of a token."""
+        """Return the text of a token."""
         if token not in self._names:
             with self._turn:
                 self._names[token] = self._explorer.token(token)
@@ -258,7 +263,7 @@ class Pages:
         return view
 
     def _around(self, view: LatentView) -> dict[str, Any]:
-        """A latent's page, with the tokens of its neighbours and its place on the map."""
+        """Return a latent's view, with the tokens of related latents and its place on the map."""
         latent, lists = view.page.latent, self._lists
         near = {other.latent for other in view.page.nearest}
         near |= {other.latent for other in view.page.coactive}
@@ -271,7 +276,7 @@ class Pages:
         }
 
     def _turns(self, latent: int) -> list[tuple[str, str, str]]:
-        """Links to the latents before and after: relation, address, text."""
+        """Return links to the latents before and after one, as (relation, URL, text)."""
         n = self._explorer.index.n_latents
         there = [("prev", latent - 1), ("next", latent + 1)]
         turns = [(rel, self._href(to), f"latent {to}") for rel, to in there if 0 <= to < n]
@@ -295,10 +300,10 @@ class Pages:
 
 
 def file_name(latent: int) -> str:
-    """Name of the file with a latent's page."""
+    """Return the name of the file with a latent's page."""
     return f"latent-{latent}.html"
 
 
 def compare_name(latent: int) -> str:
-    """Name of the file with a latent beside the nearest of another run."""
+    """Return the name of the file that compares a latent with another run's nearest latent."""
     return f"compare-{latent}.html"

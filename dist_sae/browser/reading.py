@@ -1,4 +1,4 @@
-"""A text that was pasted: which latents fire on it, and where."""
+"""The latents that fire on a pasted text, and where they fire."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from dist_sae.index.texts import Token
 from dist_sae.notebook.texts import TokenLatents
 
 TOP = 8
-"""Latents that are shown of each token, and of the text."""
+"""Number of latents that are shown per token, and for the whole text."""
 
 
 class Strongest(NamedTuple):
@@ -15,14 +15,14 @@ class Strongest(NamedTuple):
     latent: int
     act: float
     token: str
-    """The token that has it."""
+    """The token with that activation."""
 
 
 class Reading:
     """The latents that fire on each token of a text.
 
     Args:
-        tokens: The tokens, each with its latents, the strongest first.
+        tokens: The tokens, each with its active latents, strongest first.
     """
 
     def __init__(self, tokens: list[TokenLatents]) -> None:
@@ -35,10 +35,10 @@ class Reading:
         self.strongest = sorted(peaks.values(), key=lambda each: (-each.act, each.latent))[:TOP]
         """The latents with the largest activations on the text."""
         self.n_latents = len(peaks)
-        """Latents that fire on it."""
+        """Number of latents that fire on the text."""
 
     def acts(self, latent: int) -> list[Token]:
-        """The text with the activations of one latent."""
+        """Return the text with the activations of one latent."""
         return [
             Token(token, dict(zip(latents, acts, strict=True)).get(latent, 0.0), in_context=True)
             for token, latents, acts in self.tokens

@@ -1,4 +1,4 @@
-"""Serves the browser's pages, read-only. On the loopback interface, or with a token elsewhere."""
+"""A read-only server for the browser's pages, with a token unless it listens on loopback."""
 
 import hmac
 import ipaddress
@@ -19,8 +19,8 @@ from dist_sae.errors import ArgumentError, ConfigError, DistSaeError, LatentNotF
 
 logger = logging.getLogger(__name__)
 
-_COOKIE = "dist-sae-token-{}"  # by port: a browser sends cookies to all ports of a machine
-_EVERYWHERE = ("", "0.0.0.0")  # no address to open
+_COOKIE = "dist-sae-token-{}"  # named by port, as browsers send a cookie to all ports of a host
+_EVERYWHERE = ("", "0.0.0.0")  # addresses to listen at, which a browser cannot open
 _HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": (
@@ -34,19 +34,19 @@ _HEADERS = {
 
 @contextmanager
 def serve(pages: Pages, host: str, port: int) -> Iterator[tuple[ThreadingHTTPServer, str]]:
-    """Listen; the caller calls `serve_forever`.
+    """Open a server, whose `serve_forever` the caller must call.
 
     Args:
-        pages: What is served.
-        host: Address to listen at. Elsewhere than on the loopback interface whoever asks must know
-            a token, which is part of the URL.
-        port: 0 takes a free one.
+        pages: The pages to serve.
+        host: Address to listen at. If it is not on the loopback interface, requests need a token,
+            which is part of the URL.
+        port: Port to listen at; 0 takes a free one.
 
     Yields:
         The server, and the URL to open.
 
     Raises:
-        ConfigError: The address cannot be had.
+        ConfigError: The server cannot listen at this address and port.
     """
     token = "" if _is_loopback(host) else secrets.token_urlsafe(24)
 
@@ -57,7 +57,7 @@ def serve(pages: Pages, host: str, port: int) -> Iterator[tuple[ThreadingHTTPSer
 
     try:
         server = ThreadingHTTPServer((host, port), Handler)
-    except (OSError, OverflowError) as exc:  # the second: there is no port of this number
+    except (OSError, OverflowError) as exc:  # OverflowError: the port number is too large
         reason = exc.strerror if isinstance(exc, OSError) else exc
         raise ConfigError(
             f"browse: {host}:{port}: {reason or exc}; choose another --port or --host"
@@ -78,7 +78,7 @@ def _is_loopback(host: str) -> bool:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers GET requests."""
+    """Handler of GET requests."""
 
     pages: Pages
     token: str
@@ -90,7 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._may_ask(query):
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", "open the URL that was printed\n")
         elif self.token and "token" in query:
-            # it should not stay in the address, which people share; links from elsewhere work (Lax)
+            # people share URLs, so the token moves from the URL to a cookie
+            # SameSite=Lax keeps links from other sites working
             cookie = f"{self._cookie}={self.token}; HttpOnly; SameSite=Lax; Path=/"
             rest = urlencode({k: v for k, v in query.items() if k != "token"})
             where = f"/{place.path.lstrip('/')}" + (f"?{rest}" if rest else "")
@@ -100,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(*self._page(place.path, query))
 
     def _page(self, path: str, query: Mapping[str, str]) -> tuple[HTTPStatus, str, str]:
-        """Status, type and text of an answer."""
+        """Return the status, content type and text of a response."""
         first, _, rest = path.lstrip("/").partition("/")
         pages = self.pages
         try:
@@ -133,10 +134,10 @@ class _Handler(BaseHTTPRequestHandler):
         return _COOKIE.format(self.server.server_port)  # type: ignore[attr-defined]
 
     def _may_ask(self, query: Mapping[str, str]) -> bool:
-        """Whether the request is from whoever started the server, or knows the token.
+        """Return whether the request knows the token or, without one, is for a loopback host.
 
-        A page elsewhere may send a browser to a name that it points at this machine, so on the
-        loopback interface the name must be the machine's own.
+        Without a token, the host is checked against DNS rebinding: a foreign page could otherwise
+        read ours through a host name that resolves to this machine.
         """
         if self.token:
             cookie = SimpleCookie(self.headers.get("Cookie", "")).get(self._cookie)
@@ -157,4 +158,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing of each request."""
+        """Log nothing for a request."""

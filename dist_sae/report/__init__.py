@@ -1,1 +1,1 @@
-"""Parts of `dist-sae report`: charts, example texts of latents, the page."""
+"""`dist-sae report`: charts, example texts of latents, and the page."""

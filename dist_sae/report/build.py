@@ -1,4 +1,4 @@
-"""`dist-sae report`: one HTML file with a run's numbers, curves and latents."""
+"""`dist-sae report`: one HTML file with a run's metrics, curves and latents."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,27 +49,27 @@ logger = logging.getLogger(__name__)
 
 _RUN_FILE = "RUN.yaml"
 _AGAIN = "then make the report again."
-_HEAD_BYTES = 1000  # of the page: it says there what it was made from
+_HEAD_BYTES = 1000  # at the start of the page, which contain the digest of its inputs
 
 
 def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
-    """Write `<run>/report/report.html` from all that the run has so far.
+    """Write `<run>/report/report.html` from everything that the run has stored so far.
 
-    A report that says the same already is left as it is. Of a step that is not the newest it is
-    `<run>/report/report-step-<step>.html`.
+    The report of a step other than the newest is `<run>/report/report-step-<step>.html`. An
+    existing report is not rewritten if its inputs are the same.
 
     Args:
         run: The run.
-        meter: Takes the metrics.
-        step: Of the checkpoint; None takes the newest.
+        meter: Receives the metrics.
+        step: Step of the checkpoint; None takes the newest.
 
     Returns:
-        Where the file is: a path, or the URL of an object.
+        The path or URL of the report.
 
     Raises:
         ConfigError: There is no checkpoint of that step.
-        PlanMismatchError: The activation set has no plan, or one of other settings; or the run was
-            trained with others.
+        PlanMismatchError: The activation set has no plan, or its plan has other settings; or the
+            run was trained with other settings.
     """
     runs = open_store(run.store.runs, run.store.s3, meter)
     activations = open_store(run.store.activations, run.store.s3, meter)
@@ -100,7 +100,8 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
     if _is_there(runs, key, made_from):
         logger.info("the report says this already: %s/%s", runs.url, key)
         return f"{runs.url}/{key}"
-    resolved = plan.resolve(run)  # not before: a run keeps the numbers that it began with
+    # after the checks above, which must not compare settings that the run file leaves open
+    resolved = plan.resolve(run)
     own = resolved
     if checkpoint is not None:
         own = trained_run(checkpoint, run)
@@ -127,7 +128,7 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
 
 
 def report_key(run: Run, name_suffix: str = "") -> str:
-    """Key of the report in the store of runs."""
+    """Return the key of the report in the store of runs."""
     return f"{run.name}/report/report{name_suffix}.html"
 
 
@@ -137,7 +138,7 @@ def _digest(explanations: ExplanationSet) -> str | None:
 
 
 def _is_there(runs: ObjectStore, key: str, made_from: str) -> bool:
-    """True if a report made from the same objects exists."""
+    """Return whether a report with the same inputs exists."""
     try:
         return made_from.encode() in runs.get(key, 0, _HEAD_BYTES)
     except ObjectNotFoundError:
@@ -145,7 +146,7 @@ def _is_there(runs: ObjectStore, key: str, made_from: str) -> bool:
 
 
 def _open_index(runs: ObjectStore, run: Run, checkpoint: Checkpoint | None) -> Index | str:
-    """The index of a checkpoint, or the reason if there is none."""
+    """Open the index of a checkpoint, or return the reason why it has none."""
     if checkpoint is None:
         return f"No checkpoint yet: run dist-sae train {_RUN_FILE}, {_AGAIN}"
     try:
@@ -156,7 +157,7 @@ def _open_index(runs: ObjectStore, run: Run, checkpoint: Checkpoint | None) -> I
 
 
 def _latents(run: Run, index: Index | str, plan: Plan) -> tuple[list[LatentView], str]:
-    """Latents, and why there are none or they have no texts."""
+    """View a sample of latents. Also return why there are none, or why they have no texts."""
     if isinstance(index, str):
         return [], index
     chosen = choose_latents(index.firings, run.evaluate.latents, run.train.seed)
@@ -164,7 +165,7 @@ def _latents(run: Run, index: Index | str, plan: Plan) -> tuple[list[LatentView]
         return [], f"No latent fires often enough in {index.rows:,} rows to be shown."
     try:
         return view_latents(index, chosen, Texts(run, plan)), ""
-    except (CorpusError, ModelError) as error:  # numbers need no text
+    except (CorpusError, ModelError) as error:  # the numbers can still be shown
         return view_latents(index, chosen, None), f"The text cannot be shown: {error}"
 
 
@@ -229,5 +230,6 @@ def _documents(facts: Mapping[str, Any]) -> str:
 
 
 def _left_out(counts: Mapping[str, int]) -> str:
-    reasons = {reason: n for reason, n in counts.items() if n and reason != "padding"}  # no rows
+    # padding is not counted, because it makes no rows
+    reasons = {reason: n for reason, n in counts.items() if n and reason != "padding"}
     return ", ".join(f"{reason.replace('_', ' ')} {n:,}" for reason, n in reasons.items()) or "none"

@@ -1,7 +1,7 @@
-"""Charts as inline SVG, written by hand.
+"""Charts as hand-written inline SVG.
 
-A few shapes of chart do not earn matplotlib as a dependency, and hand-written SVG takes its
-colours and its font from the page, so one file is right in light, in dark and on paper.
+The few kinds of chart are not worth a dependency on matplotlib. Inline SVG also takes its colors
+and font from the page, so the same file works in light mode, in dark mode and on paper.
 """
 
 import math
@@ -11,28 +11,28 @@ from typing import NamedTuple
 
 _WIDTH, _HEIGHT = 520, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 12, 40
-_BUCKETS = 240  # points that a line is thinned to; the band shows what thinning hides
+_BUCKETS = 240  # points that a line is reduced to; a band shows the range of the points in each
 PALETTE = 8
-"""Colours of the style sheet; further lines begin with the first again."""
+"""Number of line colors in the style sheet. Further lines start again with the first color."""
 _LOG_FROM = 8.0  # a positive quantity that spans this factor gets a logarithmic axis
 
 
 _Point = tuple[float, float, float, float]
-"""x, mean, minimum and maximum of a bucket of points."""
+"""Mean x of a bucket of points, and mean, minimum and maximum of y."""
 
 
 class Line(NamedTuple):
-    """A line of a chart; points that are not finite are left out."""
+    """A line of a chart. Points that are not finite are skipped."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     gaps: Sequence[bool] = ()
-    """For each point, whether the line is broken before it; empty: nowhere."""
+    """Whether the line is broken before each point. If empty, the line has no gaps."""
 
 
 class Mark(NamedTuple):
-    """A value to compare lines with."""
+    """A reference value to compare lines with."""
 
     name: str
     y: float
@@ -43,7 +43,7 @@ class _Axis(NamedTuple):
     high: float
     ticks: list[float]
     place: Callable[[float], float]
-    """Scales a value to its place on the axis, 0 to 1."""
+    """Function from a value to its place on the axis, from 0 to 1."""
 
 
 def render_lines(
@@ -55,15 +55,16 @@ def render_lines(
     from_zero: bool = False,
     log_x: bool = False,
 ) -> str:
-    """A figure with lines over one x axis.
+    """Draw lines over one x axis.
 
     Args:
-        title: Said above the plot.
-        lines: What is drawn; thinned to the mean of each stretch, with a band from least to most.
+        title: Title above the plot.
+        lines: The lines. A long line is reduced to the means of consecutive points, with a band
+            from their minimum to their maximum.
         x_label: Quantity and unit of x.
-        mark: A level drawn dashed across the plot.
-        from_zero: The y axis is linear and starts at zero.
-        log_x: The x axis is logarithmic; all x are positive.
+        mark: A reference value, drawn as a dashed line across the plot.
+        from_zero: Whether the y axis is linear and starts at zero.
+        log_x: Whether the x axis is logarithmic. Then all x must be positive.
     """
     if log_x:
         lines = [line._replace(x=[math.log10(x) for x in line.x]) for line in lines]
@@ -95,14 +96,15 @@ def render_lines(
 def render_histogram(
     title: str, edges: Sequence[float], counts: Sequence[int], *, x_label: str, log10: bool = True
 ) -> str:
-    """A figure with bars between edges.
+    """Draw a histogram.
 
     Args:
-        title: Said above the plot.
-        edges: Of the bars, one more than these.
-        counts: Latents in each bar.
+        title: Title above the plot.
+        edges: Edges of the bars, one more than there are bars.
+        counts: Number of latents in each bar.
         x_label: Quantity and unit of x.
-        log10: The edges are decimal logarithms; those without latents at either end are left out.
+        log10: Whether the edges are decimal logarithms. Then all but one of the empty bars at
+            either end are omitted.
     """
     if not any(counts):
         return ""
@@ -132,12 +134,13 @@ def render_outlines(
     *,
     x_label: str,
 ) -> str:
-    """A figure with the outlines of histograms over one another.
+    """Draw the outlines of several histograms in one plot.
 
     Args:
-        title: Said above the plot.
-        histograms: Name, and latents between the edges; shown as shares of their sum.
-        edges: Decimal logarithms, one more than there are counts.
+        title: Title above the plot.
+        histograms: Name of each histogram, and the number of latents in each bar. The plot shows
+            shares of their sum.
+        edges: Decimal logarithms of the bars' edges, one more than there are bars.
         x_label: Quantity and unit of x.
     """
     used = [i for _, counts in histograms for i, count in enumerate(counts) if count]
@@ -167,16 +170,16 @@ def render_points(
     x_label: str,
     families: Sequence[str] | None = None,
 ) -> str:
-    """A figure with a named point for each x and y, and a line through those that none beats.
+    """Draw named points, and a line through their Pareto frontier.
 
-    A point beats another if both its x and its y are lower. With families, there is a line through
-    the points of each that none of the same family beats.
+    A point is on the frontier if no other has both a lower x and a lower y. Each family of points
+    has its own frontier.
 
     Args:
-        title: Said above the plot.
-        points: Name, x and y of each.
+        title: Title above the plot.
+        points: Name, x and y of each point.
         x_label: Quantity and unit of x.
-        families: Family of each point; None: they are of one.
+        families: Family of each point; None if all belong to one.
     """
     if not points:
         return ""
@@ -211,11 +214,11 @@ class Cloud(NamedTuple):
 
 
 def render_cloud(title: str, clouds: Sequence[Cloud], *, x_label: str) -> str:
-    """A figure with points in a plane, whose two axes have one scale.
+    """Draw points in a plane whose two axes have the same scale.
 
     Args:
-        title: Said above the plot.
-        clouds: Points, coloured by kind; their names are shown under the pointer.
+        title: Title above the plot.
+        clouds: Points, colored by kind. Hovering over a point shows the name of its kind.
         x_label: Meaning of the plane.
     """
     xs = [x for cloud in clouds for x in cloud.x]
@@ -241,12 +244,13 @@ def render_cloud(title: str, clouds: Sequence[Cloud], *, x_label: str) -> str:
 def render_shares(
     title: str, rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[str], *, x_label: str
 ) -> str:
-    """A figure with a cell for each row and column, the darker the larger its share.
+    """Draw a table of shares as a heat map, where a larger share is darker.
 
     Args:
-        title: Said above the plot.
-        rows: Name and shares of each row; shares are from 0 to 1.
-        columns: Their names; of many only some are shown.
+        title: Title above the plot.
+        rows: Name of each row, and its shares from 0 to 1. Only some names are shown if there are
+            many.
+        columns: Names of the columns. Only some are shown if there are many.
         x_label: Quantity along the columns.
     """
     left, floor = 2 * _LEFT, _HEIGHT - _BOTTOM
@@ -275,7 +279,7 @@ def render_shares(
 
 
 def render_sparkbars(counts: Sequence[int]) -> str:
-    """A histogram the size of a word."""
+    """Draw a histogram the size of a word."""
     top = max(counts, default=0) or 1
     width = 120 / max(len(counts), 1)
     bars = "".join(
@@ -287,7 +291,7 @@ def render_sparkbars(counts: Sequence[int]) -> str:
 
 
 def short(value: float) -> str:
-    """A number as an axis shows it: 3M, 250k, 0.02."""
+    """Format a number for an axis: 3M, 250k, 0.02."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.4g}{letter}"
@@ -298,7 +302,7 @@ def short(value: float) -> str:
 
 
 def _thin(line: Line) -> Iterator[list[_Point]]:
-    """Pieces of the line between gaps, reduced to about `_BUCKETS` buckets of points."""
+    """Yield the pieces of the line between gaps, reduced to about `_BUCKETS` buckets in all."""
     pieces: list[list[tuple[float, float]]] = [[]]
     gaps = line.gaps or [False] * len(line.x)
     for x, y, gap in zip(line.x, line.y, gaps, strict=True):
@@ -377,8 +381,8 @@ def _linear(low: float, high: float, about: int) -> _Axis:
 
 
 def _exponents(low: float, high: float) -> _Axis:
-    """An axis of decimal logarithms, with a tick at each whole one."""
-    if math.floor(high) == math.ceil(low) - 1 or not high > low:  # none lies between
+    """Build an axis of decimal logarithms, with a tick at each integer."""
+    if math.floor(high) == math.ceil(low) - 1 or not high > low:  # no integer lies between
         low, high = math.floor(low), math.floor(low) + 1
     ticks = [float(t) for t in range(math.ceil(low), math.floor(high) + 1)]
     return _Axis(low, high, ticks, lambda v: (v - low) / (high - low))
@@ -386,7 +390,7 @@ def _exponents(low: float, high: float) -> _Axis:
 
 def _padded(values: Sequence[float], from_zero: bool = False) -> _Axis:  # noqa: FBT001, FBT002
     low, high = min(values), max(values)
-    # flat lines lie in the middle; a share that never left zero lies on the floor
+    # a flat line is drawn in the middle, but a share that is always zero at the bottom
     pad = 0.06 * (high - low) or 0.1 * abs(high) or 1e-2
     return _linear(0.0 if from_zero or 0 <= low < pad else low - pad, high + pad, 4)
 

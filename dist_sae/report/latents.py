@@ -1,4 +1,4 @@
-"""Latents as a reader sees them: numbers of an index, with the texts around their activations."""
+"""Latents as pages show them: an index's numbers, and the texts around the activations."""
 
 import math
 from collections import defaultdict
@@ -20,20 +20,20 @@ _LEAST_FIRINGS = 8
 
 
 class LatentView(NamedTuple):
-    """A latent, with texts. Activations are in the scale of the checkpoint."""
+    """A latent with its texts. Activations are in the scale of the checkpoint."""
 
     page: LatentPage
     denser_than: float
     """Share of the latents that fire on fewer rows."""
     examples: list[Example]
-    """Texts around the largest activations; they do not overlap."""
+    """Texts around the largest activations, which do not overlap."""
     sampled: dict[int, list[Example]]
-    """Texts of each decile of the activations, 0 the smallest; the highest decile is first."""
+    """Texts by decile of the activations, from the highest decile to 0, the lowest."""
     top_tokens: list[tuple[str, float]]
-    """Text, and the latent's effect on the logit."""
+    """Text of each token whose logit the latent raises most, and the effect on the logit."""
     bottom_tokens: list[tuple[str, float]]
     explanations: list[Told]
-    """What `dist-sae explain` found."""
+    """Explanations by `dist-sae explain`."""
 
 
 def view_latents(
@@ -43,18 +43,18 @@ def view_latents(
     most_examples: int = 6,
     of_decile: int = 1,
 ) -> list[LatentView]:
-    """View latents.
+    """Read latents from an index, with the texts around their activations.
 
     Args:
         index: The index.
-        latents: Their numbers.
-        texts: Of the run; without it views have no examples, and numbers for tokens.
-        most_examples: Examples of a latent, apart from those of deciles.
-        of_decile: Examples of each decile.
+        latents: Numbers of the latents.
+        texts: Texts of the run; if None, views have no examples, and token numbers for tokens.
+        most_examples: Most examples of the largest activations per latent.
+        of_decile: Most examples of each decile.
 
     Raises:
-        LatentNotFoundError: There is no such latent.
-        CorpusError: The text is gone, or is not what the activations were made from.
+        LatentNotFoundError: The dictionary has no such latent.
+        CorpusError: The text is gone, or differs from the text that activations were computed from.
     """
     pages = [index.latent(latent) for latent in latents]
     told = told_of_all([page.latent for page in pages], index)
@@ -91,14 +91,15 @@ def view_latents(
 
 
 def token_text(token: int, texts: Texts | None) -> str:
-    """Text of a token alone; its number where there are no texts."""
+    """Return the text of a single token, or its number if there are no texts."""
     return texts.tokenizer.text([token])[0] if texts else f"#{token}"
 
 
 def choose_latents(firings: NDArray[np.int64], n: int, seed: int) -> list[int]:
-    """Choose `n` latents that fire, spread evenly over log density; densest first."""
+    """Choose `n` latents that fire, spread evenly over log density, densest first."""
     counts = torch.from_numpy(firings)
-    shuffled = torch.from_numpy(permutation(len(counts), seed, 5))  # so that ties are no bias
+    # shuffled, so that of equally dense latents the lower numbers are not preferred
+    shuffled = torch.from_numpy(permutation(len(counts), seed, 5))
     able = shuffled[counts[shuffled] >= _LEAST_FIRINGS]
     able = able[counts[able].argsort(descending=True, stable=True)]
     if len(able) <= n:
@@ -118,9 +119,9 @@ def _named(outputs: Sequence[Output], texts: Texts | None) -> list[tuple[str, fl
 
 
 def _of_deciles(firings: Iterable[Firing], n: int) -> dict[int, list[Firing]]:
-    """The `n` largest of those kept of each decile, the highest decile first."""
+    """Return the `n` largest stored examples of each decile, the highest decile first."""
     found = defaultdict[int, list[Firing]](list)
-    for firing in firings:  # by decile, rising, after the largest of all
+    for firing in firings:  # the largest activations (-1), then deciles in ascending order
         if firing.decile >= 0:
             found[firing.decile].insert(0, firing)
     return {decile: found[decile][:n] for decile in sorted(found, reverse=True)}

@@ -1,4 +1,4 @@
-"""The page of a map: all latents on a canvas, zoomable, in one HTML file without a network."""
+"""The page of a map: all latents on a zoomable canvas, in one HTML file that works offline."""
 
 import base64
 import json
@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 
 from dist_sae.report.page import render_template
 
-_SIDE = 65_535  # places are kept as 16-bit integers
-_DECADES, _STEPS = 8, 31  # densities from 1e-8 are kept in steps of a 31st of a decade
-_NONE = 255  # colour of latents in no cluster
+_SIDE = 65_535  # places are stored as 16-bit integers
+_DECADES, _STEPS = 8, 31  # densities from 1e-8 are stored in steps of 1/31 of a decade
+_NONE = 255  # color of latents in no cluster
 
 
 class Label(NamedTuple):
-    """Name of a cluster on the map."""
+    """The name of a cluster on the map."""
 
     text: str
     x: float
     y: float
     size: int
-    """Latents."""
+    """Number of latents in the cluster."""
     stability: float
 
 
@@ -32,9 +32,9 @@ class MapPage(NamedTuple):
 
     title: str
     places: NDArray[np.float32]
-    """Of all latents, [n_latents, 2], about -1 to 1."""
+    """Place of each latent, [n_latents, 2], from about -1 to 1."""
     colour: NDArray[np.int32]
-    """Cluster of each latent by which it is coloured; -1 for none."""
+    """Cluster that decides each latent's color; -1 for none."""
     density: NDArray[np.float64]
     parent: NDArray[np.int32]
     """Parent of each latent; -1 for none."""
@@ -42,11 +42,11 @@ class MapPage(NamedTuple):
     """Tokens of each latent, [n_latents, m]; -1 for none."""
     token_texts: Mapping[int, str]
     labels: Sequence[Sequence[Label]]
-    """By level, from coarse to fine, the largest first."""
+    """Labels by level, from coarse to fine; within a level, the largest cluster first."""
 
 
 def render_map(page: MapPage) -> str:
-    """Render the page; about 17 bytes of data a latent, as base64."""
+    """Render the page. With three tokens, a latent takes 22 bytes of data, stored as base64."""
     least, most = page.places.min(0), page.places.max(0)
     span = float(max((most - least).max(), 1e-9))
     low = (least + most - span) / 2
@@ -81,5 +81,5 @@ def _label(label: Label, low: NDArray[np.float32], span: float) -> list[Any]:
 
 
 def _script(content: Any) -> Markup:
-    """JSON that may stand in a script element."""
+    """Encode JSON that is safe inside a script element."""
     return Markup(json.dumps(content, separators=(",", ":")).replace("<", "\\u003c"))

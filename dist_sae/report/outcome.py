@@ -1,9 +1,9 @@
-"""Outcomes of `dist-sae analyse`: kept beside a run, with a page each, and shown by the report.
+"""Outcomes of `dist-sae analyse`, stored with the run. Each has a page, and the report shows it.
 
 <run>/analysis/<what>/<table>-<digest>.parquet
 <run>/analysis/<what>/page.html
 <run>/analysis/<what>/<name>.html                further pages, such as a map
-<run>/analysis/<what>/outcome.json               sealed, last
+<run>/analysis/<what>/outcome.json               sealed, written last
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,24 +19,24 @@ from dist_sae.storage.records import Record, read_record, seal
 
 
 class Findings(NamedTuple):
-    """What an analysis returns."""
+    """The result of an analysis."""
 
     numbers: Mapping[str, Any]
-    """Results by name, as JSON has them; a share is a number from 0 to 1."""
+    """Results by name, as JSON values. A share is a number from 0 to 1."""
     summary: Sequence[str]
-    """What the numbers say, in sentences."""
+    """Sentences that state the main results."""
     caveats: Sequence[str] = ()
-    """What limits the answer in this case: few rows, few documents, a part that was left out."""
+    """Sentences that state limits of this result: few rows, few documents, a part left out."""
     tables: Mapping[str, pa.Table] = {}
     """Tables by name."""
     figures: Sequence[str] = ()
-    """Figures, as `report.charts` draws them."""
+    """Figures, drawn by `report.charts`."""
     pages: Mapping[str, str] = {}
     """Further pages by name, as HTML."""
 
 
 class Outcome(Record):
-    """`outcome.json`: findings, and what they were made from."""
+    """The content of `outcome.json`: the findings, and the inputs of the analysis."""
 
     schema_version: Literal[1] = 1
     what: str
@@ -56,7 +56,7 @@ class Outcome(Record):
 
     @property
     def drawn(self) -> list[Markup]:
-        """The figures, for a page."""
+        """The figures as markup, which a template does not escape."""
         return [Markup(figure) for figure in self.figures]
 
 
@@ -69,7 +69,7 @@ def keep_findings(
     settings: Mapping[str, Any],
     findings: Findings,
 ) -> Outcome:
-    """Keep findings in a run's folder, in place of earlier ones of this analysis.
+    """Store findings in a run's folder, and replace earlier findings of this analysis.
 
     Args:
         store: The store of runs.
@@ -78,7 +78,7 @@ def keep_findings(
         title: Heading of the page.
         checkpoints: Digests of the checkpoints that were analysed, by run.
         settings: Settings of the analysis.
-        findings: What was found.
+        findings: The findings.
     """
     folder = f"{run}/analysis/{what}"
     tables = {
@@ -104,26 +104,26 @@ def keep_findings(
     store.put(f"{folder}/outcome.json", seal(outcome))
     kept = {stored.key for stored in tables.values()}
     for key in list(store.keys(f"{folder}/")):
-        if key.endswith(".parquet") and key not in kept:  # of an earlier outcome
+        if key.endswith(".parquet") and key not in kept:  # a table of an earlier outcome
             store.delete(key)
     return outcome
 
 
 def read_outcomes(store: ObjectStore, run: str) -> list[Outcome]:
-    """Read all outcomes of a run or sweep, by name of the analysis.
+    """Read all outcomes of a run or sweep, sorted by name of the analysis.
 
     Raises:
-        CorruptObjectError: One is damaged.
+        CorruptObjectError: An outcome is damaged.
     """
     found = (read_outcome(store, run, what) for what in sorted(store.folders(f"{run}/analysis/")))
     return [outcome for outcome in found if outcome is not None]
 
 
 def read_outcome(store: ObjectStore, run: str, what: str) -> Outcome | None:
-    """Read the outcome of one analysis of a run or sweep; None if there is none.
+    """Read the outcome of one analysis of a run or sweep. Return None if it does not exist.
 
     Raises:
-        CorruptObjectError: It is damaged.
+        CorruptObjectError: The outcome is damaged.
     """
     folder = f"{run}/analysis/{what}/"
     key = f"{folder}outcome.json"
@@ -133,5 +133,5 @@ def read_outcome(store: ObjectStore, run: str, what: str) -> Outcome | None:
 
 
 def read_outcome_table(store: ObjectStore, outcome: Outcome, name: str) -> pa.Table:
-    """Read a table of an outcome, checked."""
+    """Read a table of an outcome, and verify its checksum."""
     return read_table(store, outcome.tables[name])

@@ -1,4 +1,4 @@
-"""The report's page: `page.html` filled in. Pure but for its template and style sheet."""
+"""The report's page, rendered from `page.html`. Reads no files but its template and style sheet."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,7 +61,7 @@ _OTHER_RESULTS = {
     "never_fired": ("Never fired", "Latents that fired on none of the held-out rows."),
     "tokens": ("Tokens", "Held-out tokens behind the cross-entropies."),
 }
-"""Results that are not metrics: name and meaning by key."""
+"""Name and meaning of the results that are not metrics, by key."""
 _BY_SITE = {
     "fvu": "FVU",
     "ce_recovered": "CE recovered",
@@ -72,7 +72,7 @@ _BY_SITE = {
     "exclusive_share": "its alone, by norms",
     "flagged_share": "of these, by latent scaling in both",
 }
-"""Results of each written site: name by key."""
+"""Name of each result per written site, by key."""
 _CHARTS = (
     ("Loss and FVU", ("dist_sae_train_loss", "dist_sae_train_fvu"), False),
     ("L0", ("dist_sae_train_l0_latents",), False),
@@ -82,9 +82,10 @@ _CHARTS = (
 )
 """Charts of training: title, metrics, whether the axis starts at zero."""
 _STALLS = {"wait": "waiting for data", "ranks": "with other ranks", "save": "saving"}
-"""Phases of a step in which nothing is computed."""
+"""Phases of a step in which nothing is computed, with the names that the page shows."""
 _STALLED = 0.5
-"""Share of the time between two reports from which waiting for data is shown as a gap."""
+"""Share of the time between two records of the history above which waiting for data is shown as a
+gap."""
 
 
 class Page(NamedTuple):
@@ -94,22 +95,22 @@ class Page(NamedTuple):
     facts: Sequence[tuple[str, str]]
     """Names and values in the header."""
     run_file: str
-    """The run as a user names it after a command."""
+    """Name of the run file in the commands that the page shows."""
     made_from: str
     """Digest of all inputs of the page."""
     evaluation: Mapping[str, Any] | None
     history: Sequence[Mapping[str, Any]]
     producer_seconds: Mapping[str, float]
-    """Seconds by stage, summed over the units that exist."""
+    """Seconds by stage of the producers, summed over the existing units."""
     void_settings: Sequence[str]
-    """Settings that have no effect in this run, and why."""
+    """Settings that have no effect in this run, each with the reason."""
     latents: Sequence[LatentView]
     left_out: Sequence[str]
-    """Parts that the latents' index has not."""
+    """Parts that the index lacks, each with the reason."""
     latent_rows: int
-    """Rows of the index."""
+    """Number of rows in the index."""
     no_latents: str
-    """Why no latents are shown, or only their numbers; else empty."""
+    """Why no latents are shown, or why they have no texts; otherwise empty."""
     profiles: Profiles | None = None
     """Profiles of the latents that fire, if several sites are written."""
     outcomes: "Sequence[Outcome]" = ()
@@ -142,14 +143,14 @@ def _hrefs(page: Page) -> Callable[[int], str]:
 
 
 def render_template(name: str, **content: Any) -> str:
-    """Fill in a template of this folder; it has the style sheet as `style`."""
+    """Render a template of this folder. The template gets the style sheet as `style`."""
     environment, style = _templates()
     return environment.get_template(name).render(style=style, **content)
 
 
 @cache
 def _templates() -> tuple[Environment, Markup]:
-    """The templates, which are compiled once, and the style sheet."""
+    """Load the templates, which are compiled once, and the style sheet."""
     environment = Environment(
         loader=PackageLoader("dist_sae.report", ""),
         autoescape=True,
@@ -168,7 +169,7 @@ def _templates() -> tuple[Environment, Markup]:
 
 
 def _by_site(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Results of each written site, if there are several."""
+    """Return the results of each written site, if there are several."""
     losses, latents = (evaluation.get(f"{name}_by_site", {}) for name in ("ce", "latents"))
     fvus = evaluation.get("fvu_by_site", {})
     return {
@@ -246,7 +247,7 @@ def _history_plots(page: Page) -> Iterator[str]:
 
 
 def _times(page: Page) -> dict[str, dict[str, float]]:
-    """Where time went: seconds by part of the work, for trainer and producers."""
+    """Sum the seconds spent on each part of the work, for the trainer and the producers."""
     phases: Counter[str] = Counter()
     for record in page.history:
         phases.update(record.get("phases", {}))

@@ -1,8 +1,8 @@
 """Profiles of latents over the sites that they write.
 
-A profile is the share of each site in the length of a latent's decoder row, |W_dec_s| / sum_s
-|W_dec_s|, in the scale of training: rows of all sites have the same mean square per channel there,
-so that late layers, whose activations are larger, do not look stronger.
+A latent's profile is each site's share of the sum of its decoder norms, |W_dec_s| / sum_s
+|W_dec_s|. Norms are in the scale of training, where rows of all sites have the same mean square per
+channel. So late layers do not look stronger because their activations are larger.
 """
 
 from typing import NamedTuple
@@ -20,13 +20,16 @@ _TINY = np.finfo(np.float64).tiny
 
 
 class Profiles(NamedTuple):
-    """Profiles of the latents that fire."""
+    """The profiles of the latents that fire."""
 
     sites: tuple[str, ...]
     shares: Float[NDArray[np.float64], "latents sites"]
 
     def span(self, quantile: float) -> float:
-        """Effective number of sites of a latent: exp of the entropy of its squared shares."""
+        """Return a quantile of the latents' effective numbers of sites.
+
+        That number is the exponential of the entropy of a latent's squared shares.
+        """
         squares = self.shares**2
         squares /= np.maximum(squares.sum(1, keepdims=True), _TINY)
         entropies = -(squares * np.log(np.maximum(squares, _TINY))).sum(1)
@@ -34,7 +37,7 @@ class Profiles(NamedTuple):
 
 
 def read_profiles(index: Index) -> Profiles | None:
-    """Read the profiles from an index; None if one site is written, or no latent fires."""
+    """Read the profiles from an index. Return None if one site is written, or no latent fires."""
     if not index.manifest.writes or not index.firings.any():
         return None
     parts = []
@@ -46,7 +49,7 @@ def read_profiles(index: Index) -> Profiles | None:
 
 
 def render_profiles(profiles: Profiles) -> str:
-    """A figure: of two sites the histogram, of more the mean profile by the site of the peak."""
+    """Draw a histogram for two sites, or for more sites the mean profiles by peak site."""
     sites, shares = profiles
     if len(sites) == _TWO:
         counts, edges = np.histogram(shares[:, 1], _BARS, (0.0, 1.0))

@@ -1,18 +1,19 @@
-"""Format numbers for people: units, separators, few digits. Pure."""
+"""Formatting of numbers for people: units, thousands separators, few digits."""
 
 from typing import Any
 
 from dist_sae.report.charts import short
 
-_WHOLE_FROM = 1e4  # four digits would be less than the whole number
+_WHOLE_FROM = 1e4  # from here on, four significant digits would round the whole part
 
 
 def shown(name: str, value: Any) -> str:  # noqa: PLR0911 - one for each unit
     """Format a result.
 
     Args:
-        name: Name of the result, which tells its unit (`*_share`, `*_seconds`, `*_bytes`, `ce_*`).
-        value: A JSON value; None if not known yet.
+        name: Name of the result, which implies its unit (`*_share`, `*_seconds`, `*_bytes`,
+            `ce_*`).
+        value: A JSON value; None if the result is not known yet.
     """
     if value is None:
         return "not known yet"
@@ -34,12 +35,12 @@ def shown(name: str, value: Any) -> str:  # noqa: PLR0911 - one for each unit
 
 
 def duration(seconds: float) -> str:
-    """Format seconds in a fitting unit."""
+    """Format a duration in a suitable unit."""
     size, unit = time_unit(seconds)
     return f"{short(seconds / size)} {unit}"
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
-    """Choose a unit for a duration: its seconds and its name."""
+    """Choose a unit for a duration. Return the unit's seconds and its name."""
     units = ((86_400.0, "days"), (3600.0, "h"), (60.0, "min"))
     return next(((size, unit) for size, unit in units if seconds >= 2 * size), (1.0, "s"))

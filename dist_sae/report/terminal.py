@@ -1,4 +1,4 @@
-"""Latents of an index in a terminal: as lines for people, and as JSON for programs."""
+"""Latents of an index for a terminal, as lines for people and as JSON for programs."""
 
 import logging
 from collections import Counter
@@ -19,37 +19,37 @@ from dist_sae.storage import open_store
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 5  # latents of each group
-_TOKENS = 3  # of a latent in a list
-_KEPT_DOCUMENTS = 4096  # of earlier latents; their tokens take up to about 100 MB
+_SHOWN = 5  # latents per group
+_TOKENS = 3  # tokens per latent in a list
+_KEPT_DOCUMENTS = 4096  # cached documents of earlier latents, whose tokens take up to about 100 MB
 _BOLD, _PLAIN = "\033[1m", "\033[0m"
 
 
 class Answer(NamedTuple):
-    """Answer to a question about an index, for programs and for people."""
+    """The answer to a question about an index, for programs and for people."""
 
     content: Any
-    """As JSON types."""
+    """The answer as JSON types, for programs."""
     lines: list[str]
 
 
 class Style(NamedTuple):
-    """How lines look."""
+    """The style of lines in a terminal."""
 
     width: int = 100
     bold: bool = False
 
 
 class Explorer:
-    """Asks the index of a run.
+    """Answers questions about a run's index.
 
     Args:
         run: The run.
-        name: Of the index; None takes the complete one of the last step.
-        style: Of the lines.
+        name: Name of the index; None takes the complete index of the latest step.
+        style: Style of the lines.
 
     Raises:
-        NoIndexError: There is none, or it is not complete.
+        NoIndexError: The index does not exist, or is not complete.
     """
 
     def __init__(self, run: Run, name: str | None, style: Style) -> None:
@@ -59,7 +59,7 @@ class Explorer:
         self._texts = self._open_texts()
 
     def overview(self) -> Answer:
-        """The densest latents, some by chance, and the rarest of those that fire."""
+        """List the densest latents that fire, some random ones, and the rarest."""
         firings = self.index.firings
         alive = np.flatnonzero(firings)
         order = alive[np.argsort(-firings[alive], kind="stable")]
@@ -80,20 +80,24 @@ class Explorer:
         return Answer({"index": self.index.place, **content}, lines)
 
     def latents(self, latents: Sequence[int]) -> Answer:
-        """All about some latents.
+        """Return everything about some latents.
 
         Raises:
-            LatentNotFoundError: There is no such latent.
+            LatentNotFoundError: The dictionary has no such latent.
         """
         views = self.view(latents)
         lines = [line for view in views for line in (*self._full(view), "")]
         return Answer([_as_json(view) for view in views], lines[:-1])
 
     def view(self, latents: Sequence[int], of_decile: int = 1) -> list[LatentView]:
-        """Latents with their texts, if these are at hand, and so many of each decile.
+        """View latents, with their texts if these can be read.
+
+        Args:
+            latents: Numbers of the latents.
+            of_decile: Most examples of each decile.
 
         Raises:
-            LatentNotFoundError: There is no such latent.
+            LatentNotFoundError: The dictionary has no such latent.
         """
         if self._texts:
             self._texts.forget(_KEPT_DOCUMENTS)
@@ -104,10 +108,10 @@ class Explorer:
             return view_latents(self.index, latents, None)
 
     def like(self, latent: int) -> Answer:
-        """The latents nearest to one by decoder direction, and those most coactive.
+        """List the latents nearest to one by decoder direction, and the most coactive ones.
 
         Raises:
-            LatentNotFoundError: There is no such latent.
+            LatentNotFoundError: The dictionary has no such latent.
         """
         page = self.index.latent(latent)
         nearest = {near.latent: near.cosine for near in page.nearest[: 2 * _SHOWN]}
@@ -126,21 +130,21 @@ class Explorer:
         return Answer(content, lines)
 
     def with_token(self, text: str) -> Answer:
-        """Latents whose largest activations are on one token.
+        """Find latents whose largest activations are on one token.
 
         Raises:
-            ArgumentError: The text is not one token of the model.
-            ModelError: The tokenizer is not at hand.
+            ArgumentError: The text is not a single token of the model.
+            ModelError: The tokenizer cannot be loaded.
         """
         wanted = is_token(self.texts.tokenizer, text)
         return self._matching(wanted, f'"{text}"')
 
     def with_regex(self, pattern: str) -> Answer:
-        """Latents whose largest activations are on tokens that a regular expression finds.
+        """Find latents whose largest activations are on tokens that match a regular expression.
 
         Raises:
-            ArgumentError: It is not one.
-            ModelError: The tokenizer is not at hand.
+            ArgumentError: The pattern is not a valid regular expression.
+            ModelError: The tokenizer cannot be loaded.
         """
         texts = self.texts
         wanted = has_pattern(lambda token: token_text(token, texts), pattern)
@@ -171,29 +175,29 @@ class Explorer:
 
     @property
     def texts(self) -> Texts:
-        """Texts of the run, with its tokenizer.
+        """The texts of the run, with its tokenizer.
 
         Raises:
-            ModelError: They are not at hand.
+            ModelError: The corpus, the tokenizer or the plan cannot be read.
         """
         if self._texts is None:
             raise ModelError(f"tokens cannot be read: {self._problem}")
         return self._texts
 
     def token(self, token: int) -> str:
-        """Text of a token alone; its number if the tokenizer is not at hand."""
+        """Return the text of a single token, or its number if there is no tokenizer."""
         return token_text(token, self._texts)
 
     def _pages(self, latents: Sequence[int]) -> list[LatentPage]:
         return [self.index.latent(latent) for latent in latents]
 
     def _fires_on(self, page: LatentPage) -> list[str]:
-        """The most frequent tokens of the largest activations."""
+        """Return the most frequent tokens of the largest activations."""
         counts = Counter(example.token for example in page.largest)
         return [token_text(token, self._texts) for token, _ in counts.most_common(_SHOWN)]
 
     def brief(self, page: LatentPage) -> dict[str, Any]:
-        """A latent's main numbers, and the tokens it fires on and raises most."""
+        """Return a latent's main numbers, and the tokens that it fires on and raises most."""
         return {
             "latent": page.latent,
             "firings": page.firings,
@@ -251,7 +255,7 @@ class Explorer:
             yield from (f"  {self._example(example)}" for example, *_ in view.sampled.values())
 
     def _fit(self, line: str, items: Sequence[str]) -> str:
-        """A line with as many items as fit."""
+        """Extend a line by as many items as fit."""
         for item in items:
             if len(line) + 1 + len(item) > self._style.width:
                 break
@@ -259,7 +263,7 @@ class Explorer:
         return line.rstrip()
 
     def _example(self, example: Example) -> str:
-        """A line with the text around the peak, which is in brackets."""
+        """Return a line with the text around the peak, which is in brackets."""
         before, peak, after = (
             "".join(token.text for token in part)
             for part in (
@@ -278,7 +282,7 @@ class Explorer:
 
 
 def text_lines(found: Sequence[Any]) -> list[str]:
-    """Lines for the latents that are active on each token of a text."""
+    """Return a line per token of a text, with the latents that are active on the token."""
     lines = []
     for token, latents, acts in found:
         pairs = "  ".join(f"{latent} {act:.3g}" for latent, act in zip(latents, acts, strict=True))
@@ -327,7 +331,7 @@ def _quoted(text: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Text without control characters, which a terminal would obey."""
+    """Replace line breaks and control characters, which a terminal would execute."""
     plain = (" " if c.isspace() else c if c.isprintable() else "\ufffd" for c in text)
     return "".join("\u21b5" if c == "\n" else shown for c, shown in zip(text, plain, strict=True))
 
