@@ -35,7 +35,7 @@ def bench_produce(run: Run, *, units: int, rounds: int) -> dict[str, Any]:
     """Produce the first units of a run's plan at a temporary location, then delete them.
 
     Args:
-        units: Number of units; at most all of the plan's training units are produced.
+        units: Number of units, limited to the plan's training units.
         rounds: Number of timed pairs.
 
     Returns:

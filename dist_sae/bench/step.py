@@ -329,7 +329,8 @@ def _fastest_product(
 
     Also returns the number of latents in a chunk.
     """
-    dtype, x = PRODUCT_DTYPES[shape.products], x[:, : W_enc.shape[1]]  # a latent may read one site
+    # W_enc is narrower than x if each latent reads only one of several sites
+    dtype, x = PRODUCT_DTYPES[shape.products], x[:, : W_enc.shape[1]]
     rows, weights = mesh.axis.gather(x).to(dtype), W_enc.to(dtype)
     timed = []
     for chunk in _CHUNKS:
@@ -341,7 +342,8 @@ def _fastest_product(
                 part = weights[start : min(start + width, n)]
                 torch.mm(rows, part.T, out=out[:, : len(part)] if len(part) == width else None)
 
-        some = partial(product, n=min(_CHUNKS[-1], len(weights)))  # a part is enough to compare
+        # part of the latents is enough to compare chunkings
+        some = partial(product, n=min(_CHUNKS[-1], len(weights)))
         some()
         fastest = min(seconds(some, mesh) for _ in range(3))
         timed.append((fastest, width, product))

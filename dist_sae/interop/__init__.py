@@ -1,4 +1,4 @@
-"""Other tools' formats, a file for each."""
+"""File formats of other tools, one module each."""
 
 FORMATS = ("sae-lens", "sparsify", "dictionary-learning", "circuit-tracer")
 """Names of the formats that `dist-sae export` writes; the first is the default."""
@@ -6,4 +6,4 @@ OF_INDEX = {
     "delphi": "the activations of the latent index",
     "neuronpedia": "pages of latents, and explanations where there are some",
 }
-"""Names of the formats that it writes from the latent index, and what these get."""
+"""Formats that `dist-sae export` writes from the latent index, and what each contains."""

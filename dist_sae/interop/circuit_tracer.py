@@ -1,20 +1,21 @@
 """circuit-tracer: transcoders and cross-layer transcoders of MLPs, for attribution graphs.
 
-Files, all matrices with a row for each latent:
+Writes `config.yaml` and these files, in which every matrix has one row per latent:
 
     transcoder of layer l   layer_<l>.safetensors: W_enc, b_enc, W_dec, b_dec, W_skip if there is
                             one, activation_function.threshold
     cross-layer, layer l    W_enc_<l>.safetensors: W_enc_<l>, b_enc_<l>, b_dec_<l>, threshold_<l>
-                            W_dec_<l>.safetensors: W_dec_<l> [latents, layers - l, d], from l on
+                            W_dec_<l>.safetensors: W_dec_<l> [latents, layers - l, d], for layers
+                            from l on
 
-and `config.yaml`. Codes are z where z exceeds the threshold, of x that is not centred. A
-transcoder's decoder rows have length 1; latents of cross-layer ones write several layers, and keep
-their lengths. Latent i of layer l is our latent i layers + l.
+A code is z where z exceeds the threshold, and b_dec is not subtracted from x. Decoder rows of a
+transcoder have length 1. Latents of a cross-layer transcoder write several layers, so their lengths
+are not changed. Latent i of layer l is our latent i * layers + l.
 
-The hook points are what an MLP reads and writes itself (`mlp.hook_in`, `mlp.hook_out`), which are
-our sites `mlp_in` and `mlp_out` in every architecture.
+The hook points are the MLP's own input and output (`mlp.hook_in`, `mlp.hook_out`), which are our
+sites `mlp_in` and `mlp_out` in every architecture.
 
-Imports no torch before it writes.
+Imports torch only when it writes, so that `problem` is fast.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,7 +42,7 @@ CONFIG = "config.yaml"
 
 
 def problem(run: Run) -> str | None:
-    """Why circuit-tracer cannot hold the dictionary of a run; None if it can."""
+    """Return why circuit-tracer cannot represent a run's dictionary, or None if it can."""
     sae = run.sae
     if isinstance(sae, TranscoderConfig):
         if not sae.over_batch:
@@ -69,7 +70,7 @@ def _sites_problem(run: Run) -> str | None:
 
 
 def config(run: Run, checkpoint: "Checkpoint") -> str:
-    """`config.yaml`: what circuit-tracer reads, and under `dist_sae` where it comes from."""
+    """Return `config.yaml`: the keys that circuit-tracer reads, and under `dist_sae` the origin."""
     from dist_sae.checkpoint.trained import normalisers_of
     from dist_sae.interop.raw import model_name, origin
 
@@ -91,7 +92,7 @@ def config(run: Run, checkpoint: "Checkpoint") -> str:
 
 
 def files(run: Run, checkpoint: "Checkpoint") -> dict[str, Callable[[], Iterator[bytes]]]:
-    """The weights for raw activations, in fp32."""
+    """Return functions that yield each weight file, for raw activations in fp32."""
     from dist_sae.checkpoint.piecewise import safetensors_pieces
 
     if isinstance(run.sae, TranscoderConfig):
@@ -106,7 +107,7 @@ def files(run: Run, checkpoint: "Checkpoint") -> dict[str, Callable[[], Iterator
 
 
 def note(run: Run, checkpoint: "Checkpoint") -> str | None:  # noqa: ARG001 - all formats have it
-    """What is missing to a replacement model."""
+    """Return what a replacement model needs in addition: the transcoders of all other layers."""
     if isinstance(run.sae, CrossLayerConfig):
         return None
     return (
@@ -143,7 +144,7 @@ def _paged(run: Run, checkpoint: "Checkpoint") -> "PagedDictionary":
 
 
 def _encoder(run: Run, checkpoint: "Checkpoint", layer: int) -> "Iterator[PiecewiseTensor]":
-    """What a layer reads with, and the bias of what is written to it."""
+    """Yield the encoder of the latents that read a layer, and the bias of what is written to it."""
     import torch
 
     from dist_sae.checkpoint.piecewise import PiecewiseTensor
@@ -174,7 +175,7 @@ def _encoder(run: Run, checkpoint: "Checkpoint", layer: int) -> "Iterator[Piecew
 
 
 def _decoder(run: Run, checkpoint: "Checkpoint", layer: int) -> "Iterator[PiecewiseTensor]":
-    """What latents that read a layer write to it and to each later one."""
+    """Yield the decoder of the latents that read a layer, for this layer and each later one."""
     import torch
 
     from dist_sae.checkpoint.piecewise import PiecewiseTensor

@@ -1,17 +1,17 @@
-"""delphi: all activations of the latent index, in the layout of its cache (eai-delphi 0.1.3).
+"""delphi: all activations of the latent index, in the layout of delphi's cache (eai-delphi 0.1.3).
 
-    <site>/<first>_<last>.safetensors    of a range of latents, a bucket of the index:
-                                         locations [n, 3]: context, place in it, latent - first
+    <site>/<first>_<last>.safetensors    a range of latents, which is one bucket of the index:
+                                         locations [n, 3]: context, position in it, latent - first
                                          activations [n]: in the units of the index
                                          tokens [contexts, context_tokens]: the same in every file
     <site>/config.json                   written last
 
-delphi's `LatentDataset(<folder>)` reads it without running the model. A context is one that the
-model was given, with BOS where it got one; contexts without a row in the index are left out. Short
-ones, of the ends of documents, are filled up with BOS, or with the special token of the lowest id
-where there is none. Activations are sorted by latent, context and place.
+delphi's `LatentDataset(<folder>)` reads this cache without running the model. A context is one that
+the model was given, with BOS if the model was given BOS. Contexts without a row in the index are
+omitted. Short contexts, from the ends of documents, are padded with BOS, or with the special token
+of the lowest id if there is no BOS. Activations are sorted by latent, context and position.
 
-One bucket's activations are in memory at a time, with the tokens and eight bytes for each row.
+Only one bucket's activations are in memory at a time, plus all tokens and eight bytes per row.
 """
 
 import json
@@ -40,27 +40,27 @@ _OWN = re.compile(r"\d+_\d+\.safetensors|config\.json", re.ASCII)
 
 class _Contexts(NamedTuple):
     tokens: NDArray[np.int32]
-    """[contexts, context_tokens]."""
+    """Token ids, [contexts, context_tokens]."""
     context: dict[int, NDArray[np.int32]]
-    """Of each unit's rows, the context."""
+    """For each unit, the context of each row."""
     place: dict[int, NDArray[np.int32]]
-    """Of each unit's rows, the place in the context."""
+    """For each unit, the position of each row in its context."""
 
 
 def export_cache(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
-    """Write `<run>/export-delphi/<site>/` from the latent index; returns the folder above.
+    """Write `<run>/export-delphi/<site>/` from the latent index. Returns the folder above it.
 
     A cache of the same index is not written again.
 
     Args:
         run: The run.
-        meter: Takes the metrics.
-        step: Take an index of this step; None for that of the last.
+        meter: Receives the store's metrics.
+        step: Step of the index; None for the last step that has a complete index.
 
     Raises:
         NoIndexError: There is no complete index.
-        ConfigError: The index keeps no postings, or a share of them.
-        CorpusError: The text is not at hand, or another.
+        ConfigError: The index has no postings, or only a share of them.
+        CorpusError: The text is missing or has changed.
         CorruptObjectError: The index is damaged.
     """
     runs = open_store(run.store.runs, run.store.s3, meter)
@@ -92,7 +92,7 @@ def _name(latents: range) -> str:
 
 
 def _config(run: Run, index: Index) -> dict[str, Any]:
-    """What delphi's own cache says of itself, and which index it is."""
+    """Return the keys of delphi's own `config.json`, and under `dist_sae` the index."""
     dataset = run.corpus if isinstance(run.corpus, DatasetCorpus) else None
     manifest = index.manifest
     return {
@@ -107,7 +107,7 @@ def _config(run: Run, index: Index) -> dict[str, Any]:
 
 
 def _contexts(run: Run, index: Index) -> _Contexts:
-    """The contexts of all rows, in the order of units, documents and positions."""
+    """Collect the contexts of all rows, in the order of units, documents and positions."""
     texts = Texts(run, load_plan(open_store(run.store.activations, run.store.s3), run))
     width, within = run.activations.context_tokens, texts.context_tokens
     tokenizer = texts.tokenizer

@@ -1,22 +1,22 @@
 """dictionary_learning: dictionaries of one site, as its `load_dictionary` reads them.
 
-`ae.pt` is a state dict in a pickle, which is what the library reads. We write it, and read one only
-as tensors (`torch_file.py`). Decoder rows have length 1 and codes the units of raw activations.
-The class is
+`ae.pt` is a pickled state dict, because the library reads no other form. When we read such a file,
+we accept only tensors (`torch_file.py`). Decoder rows have length 1, and codes are in the units of
+raw activations. The classes are
 
-    topk                    AutoEncoderTopK      (x - b_dec), the k largest positive z of a row
-    batchtopk, matryoshka   BatchTopKSAE         (x - b_dec), z above one threshold
-    relu                    AutoEncoder          relu(z), of x - b_dec: b_enc takes W_enc b_dec up
-    jumprelu(_tanh)         JumpReluAutoEncoder  z above a threshold of each latent
-    gated                   GatedAutoEncoder     of x - b_dec as well, with two biases
+    topk                    AutoEncoderTopK      of x - b_dec, the k largest positive z of a row
+    batchtopk, matryoshka   BatchTopKSAE         of x - b_dec, z above one threshold
+    relu                    AutoEncoder          of x - b_dec, relu(z); b_enc includes W_enc b_dec
+    jumprelu(_tanh)         JumpReluAutoEncoder  z above a threshold per latent
+    gated                   GatedAutoEncoder     of x - b_dec, with two biases
 
-Matryoshka is written as what it is at inference: the class with that name wants the latents of a
-prefix together, and here they keep their numbers.
+Matryoshka is written as the BatchTopK that it is at inference. The library's Matryoshka class needs
+the latents of a prefix to be consecutive, but here all latents keep their numbers.
 
-SAEBench reads the same files, and chooses its class by `trainer_class`, the trainer of
-dictionary_learning that would have made them.
+SAEBench reads the same files. It chooses its class by `trainer_class`, the dictionary_learning
+trainer that would have written them.
 
-Imports no torch before it writes.
+Imports torch only when it writes, so that `problem` is fast.
 """
 
 import json
@@ -58,7 +58,7 @@ CONFIG = "config.json"
 
 
 def problem(run: Run) -> str | None:
-    """Why dictionary_learning cannot hold the dictionary of a run; None if it can."""
+    """Return why dictionary_learning cannot represent a run's dictionary, or None if it can."""
     if _class(run) is None:
         return f"sae.kind: {run.sae.kind}: dictionary_learning has nothing like it"
     return None
@@ -90,7 +90,7 @@ def _class(run: Run) -> str | None:
 
 
 def config(run: Run, checkpoint: "Checkpoint") -> str:
-    """`config.json`: the keys of `trainer` that the library and its users read."""
+    """Return `config.json`: the keys of `trainer` that the library and its users read."""
     from dist_sae.checkpoint.trained import normalisers_of
     from dist_sae.interop.raw import model_name, origin
 
@@ -110,14 +110,14 @@ def config(run: Run, checkpoint: "Checkpoint") -> str:
 
 
 def files(run: Run, checkpoint: "Checkpoint") -> dict[str, Callable[[], Iterator[bytes]]]:
-    """The state dict for raw activations, in fp32."""
+    """Return the function that yields the state dict, for raw activations in fp32."""
     from dist_sae.interop.torch_file import torch_file_pieces
 
     return {"ae.pt": lambda: torch_file_pieces(_tensors(run, checkpoint))}
 
 
 def note(run: Run, checkpoint: "Checkpoint") -> str:  # noqa: ARG001 - all formats have it
-    """The file is a pickle."""
+    """Return the note that the file is a pickle."""
     return "ae.pt is a pickle, the only form that dictionary_learning reads"
 
 
@@ -150,7 +150,7 @@ def _tensors(run: Run, checkpoint: "Checkpoint") -> "Iterator[PiecewiseTensor]":
             yield small("mag_bias", raw.of_latents["b_mag"] + r_mag.exp() * centre)
         case _:
             assert isinstance(run.sae, CountsLatentsConfig)
-            above = raw.of_latents.get("threshold", torch.tensor([-1.0]))  # -1: there is none
+            above = raw.of_latents.get("threshold", torch.tensor([-1.0]))  # -1: no threshold
             yield small("encoder.bias", b_enc)
             yield small("b_dec", b_dec)
             yield small("k", torch.tensor(run.sae.k, dtype=torch.int32))

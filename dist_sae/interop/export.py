@@ -1,4 +1,4 @@
-"""`dist-sae export`: a checkpoint as the files of another library."""
+"""`dist-sae export`: writes a checkpoint as files of another library."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -22,26 +22,26 @@ logger = logging.getLogger(__name__)
 
 
 class Format(Protocol):
-    """A module with another library's format. Importing it imports no torch."""
+    """A module for another library's format. Importing it does not import torch."""
 
     LIBRARY: str
     """The library's name, for messages."""
     CONFIG: str
-    """The file that describes the dictionary; written last, so where it is the others are too."""
+    """File that describes the dictionary. Written last: if it exists, all other files do."""
 
     def problem(self, run: Run) -> str | None:
-        """Why the format cannot hold the dictionary of a run; None if it can."""
+        """Return why the format cannot represent a run's dictionary, or None if it can."""
 
     def config(self, run: Run, checkpoint: Checkpoint) -> str:
-        """The content of `CONFIG`, for a run as it was trained."""
+        """Return the content of `CONFIG`, for a run as it was trained."""
 
     def files(
         self, run: Run, checkpoint: Checkpoint
     ) -> Mapping[str, Callable[[], Iterable[bytes]]]:
-        """Functions that yield the bytes of every other file, by name."""
+        """Return functions that yield the bytes of every other file, by file name."""
 
     def note(self, run: Run, checkpoint: Checkpoint) -> str | None:
-        """What a user has to know to use the export; None if nothing."""
+        """Return what a user must know to use the export, or None."""
 
 
 _FORMATS: dict[str, Format] = dict(
@@ -50,12 +50,12 @@ _FORMATS: dict[str, Format] = dict(
 
 
 class Exported(NamedTuple):
-    """What an export wrote, and of what."""
+    """The files of an export, and their run and checkpoint."""
 
     folder: str
-    """Its key in the store of runs."""
+    """Folder of the export in the store of runs."""
     files: tuple[str, ...]
-    """Names of its files in the folder."""
+    """Names of the files in the folder."""
     run: Run
     """The run as it was trained."""
     checkpoint: Checkpoint
@@ -63,14 +63,14 @@ class Exported(NamedTuple):
 
 
 def problem(run: Run, format_name: str = FORMATS[0]) -> str | None:
-    """Why a format cannot hold the dictionary of a run; None if it can."""
+    """Return why a format cannot represent a run's dictionary, or None if it can."""
     return _FORMATS[format_name].problem(run)
 
 
 def export(
     run: Run, meter: Meter = UNMETERED, step: int | None = None, format_name: str = FORMATS[0]
 ) -> str:
-    """Write a checkpoint in another library's format; returns the folder's URL.
+    """Write a checkpoint in another library's format. Returns the folder's path or URL.
 
     Args and errors: see `export_checkpoint`.
     """
@@ -83,18 +83,18 @@ def export_checkpoint(
 ) -> Exported:
     """Write a checkpoint in another library's format.
 
-    The folder is `<run>/export/` for SAELens, and `<run>/export-<format>/` for others. An export of
-    the same checkpoint and settings is not written again. A step that is not the newest has a
-    folder of its own, with `-step-<step>` in its name. No weight is ever in memory as a whole.
+    The folder is `<run>/export/` for SAELens, and `<run>/export-<format>/` for others. If the step
+    is not the newest, `-step-<step>` is appended to the folder's name. An export of the same
+    checkpoint and settings is not written again. No weight matrix is in memory as a whole.
 
     Args:
         run: The run.
-        meter: Takes the metrics.
+        meter: Receives the store's metrics.
         step: Step of the checkpoint; None for the newest.
         format_name: One of `FORMATS`.
 
     Raises:
-        ConfigError: There is no checkpoint, or the format cannot hold its dictionary.
+        ConfigError: There is no checkpoint, or the format cannot represent its dictionary.
         PlanMismatchError: The run was trained with other settings.
     """
     chosen = _FORMATS[format_name]
@@ -107,7 +107,7 @@ def export_checkpoint(
     if checkpoint is None:
         raise none_yet(runs, run)
     own = trained_run(checkpoint, run).model_copy(update={"export": run.export})
-    typed = run.filled(checkpoint.scalars["run"])  # what the file leaves open is no difference
+    typed = run.filled(checkpoint.scalars["run"])  # open settings count as equal
     if changed := differences(plan_settings(own), plan_settings(typed)):
         logger.warning("the export names what the run was trained on, not %s", "; ".join(changed))
     name = "export" if format_name == FORMATS[0] else f"export-{format_name}"
@@ -134,8 +134,8 @@ def export_checkpoint(
 def _is_there(
     runs: ObjectStore, folder: str, chosen: Format, run: Run, checkpoint: Checkpoint
 ) -> bool:
-    """True if the export exists with this configuration, which is written last."""
-    wanted = chosen.config(run, checkpoint).encode()  # raises what no run file can tell
+    """Return whether a complete export of the same configuration exists."""
+    wanted = chosen.config(run, checkpoint).encode()  # raises errors that need the checkpoint
     try:
         there = runs.get(f"{folder}/{chosen.CONFIG}")
     except ObjectNotFoundError:

@@ -1,12 +1,12 @@
-"""Dictionaries of other libraries, as their files have them.
+"""Dictionaries read from the files of other libraries.
 
-What is read takes raw activations x:
+A dictionary that is read takes raw activations x:
 
     z     = W_enc (x - c) + b_enc        c = b_dec, or 0
     y_hat = W_dec^T f + b_dec + W_skip x
 
-with f the k largest of relu(z) (topk), relu(z) (relu), z H(z - threshold) (jumprelu), or as in
-`dictionaries/recipes/gated.py` (gated), and y = x except of transcoders.
+where f is the k largest of relu(z) (topk), relu(z) (relu), z H(z - threshold) (jumprelu), or as in
+`dictionaries/recipes/gated.py` (gated). y = x, except for transcoders.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from dist_sae.errors import ConfigError
 from dist_sae.interop import readers
 from dist_sae.interop.readers import Foreign
 
-_EQUAL = 1e-3  # relative difference of decoder rows' lengths that is rounding
+_EQUAL = 1e-3  # lengths of decoder rows that differ by less, relative to the mean, are equal
 _READERS: dict[tuple[str, ...], tuple[str, Callable[..., Foreign]]] = {
     ("cfg.json", "sae_weights.safetensors"): ("SAELens", readers.sae_lens),
     ("cfg.json", "sae.safetensors"): ("sparsify", readers.sparsify),
@@ -32,14 +32,14 @@ _READERS: dict[tuple[str, ...], tuple[str, Callable[..., Foreign]]] = {
 
 
 def read_foreign(source: Path) -> Foreign:
-    """Read a dictionary.
+    """Read another library's dictionary.
 
     Args:
-        source: Folder with the library's files, or of circuit-tracer the file of a layer.
+        source: Folder with the library's files, or one layer's file of circuit-tracer.
 
     Raises:
-        ConfigError: The files are of no known library, damaged, or of a kind that has no recipe
-            here.
+        ConfigError: The files are of an unknown library, damaged, or of a kind for which dist_sae
+            has no recipe.
     """
     try:
         found = _reader(source)()
@@ -106,13 +106,14 @@ def _check(source: Path, found: Foreign) -> None:
 
 
 def settings(found: Foreign, run: Run, source: Path) -> dict[str, Any]:
-    """The `sae` section of a run file with this dictionary, on the run's sites.
+    """Return the `sae` section of a run file for this dictionary on the run's sites.
 
-    TopK with decoder rows of several lengths, which decide the ranks of codes, is a transcoder from
-    a site to itself: the recipe `topk` has unit rows.
+    A TopK dictionary whose decoder rows differ in length becomes a transcoder from a site to
+    itself. The recipe `topk` has unit rows, and normalizing the rows would change which codes are
+    the k largest.
 
     Raises:
-        ConfigError: The sites do not fit, or no recipe here is like it.
+        ConfigError: The sites do not fit the dictionary, or dist_sae has no recipe for it.
     """
     sae: dict[str, Any] = {"n_latents": len(found.W_dec)}
     sae |= {"reads": run.sae.reads, "writes": run.sae.writes}

@@ -1,13 +1,14 @@
-"""`dist-sae import`: another library's dictionary, as the checkpoint of a run.
+"""`dist-sae import`: stores another library's dictionary as a checkpoint of a run.
 
-With s the scale of what is read, s_out of what is written, and v a factor of each latent's codes,
+With the scales s of what is read and s_out of what is written, and a factor v for each latent's
+codes,
 
     z           = W_enc (x - c) + b_enc
     v z         = (v W_enc / s) (s x - s c) + v b_enc
     s_out y_hat = (s_out W_dec / v)^T (v f) + s_out b_dec + (s_out W_skip / s) (s x)
 
-v is s times the length |d| of a latent's decoder row, which gives unit rows. Of transcoders, whose
-rows may have any length, v is s. Thresholds and b_mag are times v.
+v is s |d|, with |d| the length of the latent's decoder row, so that rows have unit length. For
+transcoders, whose rows may have any length, v is s. Thresholds and b_mag are multiplied by v.
 """
 
 from collections.abc import Sequence
@@ -38,18 +39,20 @@ from dist_sae.storage import open_store
 
 
 def import_dictionary(source: Path, run: Run) -> dict[str, Any]:
-    """Store a dictionary as step 0 of a run, which evaluate, index and report then take.
+    """Store a dictionary as step 0 of a run, for commands such as evaluate, index and report.
 
     Args:
-        source: What `read_foreign` takes.
-        run: Names the run, its stores, model, text and sites; all else of `sae` is the source's.
+        source: Folder or file, see `read_foreign`.
+        run: The run to create, with its name, stores, model, text and sites. All other settings in
+            `sae` come from the source.
 
     Returns:
-        `run`, its place; `library`, `kind`, `latents`.
+        `run`, the path or URL of the run; `library`, `kind`, `latents`.
 
     Raises:
-        ConfigError: The source cannot be read or does not fit the site, or the run exists.
-        PlanMismatchError: The run's activation set is another one.
+        ConfigError: The source cannot be read or does not fit the sites, or the run already has
+            checkpoints.
+        PlanMismatchError: The store has another activation set than the run's.
         UnitMissingError: No activations have been produced yet.
     """
     found = read_foreign(source)
@@ -97,13 +100,13 @@ def import_dictionary(source: Path, run: Run) -> dict[str, Any]:
 def converted(
     run: Run, found: Foreign, read: Sequence[float], written: Sequence[float]
 ) -> Dictionary:
-    """The dictionary for scaled activations.
+    """Convert a dictionary for raw activations to a recipe of dist_sae, for scaled activations.
 
     Args:
-        run: With the recipe.
-        found: For raw activations.
-        read: Scales of the sites that are read.
-        written: Scales of the sites that are written.
+        run: The run, with the recipe.
+        found: The dictionary for raw activations.
+        read: Scale of each site that is read.
+        written: Scale of each site that is written.
     """
     n_latents, d_out = found.W_dec.shape
     layers, d_write = found.layers, d_out // found.layers
@@ -116,7 +119,7 @@ def converted(
     out = torch.tensor(written, dtype=torch.float64).repeat_interleave(d_write)
     factors = scales * norms
     of_latents = dict(found.of_latents)
-    centred = run.sae.kind == "topk"  # what this recipe here does
+    centred = run.sae.kind == "topk"  # the only one here that subtracts b_dec
     if found.centred and not centred:
         shift = found.W_enc @ found.b_dec
         of_latents["b_enc"] = of_latents["b_enc"] - shift
@@ -134,7 +137,7 @@ def converted(
         values["W_skip"] = found.W_skip * out[:, None] / read[0]
     for name, vector in of_latents.items():
         values[name] = vector if name == "r_mag" else factors * vector
-    if "threshold" in values:  # its parameter is in units of the rows' root mean square norm
+    if "threshold" in values:  # theta is relative to the rows' root mean square norm
         values["theta"] = values.pop("threshold") / dictionary.W_enc.shape[1] ** 0.5
     with torch.no_grad():
         for name, tensor in dictionary.tensors():
@@ -144,7 +147,7 @@ def converted(
 
 
 def _in_groups(W_dec: Tensor, layers: int) -> Tensor:
-    """A cross-layer decoder [n_latents, d_out] as `recipes/clt.py` stores it, without zeros."""
+    """Return a cross-layer decoder [n_latents, d_out] without its zeros, as in `recipes/clt.py`."""
     by_layer = W_dec.view(-1, layers, layers, W_dec.shape[1] // layers)
     written = [by_layer[:, layer, layer:] for layer in range(layers)]
     return torch.cat(written, 1).reshape(len(W_dec), -1)

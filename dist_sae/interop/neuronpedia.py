@@ -1,18 +1,18 @@
 """Neuronpedia: pages of latents, in the layout of its exports, which its import reads.
 
     <model>/<layer>-<set>/
-      release.jsonl, model.jsonl, sourceset.jsonl    each one object
-      features/batch-<n>.jsonl.gz                    numbers of a latent on a line
-      activations/batch-<n>.jsonl.gz                 a text with activations on a line
-      explanations/batch-<n>.jsonl.gz                those of `dist-sae explain`
-      source.jsonl                                   written last, but for explanations
+      release.jsonl, model.jsonl, sourceset.jsonl    one object each
+      features/batch-<n>.jsonl.gz                    one line of numbers per latent
+      activations/batch-<n>.jsonl.gz                 one line per text, with its activations
+      explanations/batch-<n>.jsonl.gz                the explanations of `dist-sae explain`
+      source.jsonl                                   written last, except for explanations
 
-An object has only columns of its table in Neuronpedia's database (schema of November 2026), and
-leaves those out that have defaults there. Activations and effects on logits are those of the
-dictionary that `export --format sae-lens` writes: codes f' = |d| f, and rows of length 1 / s.
+An object contains only columns of its table in Neuronpedia's database (schema of November 2026),
+without the columns that have defaults. Activations and effects on logits are in the scale of
+`export --format sae-lens`: codes f' = |d| f, and decoder rows of length 1 / s.
 
-Histograms of logits and Pearson correlations of latents, which the index does not have, are left
-out. Latents that never fire have no page. Texts are pieces of what the model was given at once.
+Histograms of logits and Pearson correlations of latents are omitted, because the index does not
+have them. Latents that never fire have no page. A text never extends beyond one context.
 """
 
 import gzip
@@ -45,13 +45,13 @@ from dist_sae.interop.sae_lens import hook
 from dist_sae.storage import UNMETERED, Meter, ObjectStore, open_store
 
 LATENTS = 128
-"""Latents of a batch, if that makes no more than `MOST_BATCHES`."""
+"""Latents per batch, or more if there would be more than `MOST_BATCHES` batches."""
 MOST_BATCHES = 1000
-"""Files of a folder that Neuronpedia's import sees: it lists a bucket once."""
+"""Most files in a folder. Neuronpedia's import makes one list request, so it sees no more."""
 MOST_TEXTS = 20
-"""Largest activations of a latent whose texts are written."""
+"""Most texts per latent for its largest activations."""
 _REACH = 64  # tokens on either side of an activation
-_PACKING = 6  # of gzip: a fifth of the time of 9, for files 4 % larger
+_PACKING = 6  # gzip level: takes a fifth of the time of level 9, for files 4 % larger
 _LAST = "source.jsonl"
 
 _Row = dict[str, Any]
@@ -67,20 +67,21 @@ class _Names(NamedTuple):
 def export_pages(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
     """Write `<run>/export-neuronpedia/<model>/<layer>-<set>/` from the latent index.
 
-    Pages of the same index are not written again; explanations always are.
+    Pages of the same index are not written again, but explanations always are.
 
     Args:
         run: The run.
-        meter: Takes the metrics.
-        step: Take an index of this step; None for that of the last.
+        meter: Receives the store's metrics.
+        step: Step of the index; None for the last step that has a complete index.
 
     Returns:
         Path or URL of the folder above `<model>`.
 
     Raises:
-        NoIndexError: There is no complete index, or none of a checkpoint that is there.
-        ConfigError: Neuronpedia has nothing like the run, or the index keeps not all postings.
-        CorpusError: The text is not at hand, or another.
+        NoIndexError: There is no complete index, or its checkpoint has been replaced.
+        ConfigError: Neuronpedia cannot show the run's latents, the index does not have all
+            postings, or there is no checkpoint.
+        CorpusError: The text is missing or has changed.
         CorruptObjectError: The index is damaged.
     """
     names = _names(run)
@@ -101,10 +102,10 @@ def export_pages(run: Run, meter: Meter = UNMETERED, step: int | None = None) ->
 
 
 def _names(run: Run) -> _Names:
-    """Ids of what is written.
+    """Return Neuronpedia's ids of the model, the source set and the source, and the creator.
 
     Raises:
-        ConfigError: Neuronpedia has nothing like the run.
+        ConfigError: Neuronpedia cannot show the run's latents.
     """
     if not isinstance(run.model, HuggingFaceModel):
         raise ConfigError(f"model.kind: {run.model.kind}: Neuronpedia shows language models")
@@ -120,7 +121,7 @@ def _names(run: Run) -> _Names:
 
 
 def _is_there(runs: ObjectStore, within: str, last: bytes, batches: int) -> bool:
-    """True if the pages of the same index are there."""
+    """Return whether all pages of the same index exist."""
     try:
         there = runs.get(f"{within}/{_LAST}")
     except ObjectNotFoundError:
@@ -185,7 +186,7 @@ def _write_explanations(
 
 
 def _delete_batches(runs: ObjectStore, within: str, kinds: Iterable[str]) -> None:
-    for kind in kinds:  # an older export may have had more
+    for kind in kinds:  # an older export may have more batches
         runs.delete_many(list(runs.keys(f"{within}/{kind}/batch-")))
 
 
@@ -245,7 +246,7 @@ def _source(run: Run, names: _Names, index: Index) -> _Row:
 
 
 def _feature(page: LatentPage, names: _Names, texts: Texts, scale: float) -> _Row:
-    """A line of `features/`."""
+    """Return a latent's line of `features/`."""
     norm = page.decoder_norm
     effect = 1 / (norm * scale) if norm else 0.0
     ends = {"pos": page.top_tokens, "neg": page.bottom_tokens}
@@ -268,7 +269,7 @@ def _feature(page: LatentPage, names: _Names, texts: Texts, scale: float) -> _Ro
 
 
 def _chosen(page: LatentPage) -> list[Firing]:
-    """The activations whose texts are written: large ones apart from each other, and deciles'."""
+    """Return the firings whose texts are written: the largest, without overlap, and deciles'."""
     largest = list(apart(page.largest, _REACH))[:MOST_TEXTS]
     return [*largest, *(firing for firing in page.examples if firing.decile != TOP)]
 
@@ -276,7 +277,7 @@ def _chosen(page: LatentPage) -> list[Firing]:
 def _activations(
     page: LatentPage, firings: list[Firing], names: _Names, index: Index, texts: Texts
 ) -> Iterator[_Row]:
-    """Lines of `activations/`."""
+    """Yield a latent's lines of `activations/`."""
     known, norm = activations_near(index, page.latent, firings), page.decoder_norm
     edges = [0.0, *page.deciles, page.max]
     for number, firing in enumerate(firings):
@@ -286,7 +287,7 @@ def _activations(
         tokens = [token for token in example.tokens if token.in_context]
         values = [token.act * norm for token in tokens]
         largest = max(range(len(values)), key=values.__getitem__)
-        bins: tuple[float, float, float] = (-1, page.max * norm, -1)  # of the largest ones
+        bins: tuple[float, float, float] = (-1, page.max * norm, -1)  # for the largest
         if firing.decile != TOP:
             low, high = edges[firing.decile : firing.decile + 2]
             bins = (low * norm, high * norm, 1 / DECILES)
@@ -309,7 +310,7 @@ def _activations(
 
 
 def _explanation(latent: int, told: Told, names: _Names, index: Index) -> _Row:
-    """A line of `explanations/`."""
+    """Return a line of `explanations/`."""
     return {
         "id": _id(index, told.name, latent, told.explanation),
         "modelId": names.model,
@@ -326,7 +327,7 @@ def _text(token: int, texts: Texts) -> str:
 
 
 def _id(index: Index, *parts: object) -> str:
-    """A key that is the same each time: 25 characters, as their other keys have."""
+    """Return an id that is the same in every export, with 25 characters like Neuronpedia's ids."""
     named = json.dumps([index.manifest.checkpoint, index.manifest.name, *map(str, parts)])
     return "c" + hashlib.sha256(named.encode()).hexdigest()[:24]
 

@@ -1,4 +1,4 @@
-"""`dist-sae publish`: an export with a model card, as a folder, or as a repository on the hub."""
+"""`dist-sae publish`: an export with a model card, in a folder or in a repository on the hub."""
 
 import json
 import re
@@ -31,7 +31,7 @@ _NUMBERS = {
     "rows": ("held-out vectors", "{:,}"),
 }
 _OF_FOLDERS = {"SAELens", "dictionary_learning"}
-"""Libraries whose tools, SAEBench's among them, look for folders of a repository."""
+"""Libraries whose tools, including SAEBench, look for dictionaries in folders of a repository."""
 _LOADING = {
     "SAELens": (
         'from sae_lens import SAE\n\nsae = SAE.from_pretrained("{repository}", "{folder}")'
@@ -58,7 +58,7 @@ _LOADING = {
 
 
 class Licences(NamedTuple):
-    """Licences, as their owners name them; None: not stated."""
+    """Names of licenses, as their owners write them; None if not stated."""
 
     dictionary: str | None = None
     model: str | None = None
@@ -74,20 +74,20 @@ def write(
     step: int | None = None,
     format_name: str = "sae-lens",
 ) -> list[Path]:
-    """Write what a repository gets: the export's files and a card; returns their paths.
+    """Write the files of a repository: the export's files and a model card. Returns their paths.
 
     Args:
         run: The run.
-        repository: As org/name, for the card.
-        folder: Is made; has no other files than those of an earlier call.
-        licences: For the card.
-        meter: Takes the metrics.
+        repository: Name of the repository, as org/name, for the card.
+        folder: Folder to write to, created if missing. It may contain only files of an earlier
+            call.
+        licences: Licenses for the card.
+        meter: Receives the store's metrics.
         step: Step of the checkpoint; None for the newest.
         format_name: Format of the export.
 
     Raises:
-        ConfigError: The model has only the name of a folder here, the folder has other files, or
-            there is nothing that can be exported.
+        ConfigError: `check` fails, the folder has other files, or the run cannot be exported.
     """
     check(run, repository)
     done = export_checkpoint(run, meter, step, format_name)
@@ -112,19 +112,19 @@ def write(
 def send(
     run: Run, repository: str, licences: Licences, *, public: bool, replace: bool, **export: Any
 ) -> str:
-    """Write the files to a temporary folder, and send them; returns the commit's URL.
+    """Write the files to a temporary folder, and upload them. Returns the commit's URL.
 
     Args:
         run: The run.
-        repository: As org/name.
-        licences: For the card.
-        public: As of `hub.upload`.
-        replace: As of `hub.upload`.
-        **export: As of `write`: meter, step, format_name.
+        repository: Name of the repository, as org/name.
+        licences: Licenses for the card.
+        public: Whether a repository that is created is public.
+        replace: Whether the repository may already have files.
+        **export: Arguments for `write`: meter, step, format_name.
 
     Raises:
-        ConfigError: As of `write`, or the hub refuses.
-        HubUnavailableError: The hub does not answer.
+        ConfigError: `write` fails, or the hub rejects the upload.
+        HubUnavailableError: The hub cannot be reached.
     """
     with tempfile.TemporaryDirectory(prefix="dist-sae-publish-") as place:
         folder = Path(place)
@@ -134,10 +134,10 @@ def send(
 
 
 def check(run: Run, repository: str) -> None:
-    """Refuse what should not be published.
+    """Check the names of the repository and of the model before a run is published.
 
     Raises:
-        ConfigError: The name is none of a repository, or the model has only that of a folder.
+        ConfigError: `repository` is not a valid name, or the model's name is only a local folder.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository, re.ASCII):
         raise ConfigError(f"{repository}: is no name of a repository; use ORG/NAME")
@@ -157,13 +157,13 @@ def card(
     licences: Licences,
     evaluation: Mapping[str, Any] | None,
 ) -> str:
-    """The model card, Markdown with the hub's metadata first.
+    """Return the model card, in Markdown with the hub's metadata first.
 
     Args:
         done: The export.
-        repository: As org/name.
-        within: Folder of the export in it; empty for none.
-        licences: What the card states.
+        repository: Name of the repository, as org/name.
+        within: Folder of the export in the repository; empty for the root.
+        licences: Licenses for the card.
         evaluation: The checkpoint's `evaluation.json`, if there is one.
     """
     run, sae = done.run, done.run.sae
@@ -224,7 +224,7 @@ def _table(first: str, second: str, rows: Mapping[str, str]) -> str:
 
 
 def _evaluation(runs: ObjectStore, done: Exported) -> Mapping[str, Any] | None:
-    """The numbers of this checkpoint and no other."""
+    """Return this checkpoint's evaluation, or None if the stored one is of another checkpoint."""
     suffix = done.folder.rpartition("-step-")
     name = f"evaluation-step-{suffix[2]}.json" if suffix[1] else "evaluation.json"
     try:

@@ -1,15 +1,17 @@
-"""A trained dictionary for raw activations x, part by part: what formats of one site write.
+"""A trained dictionary rescaled for raw activations x, for the export formats with one site.
 
-With s the scale of what is read, s_out of what is written, and u a factor of each latent's codes:
+With the scales s of what is read and s_out of what is written, and a factor u for each latent's
+codes:
 
     f'    = u f
-    z'    = (u s W_enc) x + u b_enc            thresholds and b_mag times u as well
+    z'    = (u s W_enc) x + u b_enc            thresholds and b_mag are multiplied by u too
     y_hat = (W_dec / (u s_out))^T f' + (s / s_out) W_skip x + b_dec / s_out
 
-u is the length of the latent's decoder row, so that rows have length 1 / s_out, or (unit rows) that
-over s_out, so that they have length 1 and f' is what the latent contributes to the raw y_hat. Where
-the rank of codes decides, or one threshold for all, lengths that differ stay, and the mean length
-takes their place. A gated dictionary's r stays as it is.
+By default u is the length of the latent's decoder row, so that exported rows have length 1 / s_out.
+With `unit_rows` u is that length / s_out, so that exported rows have length 1 and f' is the length
+of the latent's contribution to the raw y_hat. If latents are selected by the rank of their codes,
+or by one threshold for all, a separate factor per latent would change the selection. Then u uses
+the mean length, and rows keep their relative lengths. A gated dictionary's r is unchanged.
 """
 
 from collections.abc import Iterator
@@ -27,22 +29,23 @@ from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 
 MEMORY_BYTES = 512 * 2**20
-"""Bytes that the weights may take; in fp64, and beside a block of the transpose, less than 2 GB."""
+"""Limit for the weights in memory. With fp64 copies and a block of a transpose, below 2 GB."""
 
 
 class RawDictionary:
-    """A run's dictionary of one site read and one written.
+    """A run's dictionary for raw activations, with one site read and one written.
 
-    Numbers of each latent are read at once, the matrices part by part when their pieces are made.
+    Vectors with one number per latent are read by the constructor. Matrices are read part by part,
+    while their pieces are consumed.
 
     Args:
         run: The run as it was trained.
-        checkpoint: Has the weights.
-        unit_rows: Whether decoder rows have length 1; else 1 / s_out.
+        checkpoint: The checkpoint with the weights.
+        unit_rows: Whether exported decoder rows have length 1; otherwise 1 / s_out.
         one_threshold: Whether the format has one threshold for all latents.
 
     Raises:
-        CorruptObjectError: The checkpoint is damaged. Making pieces raises it as well.
+        CorruptObjectError: The checkpoint is damaged. Consuming the pieces can raise this too.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class RawDictionary:
             found |= {name: p[name] for name in ("b_mag", "r_mag") if name in p}
             thresholds = page.inference_thresholds(torch.float64)
             if thresholds is None:
-                together |= not page.unit_rows  # their lengths are 1, but for rounding
+                together |= not page.unit_rows  # unit rows differ only by rounding
             else:
                 found["threshold"] = thresholds
             for name, vector in found.items():
@@ -85,10 +88,10 @@ class RawDictionary:
             name: vector if name == "r_mag" else self._factors * vector
             for name, vector in of_latents.items()
         }
-        """b_enc; where the recipe has them threshold, b_mag and r_mag; in fp64."""
+        """b_enc, and threshold, b_mag and r_mag if the recipe has them, in fp64."""
 
     def encoder(self, name: str, *, turned: bool = False) -> PiecewiseTensor:
-        """W_enc as [n_latents, d_in], or turned, in fp32, under this name."""
+        """Return W_enc under this name in fp32, as [n_latents, d_in] or transposed (`turned`)."""
 
         def rows(columns: slice) -> Iterator[Tensor]:
             for factors, part in self._matrix("W_enc"):
@@ -100,7 +103,7 @@ class RawDictionary:
         return PiecewiseTensor(name, torch.float32, shape, lambda: rows(slice(None)))
 
     def decoder(self, name: str, *, turned: bool = False) -> PiecewiseTensor:
-        """W_dec as [n_latents, d_out], or turned, in fp32, under this name."""
+        """Return W_dec under this name in fp32, as [n_latents, d_out] or transposed (`turned`)."""
 
         def rows(columns: slice) -> Iterator[Tensor]:
             for factors, part in self._matrix("W_dec"):
@@ -112,13 +115,13 @@ class RawDictionary:
         return PiecewiseTensor(name, torch.float32, shape, lambda: rows(slice(None)))
 
     def encoded_centre(self) -> Tensor:
-        """W_enc b_dec, both for raw activations: what centring takes from z; in fp64."""
+        """Return the raw W_enc b_dec in fp64, which z loses when b_dec is subtracted from x."""
         centre = self._scale * self.of_all["b_dec"]
         parts = self._matrix("W_enc")
         return torch.cat([factors[:, 0] * (part.double() @ centre) for factors, part in parts])
 
     def _matrix(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Factors of some latents, [some, 1], and their rows; the next may overwrite them."""
+        """Yield factors [some, 1] and rows of some latents. The next rows may overwrite these."""
         first = 0
         for page in self._paged.pages(leave_out={"W_enc", "W_dec"} - {name}):
             rows = page.get_parameter(name).detach()
@@ -127,13 +130,13 @@ class RawDictionary:
 
 
 def small(name: str, tensor: Tensor) -> PiecewiseTensor:
-    """A tensor that is at hand, in fp32 if it has fractions."""
+    """Wrap a tensor that is already in memory. Floating-point tensors are converted to fp32."""
     tensor = tensor.float() if tensor.is_floating_point() else tensor
     return PiecewiseTensor(name, tensor.dtype, tuple(tensor.shape), lambda: (tensor,))
 
 
 def model_name(run: Run) -> str:
-    """The model's name on the hub, or its folder; of a synthetic one its kind."""
+    """Return the model's name on the hub, its folder, or the kind of a synthetic model."""
     if run.export.model_name:
         return run.export.model_name
     if not isinstance(run.model, HuggingFaceModel):
@@ -142,7 +145,7 @@ def model_name(run: Run) -> str:
 
 
 def origin(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Where an export comes from, in keys that the other library passes over."""
+    """Return the origin of an export, for a key of its config that the other library ignores."""
     scales = {s: own.scale for s, own in normalisers_of(run, checkpoint).of.items()}
     return {
         "version": __version__,

@@ -1,8 +1,8 @@
-"""Readers of other libraries' files, one for each; `foreign.py` finds the one that fits.
+"""Readers of other libraries' files, one per library. `foreign.py` chooses the reader.
 
-Where the recipe here has another form, what is read is the same function of x: thresholds below 0
-after a ReLU are 0, a ReLU transcoder is a JumpReLU one with thresholds of 0, and one threshold for
-all latents is that of each.
+If dist_sae's recipe has another form, the result is an equivalent function of x. Thresholds below 0
+after a ReLU become 0, a ReLU transcoder becomes a JumpReLU transcoder with thresholds of 0, and one
+threshold for all latents is copied to each latent.
 """
 
 import json
@@ -24,7 +24,7 @@ _SAE_LENS_TRANSCODERS = {
     "jumprelu_transcoder": True,
     "jumprelu_skip_transcoder": True,
 }
-"""Whether they have thresholds; the others have a ReLU."""
+"""Whether an architecture has thresholds; otherwise it has a ReLU."""
 _OF_KIND = {
     "topk": {"b_enc"},
     "relu": {"b_enc"},
@@ -38,26 +38,26 @@ class Foreign(NamedTuple):
 
     library: str
     kind: str
-    """The recipe here that encodes alike: topk, relu, jumprelu or gated."""
+    """The dist_sae recipe with the same encoder: topk, relu, jumprelu or gated."""
     k: int | None
-    """Latents active on each row; None where thresholds decide."""
+    """Latents active on each row; None if thresholds decide."""
     centred: bool
     """Whether b_dec is subtracted from x."""
     W_enc: Float[Tensor, "n_latents d_read"]
     W_dec: Float[Tensor, "n_latents d_out"]
-    """Of several layers, what a latent writes to each, side by side; 0 before its own."""
+    """For several layers, a latent's rows for each layer side by side; 0 before its own layer."""
     b_dec: Float[Tensor, " d_out"]
     of_latents: dict[str, Float[Tensor, " n_latents"]]
-    """b_enc, and threshold, b_mag, r_mag where the kind has them."""
+    """b_enc, and threshold, b_mag, r_mag if the kind has them."""
     W_skip: Float[Tensor, "d_out d_read"] | None = None
     transcodes: bool | None = False
-    """Whether something else is written than is read; None where the files do not say."""
+    """Whether this is a transcoder; None if the files do not say."""
     layers: int = 1
     """Layers of a cross-layer transcoder; latent n reads layer n % layers."""
 
 
 def sae_lens(config_file: Path, weights_file: Path) -> Foreign:
-    """SAELens: `cfg.json` and `sae_weights.safetensors`; W_enc is [d_in, n_latents]."""
+    """Read SAELens's `cfg.json` and `sae_weights.safetensors`, whose W_enc is [d_in, n_latents]."""
     config = _json(config_file)
     architecture = config.get("architecture", "standard")
     transcodes = architecture in _SAE_LENS_TRANSCODERS
@@ -86,7 +86,7 @@ def sae_lens(config_file: Path, weights_file: Path) -> Foreign:
         transposed=True,
         transcodes=transcodes,
     )
-    if config.get("rescale_acts_by_decoder_norm"):  # it selects by f |d|, and decodes with d / |d|
+    if config.get("rescale_acts_by_decoder_norm"):  # selects by f |d|, decodes with d / |d|
         norms = found.W_dec.norm(dim=1)
         found = found._replace(
             W_enc=norms[:, None] * found.W_enc,
@@ -97,7 +97,7 @@ def sae_lens(config_file: Path, weights_file: Path) -> Foreign:
 
 
 def sparsify(config_file: Path, weights_file: Path) -> Foreign:
-    """sparsify: `cfg.json` and `sae.safetensors`; autoencoders and transcoders."""
+    """Read sparsify's `cfg.json` and `sae.safetensors`, of an autoencoder or a transcoder."""
     config = _json(config_file)
     if config.get("signed"):
         raise ValueError("signed latents of sparsify have no recipe here")
@@ -115,7 +115,7 @@ def sparsify(config_file: Path, weights_file: Path) -> Foreign:
 
 
 def gemma_scope(weights_file: Path) -> Foreign:
-    """Gemma Scope: `params.npz`; whether it is a transcoder, the run file says."""
+    """Read Gemma Scope's `params.npz`. Only the run file says whether it is a transcoder."""
     with np.load(weights_file, allow_pickle=False) as arrays:
         weights = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     scale = weights.pop("scaling_factor", torch.ones(1))
@@ -125,7 +125,7 @@ def gemma_scope(weights_file: Path) -> Foreign:
 
 
 def dictionary_learning(config_file: Path, weights_file: Path) -> Foreign:
-    """dictionary_learning: `config.json` and `ae.pt`, which is read as tensors alone."""
+    """Read dictionary_learning's `config.json` and `ae.pt`, which may contain only tensors."""
     trainer = _json(config_file)["trainer"]
     if not isinstance(trainer, dict):
         raise ValueError("trainer is no object")
@@ -150,7 +150,7 @@ def dictionary_learning(config_file: Path, weights_file: Path) -> Foreign:
             return _foreign(library, "jumprelu", None, weights)
         case "AutoEncoderTopK":
             weights["b_enc"] = weights.pop("encoder.bias")
-            weights.pop("threshold", None)  # for another way of encoding, which is not its default
+            weights.pop("threshold", None)  # for an encoding that is not the default
             k = weights.pop("k", torch.tensor(trainer.get("k", 0)))
             return _foreign(library, "topk", int(k), weights, centred=True)
         case "BatchTopKSAE" | "MatryoshkaBatchTopKSAE":
@@ -165,7 +165,7 @@ def dictionary_learning(config_file: Path, weights_file: Path) -> Foreign:
 
 
 def circuit_tracer(file: Path) -> Foreign:
-    """circuit-tracer, a layer's transcoder: `layer_<l>.safetensors`."""
+    """Read circuit-tracer's `layer_<l>.safetensors`, one layer's transcoder."""
     weights = safetensors.torch.load_file(file)
     thresholds = weights.pop("activation_function.threshold", None)
     weights["threshold"] = torch.zeros_like(weights["b_enc"]) if thresholds is None else thresholds
@@ -174,7 +174,7 @@ def circuit_tracer(file: Path) -> Foreign:
 
 
 def circuit_tracer_layers(folder: Path) -> Foreign:
-    """circuit-tracer, a cross-layer transcoder: `W_enc_<l>` and `W_dec_<l>` of every layer."""
+    """Read circuit-tracer's `W_enc_<l>` and `W_dec_<l>` files, a cross-layer transcoder."""
     layers = len(list(folder.glob("W_enc_*.safetensors")))
     parts: dict[str, list[Tensor]] = {
         name: [] for name in ("W_enc", "b_enc", "threshold", "b_dec", "W_dec")

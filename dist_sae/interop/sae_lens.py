@@ -1,21 +1,23 @@
-"""SAELens: which dictionaries it can hold, and how it writes them.
+"""SAELens: which dictionaries its format can represent, and their files.
 
-The scale of the activations is folded in, so that the exported dictionary takes raw activations x,
-and the decoder's norms, so that its rows have length 1 / s and f is the length of a contribution:
+The scale s of the activations is folded in, so that the exported dictionary takes raw activations
+x. The lengths |d| of the decoder rows are folded in too, so that exported rows have length 1 / s.
+Then the code |d| f is the length of a latent's contribution to the scaled reconstruction:
 
     z = W_enc (s x - b_dec) + b_enc = (s W_enc) (x - b_dec / s) + b_enc
     x_hat = (W_dec^T f + b_dec) / s = ((W_dec / |d|)^T (|d| f) + b_dec) / s
 
 BatchTopK and Matryoshka are written as the JumpReLU that they are at inference. Latents keep their
-numbers. Latent i is in the prefix that the first number of `prefix_pattern` (in the metadata) above
-i modulo its last belongs to. A gated dictionary's magnitudes are e^r (s W_enc) x + b_mag, so |d|
-multiplies b_mag like b_enc, and r stays as it is.
+numbers. The smallest prefix of latent i is the position of the first number in `prefix_pattern` (in
+the metadata) that exceeds i modulo the pattern's last number. A gated dictionary's magnitudes are
+e^r (s W_enc) x + b_mag, so b_mag is multiplied by |d| like b_enc, and r is unchanged.
 
-Transcoders have a scale s of what they read and s_out of what they write, and are not centred:
+Transcoders have scales s of what they read and s_out of what they write, and do not subtract b_dec
+from x:
 
     y_hat = ((W_dec / |d|)^T (|d| f) + W_skip s x + b_dec) / s_out
 
-Imports no torch: `problem` is asked where nobody else needs it.
+Imports torch only when it writes, because `problem` also runs where nothing else needs torch.
 """
 
 import json
@@ -50,10 +52,10 @@ if TYPE_CHECKING:
 LIBRARY = "SAELens"
 CONFIG = "cfg.json"
 
-# The SAELens version this follows. Below 6, its loader drops the metadata without a word.
+# SAELens version that this module follows and states. Below 6, SAELens drops the metadata.
 _SAELENS_VERSION = "6.54.12"
 _HOOKED, _BRIDGE = "HookedTransformer", "TransformerBridge"
-# Names of our sites in TransformerLens, with the class of models that has them; see docs/python.md
+# TransformerLens's names of our sites, and the model class that has them; see docs/python.md
 _HOOKS = {
     "resid_pre": (_HOOKED, "hook_resid_pre"),
     "resid_post": (_HOOKED, "hook_resid_post"),
@@ -70,7 +72,7 @@ _BEFORE_POST_NORM = {
 
 
 def architecture(sae: SaeConfig) -> str | None:
-    """SAELens's name for this kind of dictionary; None if it has nothing like it."""
+    """Return SAELens's name for this kind of dictionary, or None if it has no such kind."""
     match sae:
         case TranscoderConfig():
             name = "jumprelu_skip_transcoder" if sae.skip else "jumprelu_transcoder"
@@ -96,7 +98,7 @@ def architecture(sae: SaeConfig) -> str | None:
 
 
 def problem(run: Run) -> str | None:
-    """Why SAELens cannot hold the dictionary of a run; None if it can."""
+    """Return why SAELens cannot represent a run's dictionary, or None if it can."""
     if isinstance(run.sae, TranscoderConfig) and not run.sae.over_batch:
         return "sae.selection: row: SAELens has transcoders of batch alone, as JumpReLU"
     if architecture(run.sae) is None:
@@ -107,10 +109,10 @@ def problem(run: Run) -> str | None:
 
 
 def config(run: Run, checkpoint: "Checkpoint") -> str:
-    """`cfg.json`: every key that SAELens writes itself, and in `metadata` where it comes from.
+    """Return `cfg.json`: every key that SAELens itself writes, with the origin in `metadata`.
 
     Args:
-        run: The run as it was trained; SAELens can hold its dictionary.
+        run: The run as it was trained, for which `problem` is None.
         checkpoint: The exported checkpoint.
     """
     return json.dumps(_config(run, checkpoint), indent=2)
@@ -164,7 +166,7 @@ def _config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
 
 
 def note(run: Run, checkpoint: "Checkpoint") -> str | None:
-    """What a user of the export has to know, if only the newer class of models has its rows."""
+    """Return a note for the export's users if only TransformerBridge has its rows, else None."""
     metadata = _config(run, checkpoint)["metadata"]
     if metadata["model_class_name"] != _BRIDGE:
         return None
@@ -175,10 +177,11 @@ def note(run: Run, checkpoint: "Checkpoint") -> str | None:
 
 
 def hook(model: ModelConfig, site: str) -> tuple[str, str]:
-    """TransformerLens's class of models, and its name for the rows of a site there.
+    """Return the TransformerLens model class that has a site's rows, and its name for them.
 
-    `hook_mlp_out` and `hook_attn_out` are taken after a norm where one follows. Names of the bridge
-    are right for every architecture.
+    HookedTransformer takes `hook_mlp_out` and `hook_attn_out` after a post-norm if the model has
+    one. So these sites get a TransformerBridge name, right for every architecture, unless the model
+    is known to have no post-norms.
     """
     if not isinstance(model, HuggingFaceModel):
         return _HOOKED, site
@@ -194,15 +197,15 @@ def hook(model: ModelConfig, site: str) -> tuple[str, str]:
 
 
 def files(run: Run, checkpoint: "Checkpoint") -> dict[str, Callable[[], Iterator[bytes]]]:
-    """The weights, with SAELens's names and orientation, for raw activations, in fp32.
+    """Return the weights for raw activations, in fp32 with SAELens's names and orientation.
 
     Args:
-        run: The run as it was trained; SAELens can hold its dictionary.
+        run: The run as it was trained, for which `problem` is None.
         checkpoint: The exported checkpoint.
 
     Returns:
-        What makes the bytes of each file. It raises `CorruptObjectError` if the checkpoint is
-        damaged.
+        Functions that yield the bytes of each file. Their iterators raise `CorruptObjectError` if
+        the checkpoint is damaged.
     """
     from dist_sae.checkpoint.piecewise import safetensors_pieces
 

@@ -1,11 +1,12 @@
 """sparsify: TopK dictionaries and transcoders of one site, as its `SparseCoder` loads them.
 
-`encoder.weight` and `W_dec` are [n_latents, d]. Autoencoders are centred by b_dec, transcoders are
-not; a skip connection is `W_skip` [d_out, d_in]. Decoder rows have length 1 and codes the units of
-raw activations, since sparsify sets rows to length 1 where it trains on. A transcoder's rows have
-lengths of their own, which do not rank its codes; their mean is 1.
+`encoder.weight` and `W_dec` are [n_latents, d]. Autoencoders subtract b_dec from x, transcoders do
+not. A skip connection is `W_skip` [d_out, d_in]. An autoencoder's decoder rows have length 1,
+because sparsify sets them to length 1 if training continues. So codes are in the units of raw
+activations. A transcoder's rows keep different lengths, because unit rows would change which codes
+are the k largest. Their mean length is 1.
 
-Imports no torch before it writes.
+Imports torch only when it writes, so that `problem` is fast.
 """
 
 import json
@@ -26,7 +27,7 @@ CONFIG = "cfg.json"
 
 
 def problem(run: Run) -> str | None:
-    """Why sparsify cannot hold the dictionary of a run; None if it can."""
+    """Return why sparsify cannot represent a run's dictionary, or None if it can."""
     if isinstance(run.sae, TranscoderConfig):
         if run.sae.over_batch:
             return "sae.selection: batch: sparsify has no thresholds, it keeps k codes of each row"
@@ -38,7 +39,7 @@ def problem(run: Run) -> str | None:
 
 
 def config(run: Run, checkpoint: "Checkpoint") -> str:
-    """`cfg.json`: every key of sparsify, and under `dist_sae` where it comes from."""
+    """Return `cfg.json`: every key of sparsify, and the origin under `dist_sae`."""
     from dist_sae.checkpoint.trained import normalisers_of
     from dist_sae.interop.raw import origin
 
@@ -52,7 +53,7 @@ def config(run: Run, checkpoint: "Checkpoint") -> str:
     transcodes = isinstance(run.sae, TranscoderConfig)
     content = {
         "activation": "topk",
-        "expansion_factor": -(-run.sae.n_latents // d_in),  # `num_latents` goes before it
+        "expansion_factor": -(-run.sae.n_latents // d_in),  # `num_latents` takes precedence
         "normalize_decoder": not transcodes,
         "num_latents": run.sae.n_latents,
         "k": run.sae.k,
@@ -66,14 +67,14 @@ def config(run: Run, checkpoint: "Checkpoint") -> str:
 
 
 def files(run: Run, checkpoint: "Checkpoint") -> dict[str, Callable[[], Iterator[bytes]]]:
-    """The weights for raw activations, in fp32."""
+    """Return the function that yields the weight file, for raw activations in fp32."""
     from dist_sae.checkpoint.piecewise import safetensors_pieces
 
     return {"sae.safetensors": lambda: safetensors_pieces(_tensors(run, checkpoint))}
 
 
 def note(run: Run, checkpoint: "Checkpoint") -> str:  # noqa: ARG001 - all formats have it
-    """How sparsify finds the site."""
+    """Return a note on how sparsify finds the site."""
     return (
         f"sparsify takes the hook point from the folder's name: name the folder after the module "
         f"of {run.described_sites}, as layers.3.mlp"

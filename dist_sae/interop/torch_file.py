@@ -1,9 +1,9 @@
-"""Files as `torch.save` writes them: a dict of contiguous tensors by name, made in pieces.
+"""Files in the format of `torch.save`: a dict of contiguous tensors by name, written in pieces.
 
-The file is a zip archive that stores without compressing. `data.pkl` is a pickle (protocol 2) in
-which each tensor is `torch._utils._rebuild_tensor_v2` of a storage, and `data/<n>` are the bytes of
-storage n. Reading such a file can run any code that its pickle names, unless the reader allows
-only some names, as `torch.load(weights_only=True)` does.
+The file is an uncompressed zip archive. `data.pkl` is a pickle (protocol 2) in which each tensor is
+`torch._utils._rebuild_tensor_v2` of a storage, and `data/<n>` contains the bytes of storage n.
+Reading such a file can run any code that its pickle names, unless the reader restricts the names,
+as `torch.load(weights_only=True)` does.
 """
 
 import io
@@ -22,14 +22,14 @@ from torch._utils import _rebuild_tensor_v2
 from dist_sae.checkpoint.piecewise import PIECE_BYTES, PiecewiseTensor
 
 _STORAGES = {torch.float32: torch.FloatStorage, torch.int32: torch.IntStorage}
-_DATE = (1980, 1, 1, 0, 0, 0)  # the same content is the same bytes
+_DATE = (1980, 1, 1, 0, 0, 0)  # fixed, so that equal content gives equal bytes
 
 
 def torch_file_pieces(tensors: Iterable[PiecewiseTensor]) -> Iterator[bytes]:
-    """Yield the bytes of a file that `torch.load` reads, a few at a time.
+    """Yield the bytes of a file that `torch.load` reads, in pieces.
 
     Args:
-        tensors: With distinct names, of fp32 or int32.
+        tensors: Tensors with distinct names, in fp32 or int32.
     """
     ordered = list(tensors)
     out = _Drain()
@@ -51,10 +51,10 @@ def torch_file_pieces(tensors: Iterable[PiecewiseTensor]) -> Iterator[bytes]:
 
 
 def read_torch_file(file: Path) -> dict[str, Tensor]:
-    """Read tensors by name, without running code: other names than torch's tensors are refused.
+    """Read tensors by name without running code from the file, by rejecting all other content.
 
     Raises:
-        ValueError: The file has something else, or is damaged.
+        ValueError: The file contains something other than tensors, or is damaged.
     """
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
@@ -70,7 +70,7 @@ def read_torch_file(file: Path) -> dict[str, Tensor]:
 
 
 class _Drain(io.RawIOBase):
-    """Takes what a zip archive writes, in order, until it is taken away."""
+    """A file that buffers what a zip archive writes until `taken` removes it."""
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
@@ -83,7 +83,7 @@ class _Drain(io.RawIOBase):
         return len(data)
 
     def taken(self) -> Iterator[bytes]:
-        """What has come since the last call."""
+        """Yield the bytes written since the last call."""
         pieces, self._pieces = self._pieces, []
         yield from pieces
 

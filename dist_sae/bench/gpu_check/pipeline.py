@@ -72,7 +72,7 @@ def pipeline(check: Check) -> Iterator[Record]:
 
 def _make(check: Check) -> Path:
     """Write the model, its tokenizer, a text and the run file. Returns the run file's path."""
-    import transformers  # takes seconds
+    import transformers  # slow to import
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     d_in, layers, documents, batch = (16, 2, 60, 64) if check.is_dry else (256, 4, 4000, 2048)

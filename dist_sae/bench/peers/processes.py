@@ -1,4 +1,4 @@
-"""Runs a script with a peer's Python: a JSON file goes in, the last line it prints comes out."""
+"""Runner for scripts in a peer's Python, with a JSON file as input and the last line as output."""
 
 import json
 import os

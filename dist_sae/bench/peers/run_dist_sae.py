@@ -28,7 +28,7 @@ def train(mesh: Mesh, spec: Spec, batches: Batches) -> Trained:
     step = TrainingStep(shape, mesh)
     step.initialise(Rows(*spec.split(batches.read(0))))
     n_batches = -(-spec.n_latents // spec.batch)
-    from_data = n_batches <= spec.steps  # in short runs, which only time steps, they do not matter
+    from_data = n_batches <= spec.steps  # speed runs are too short, and do not need it
     if from_data:
         some = map(batches.read, range(n_batches))
         initialise_from_data(step.sae, (Rows(*spec.split(rows)) for rows in some))

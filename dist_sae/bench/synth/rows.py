@@ -71,7 +71,7 @@ class Rows:
             left = left[size:]
 
     def _fired(self, which: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the first entry of each row, and the features and strengths of all entries."""
+        """Return where each row's entries start, and the features and strengths of all entries."""
         first = self._starts[which]
         counts = self._starts[which + 1] - first
         starts = np.cumsum(counts) - counts
