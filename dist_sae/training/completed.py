@@ -2,22 +2,25 @@
 
 from typing import Any
 
-from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.config import Run, jobs_of
-from dist_sae.config.fingerprint import PLAN_SECTIONS, as_begun, changes
+from dist_sae.config.fingerprint import as_begun, check_same_run
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.backlog import ReadyUnits
 from dist_sae.data.plan import load_plan, planned
 from dist_sae.errors import PlanMismatchError
-from dist_sae.storage import open_store
+from dist_sae.storage import ObjectStore, open_store
 
 
 def completed_result(run: Run) -> dict[str, float] | None:
     """The result of training, if the run, which is no sweep, is complete; else None.
 
-    Checked before the rendezvous: a rank that is restarted after the others have finished would
-    wait for them in vain.
+    Checked before the rendezvous, because a rank that is restarted after the others have finished
+    would wait for them in vain.
+
+    Raises:
+        PlanMismatchError: The run's checkpoints were made with other settings.
     """
     runs = open_store(run.store.runs, run.store.s3)
     checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
@@ -26,12 +29,29 @@ def completed_result(run: Run) -> dict[str, float] | None:
     stored, lineage = checkpoint.scalars["run"], Lineage.from_scalars(checkpoint.scalars)
     # text, model and activations may be gone by now
     run = planned(run, stream_rows=lineage.stream_rows) or as_begun(run, stored)
+    check_settings(checkpoint, run, runs)
     if checkpoint.step < run.steps:
-        return None
-    if changes(stored, run, but=PLAN_SECTIONS):  # `train` refuses and says why
         return None
     rows = checkpoint.step * run.train.batch_rows
     return {"step": checkpoint.step, **lineage.totals(rows)}
+
+
+def check_settings(checkpoint: Checkpoint, run: Run, runs: ObjectStore) -> None:
+    """Check that a checkpoint of the run's name was made with the settings of this run.
+
+    Args:
+        checkpoint: A checkpoint under the run's name.
+        run: The run, resolved.
+        runs: The store of runs.
+
+    Raises:
+        PlanMismatchError: The settings differ.
+    """
+    remedy = (
+        f"restore them, or choose another name: `--set name=OTHER --from {run.name}` continues "
+        f"from this run"
+    )
+    check_same_run(checkpoint.scalars["run"], run, f"{runs.url}/{run.name}", remedy)
 
 
 def completed_results(run: Run) -> dict[str, Any] | None:

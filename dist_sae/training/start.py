@@ -9,7 +9,6 @@ from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run
-from dist_sae.config.fingerprint import check_same_run
 from dist_sae.data.consumers import check_ahead, lowest_unit
 from dist_sae.data.plan import Plan, check_rows
 from dist_sae.data.streams import StreamCursor
@@ -24,6 +23,7 @@ from dist_sae.errors import (
 from dist_sae.storage import ObjectStore
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.training.batches import StreamPosition
+from dist_sae.training.completed import check_settings
 
 logger = logging.getLogger(__name__)
 
@@ -150,12 +150,8 @@ def find_checkpoints(
         )
     windows = range(0, plan.n_train_units // plan.streams, plan.window_units)
     for checkpoint in found:
-        remedy = (
-            f"restore them, or choose another name: `--set name=OTHER --from {run.name}` continues "
-            f"from this run"
-        )
-        resolved = plan.resolve(run, Lineage.from_scalars(checkpoint.scalars).stream_rows)
-        check_same_run(checkpoint.scalars["run"], resolved, f"{runs.url}/{run.name}", remedy)
+        lineage = Lineage.from_scalars(checkpoint.scalars)
+        check_settings(checkpoint, plan.resolve(run, lineage.stream_rows), runs)
         if not checkpoint.step:
             raise ConfigError(
                 f"{runs.url}/{run.name}: holds an imported dictionary; `--set name=OTHER --from "

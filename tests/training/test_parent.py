@@ -12,7 +12,7 @@ from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.lineage import Ancestor, Lineage
 from dist_sae.config import load_run
 from dist_sae.data.plan import Plan, load_plan
-from dist_sae.errors import DataExhaustedError, DistSaeError
+from dist_sae.errors import DataExhaustedError, DistSaeError, PlanMismatchError
 from dist_sae.kubernetes.stored import StoredRun
 from dist_sae.producing.planner import foresee
 from dist_sae.storage import open_store
@@ -100,8 +100,9 @@ def test_all_rows_of_a_child_are_those_that_its_parent_left(activations: str, ha
     assert completed_result(run_) == done
     gone = load_run(path, [*settings, "store.activations=gone", "model.n_features=49"])
     assert completed_result(gone) == done
-    assert completed_result(load_run(path, [*settings, "sae.k=2"])) is None
-    assert completed_result(load_run(path, [*settings, "train.max_passes=2"])) is None
+    for other in ("sae.k=2", "train.max_passes=2"):
+        with pytest.raises(PlanMismatchError, match="holds a run with other settings"):
+            completed_result(load_run(path, [*settings, other]))
     with pytest.raises(DataExhaustedError, match=r"all: after the .* there is no batch left"):
         plan_.resolve(run_, plan_.pass_rows // 4)
 
