@@ -1,4 +1,4 @@
-"""Sparse dictionaries: recipes, selections, losses, initial weights, dead latents and metrics."""
+"""Sparse dictionaries: recipes, selections, losses, initialization, dead latents and metrics."""
 
 import torch
 
@@ -64,5 +64,8 @@ def build_sae(
     product_dtype: torch.dtype = torch.float32,
     dtype: torch.dtype = torch.float32,
 ) -> Dictionary:
-    """An empty dictionary of the kind that `config` names; the arguments of `Dictionary`."""
+    """Build a dictionary of the kind that `config` names, with all weights 0.
+
+    The arguments are those of `Dictionary`.
+    """
     return _RECIPES[type(config)](config, widths, axis, kernels, product_dtype, dtype)

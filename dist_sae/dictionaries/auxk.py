@@ -1,18 +1,18 @@
-"""AuxK: dead latents learn from the error that the live ones leave (Gao et al. 2024, A.2).
+"""AuxK: dead latents learn to predict the live latents' error (Gao et al. 2024, A.2).
 
     e     = target - x_hat, held fixed
     e_hat = W_dec^T relu(TopK_auxk(z of dead latents))      (no bias)
     L_aux = sum |e - e_hat|^2 / sum |e - mean e|^2          (sums over the global batch)
 
-If errors do not differ from row to row, the loss is 0: there is nothing to learn, and the
-denominator would be rounding errors.
+The loss is 0 if the errors do not differ from row to row. There is nothing to learn then, and the
+denominator would consist of rounding errors.
 
 A latent whose z is negative on every row gets no gradient from this loss and would stay dead. After
-another `dead_after_rows` rows it is *stuck*, and re-tied: its encoder row becomes its decoder row,
-and its bias 0. Stuck latents are often alike, for example along one large direction of the rows. At
-the length of other rows they would overshoot together. So they all start at one length: the one
-that brings e_hat nearest to e, but at most 1. Without this limit, latents that few rows meet, and
-hardly along their direction, would start at lengths in the hundreds.
+another `dead_after_rows` rows it is *stuck* and is re-tied: its encoder row is set to its decoder
+row, and its bias to 0. Stuck latents are often similar, for example along one large direction of
+the rows, so at the length of other encoder rows they would overshoot together. Instead they all
+start at the same length: the one that brings e_hat closest to e, but at most 1. Without the limit,
+latents that few rows activate, and only weakly, would start at lengths in the hundreds.
 """
 
 from collections.abc import Sequence
@@ -30,11 +30,11 @@ from dist_sae.dictionaries.schedules import annealed
 from dist_sae.dictionaries.selection import RowTopK
 from dist_sae.kernels import Entries, select
 
-_LEAST_LENGTH = 0.01  # an encoder row of length 0 would never be active
+_LEAST_LENGTH = 0.01  # a latent with an encoder row of length 0 would never be active
 _MOST_LENGTH = 1.0  # an error is a part of its row, so it is not longer than the row
-_LEAST_SPREAD = 1e-4  # of the squared errors; bf16 products of equal rows may differ by this
+_LEAST_SPREAD = 1e-4  # share of the squared errors; bf16 products of equal rows may differ by this
 _SHARE_OF_ONE = 0.98  # see `initial_share`
-_ROUNDINGS = 16  # an error of so many roundings of a row's elements counts as none
+_ROUNDINGS = 16  # errors up to this many machine epsilons of their row count as 0
 
 
 def auxk_loss(
@@ -43,23 +43,23 @@ def auxk_loss(
     error: Float[Tensor, "batch d_out"],
     e_hat: Float[Tensor, "batch d_out"],
 ) -> Float[Tensor, ""]:
-    """L_aux of this rank's rows.
+    """Compute L_aux for this rank's rows.
 
     Args:
         axis: This rank's place.
         targets: This rank's targets.
-        error: e of the same rows.
-        e_hat: e_hat of the same rows.
+        error: e for the same rows.
+        e_hat: e_hat for the same rows.
     """
-    spread, is_there = _spread(axis, targets, error)  # stays on the device, so no rank waits
+    spread, is_there = _spread(axis, targets, error)  # stays on the device: no host sync
     loss = (error - e_hat).square().sum() / spread * axis.replicas
     return torch.where(is_there, loss, 0.0)
 
 
 class WithAuxK(Dictionary):
-    """A dictionary that keeps k latents per row, and whose dead latents learn by AuxK.
+    """Base of dictionaries with k active latents per row whose dead latents learn by AuxK.
 
-    Here inputs are centred with b_dec, and decoder rows have unit norm.
+    By default, b_dec is subtracted from the inputs, and decoder rows have unit norm.
     """
 
     config: CountsLatentsConfig
@@ -74,9 +74,10 @@ class WithAuxK(Dictionary):
     def biases(
         self, x: Float[Tensor, "batch d_in"]
     ) -> tuple[Float[Tensor, " d_in"] | None, Float[Tensor, "*rows d_out"]]:
-        """The bias subtracted from inputs, if any, and that added to outputs; here both b_dec.
+        """Return the bias subtracted from the inputs, if any, and the one added to the outputs.
 
-        In one method, so that the gradient of a shared bias is summed over the replica once.
+        Both are b_dec by default. One method returns both, so that the gradient of a shared bias is
+        summed over the replica only once.
         """
         b_dec = self.offset(x)
         return b_dec, b_dec
@@ -85,7 +86,7 @@ class WithAuxK(Dictionary):
     def centred(
         self, inputs: Float[Tensor, "rows d_in"], centre: Float[Tensor, " d_in"] | None
     ) -> Float[Tensor, "rows d_in"]:
-        """Inputs as the encoder reads them."""
+        """Subtract the center from the inputs, if there is one, as the encoder expects."""
         return inputs if centre is None else inputs - centre
 
     @torch.no_grad()
@@ -98,13 +99,13 @@ class WithAuxK(Dictionary):
         centred: Float[Tensor, "rows d_in"],
         counts: Sequence[int] | None = None,
     ) -> Selected:
-        """Select AuxK's latents among the dead: this shard's pre-activations and entries.
+        """Select the `auxk` largest dead latents per row; return this shard's values and entries.
 
         Args:
-            dead: Mask of these latents.
+            dead: Mask of this shard's dead latents.
             centred: Inputs as the encoder reads them.
-            counts: Their numbers, of each layer that is read; the host waits for the device where
-                they are not given.
+            counts: Numbers of dead latents, one per input layer. Without them the host waits for
+                the device.
         """
         among = select.places_of(dead, None if counts is None else sum(counts))
         products = self.products(centred, self.product_dtype, among, counts)
@@ -113,7 +114,7 @@ class WithAuxK(Dictionary):
     def e_hat(
         self, dead: Bool[Tensor, " n_local"], x: Float[Tensor, "batch d_in"]
     ) -> Float[Tensor, "batch d_out"]:
-        """Reconstruction by dead latents, as above, from this rank's inputs."""
+        """Compute e_hat, the dead latents' reconstruction, for this rank's inputs."""
         raise NotImplementedError
 
     def reconstruct(
@@ -124,8 +125,8 @@ class WithAuxK(Dictionary):
     ) -> list[tuple[Float[Tensor, " _"], Float[Tensor, "rows d_out"]]]:
         """Return codes and this shard's part of x_hat - offset for each selection.
 
-        One product serves all of them. With one each, autograd would make a gradient of each
-        weight per selection, and a gradient is as large as its weight.
+        All selections share one product. With a product each, autograd would allocate a gradient
+        per selection and weight, and a gradient is as large as its weight.
         """
         entries = Entries.stacked([entries for _, entries in selected])
         pre_acts = self.encode_at(
@@ -143,10 +144,10 @@ class WithAuxK(Dictionary):
 
     @property
     def initial_share(self) -> float:
-        """1, but a little less if each row has one latent.
+        """Initial encoder length over the optimal one: 1, or a little less if k is 1.
 
-        At the best length a row's error is at right angles to its only latent. The encoder's
-        gradient would then be nothing but rounding, which Adam makes steps of.
+        With k = 1 and the optimal length, a row's error is orthogonal to its only latent. The
+        encoder's gradient would be pure rounding error, which Adam would amplify to full steps.
         """
         k = annealed(0.0, self.config.k, self.config.k_start, self.config.k_anneal_share)
         return _SHARE_OF_ONE if k == 1 else 1.0
@@ -161,7 +162,7 @@ class WithAuxK(Dictionary):
         x: Float[Tensor, "batch d_in"],
         error: Float[Tensor, "batch d_out"],
     ) -> None:
-        """Re-tie stuck latents: their decoder row as encoder, at the length above, and no bias."""
+        """Re-tie stuck latents: encoder rows become scaled decoder rows (see above), biases 0."""
         if not self.config.auxk:
             return
         self.W_enc[stuck] = self.W_dec[stuck]
@@ -171,7 +172,10 @@ class WithAuxK(Dictionary):
 
 
 def _spread(axis: LatentAxis, targets: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sum |e - mean e|^2 over all ranks (1 if that is rounding errors), and if it is not."""
+    """Return sum |e - mean e|^2 over all ranks, and whether it is more than rounding error.
+
+    The sum is replaced by 1 if it is only rounding error.
+    """
     norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in (error, targets)]
     total = axis.total(torch.cat([error.sum(0, dtype=torch.float64), torch.stack(norms).square()]))
     sums, (squares, of_rows) = total[:-2], total[-2:]

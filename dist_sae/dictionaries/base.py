@@ -1,6 +1,6 @@
-"""The base class of all dictionaries: what every recipe does alike, and what it may replace.
+"""The base class of all dictionaries: the shared behavior, and hooks that recipes may override.
 
-It has no I/O and no torch.distributed: ranks act together through `LatentAxis`.
+It does no I/O and does not use torch.distributed. Ranks communicate through `LatentAxis`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,25 +32,25 @@ SPARSE_BELOW = 1 / 32  # share of active entries below which the sparse products
 
 
 class Dictionary(Weights):
-    """A dictionary: its weights, how it encodes and decodes, and its loss.
+    """A dictionary: its weights, encoding, decoding and loss.
 
     Args:
         config: The recipe.
-        widths: As of `Weights`.
-        axis: As of `Weights`.
+        widths: See `Weights`.
+        axis: See `Weights`.
         kernels: The sparse products.
         product_dtype: Precision of the encoder product in training.
         dtype: Precision of the parameters.
     """
 
     selection: Selection
-    """Set by the recipe."""
+    """The rule by which pre-activations become codes. Set by the recipe."""
     decoder: frozenset[str] = frozenset({"W_dec"})
-    """Tensors per latent that decoding needs, and encoding does not."""
+    """Per-latent tensors that are needed for decoding but not for encoding."""
     unit_rows: bool = True
     """Whether decoder rows are held at unit norm."""
     encoder_copy: Tensor | select.EncoderRows | None = None
-    """W_enc in `product_dtype`, while someone keeps it up to date, or where it is stored."""
+    """Copy of W_enc in `product_dtype` that the caller keeps up to date, or a stored encoder."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Dictionary(Weights):
     def pre_acts_at(
         self, rows: Float[Tensor, "rows d_in"], entries: Entries
     ) -> Float[Tensor, " entries"]:
-        """Pre-activations at the entries, in the parameters' precision; no gradient."""
+        """Compute the pre-activations at the entries in the parameters' precision. No gradient."""
         return self.kernels.gather_dot(rows, entries, self.W_enc) + self.b_enc[entries.latents]
 
     def encode_at(
@@ -79,7 +79,7 @@ class Dictionary(Weights):
         W_enc: Float[Tensor, "n_local read"],
         centre: Float[Tensor, " d_in"] | None = None,
     ) -> Float[Tensor, " entries"]:
-        """The selection's pre-activations, now with gradients: `autograd.encode`."""
+        """Return the selection's pre-activations with gradients attached; see `autograd.encode`."""
         return autograd.encode(pre_acts, self.kernels, entries, rows, W_enc, self.b_enc, centre)
 
     def decode_at(
@@ -88,11 +88,11 @@ class Dictionary(Weights):
         entries: Entries,
         W_dec: Float[Tensor, "n_local written"],
     ) -> Float[Tensor, "rows d_out"]:
-        """This shard's part of x_hat - b_dec, with gradients: `autograd.decode`."""
+        """Compute this shard's part of x_hat - b_dec with gradients; see `autograd.decode`."""
         return autograd.decode(acts, self.kernels, entries, W_dec, unit_rows=self.unit_rows)
 
     def encoder_for(self, dtype: torch.dtype) -> Float[Tensor, "n_local read"] | select.EncoderRows:
-        """W_enc for products in a precision: in this if such a copy is at hand, else as it is."""
+        """Return W_enc for products in `dtype`: the copy if it has that precision, else W_enc."""
         copy = self.encoder_copy
         return self.W_enc if copy is None or copy.dtype != dtype else copy
 
@@ -103,13 +103,13 @@ class Dictionary(Weights):
         among: Int[Tensor, " some"] | None = None,
         counts: Sequence[int] | None = None,
     ) -> Products:
-        """The product of the replica's rows with this shard's encoder.
+        """Return the product of the replica's rows with this shard's encoder.
 
         Args:
-            rows: As from `encoder_inputs`.
+            rows: Rows from `encoder_inputs`.
             dtype: Precision of the product.
-            among: This shard's latents to look at, ascending; all if None.
-            counts: Numbers of these, of each layer that is read, if they are known.
+            among: This shard's latents to compute, ascending. All if None.
+            counts: Numbers of these latents, one per input layer, if known.
         """
         weights, layers = self.encoder_for(dtype), self.layers
         blocks = partial(select.products, rows, weights, dtype, among, layers=layers, counts=counts)
@@ -117,20 +117,23 @@ class Dictionary(Weights):
         return Products(rows, dtype, blocks, len(rows), len(rows), [(len(rows), n_met)])
 
     def encoder_inputs(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "rows d_in"]:
-        """The replica's inputs as the encoder reads them; here not centred. No gradient."""
+        """Return the replica's inputs as the encoder reads them. Not centered by default.
+
+        No gradient.
+        """
         return self.axis.gather(x)
 
     @torch.no_grad()
     def inference_thresholds(
         self, dtype: torch.dtype | None = None
     ) -> Float[Tensor, " n_local"] | None:
-        """Pre-activations that latents must exceed to be active at inference.
+        """Return the pre-activation that each latent must exceed to be active at inference.
 
         Args:
-            dtype: Their precision; None takes the parameters'.
+            dtype: Precision of the thresholds. The parameters' precision if None.
 
         Returns:
-            None if a fixed number of latents is active on each row.
+            The thresholds, or None if each row keeps a fixed number of latents.
         """
         return self.selection.thresholds(dtype or self.W_enc.dtype)
 
@@ -139,19 +142,19 @@ class Dictionary(Weights):
         pre_acts: Float[Tensor, "*rows some"],
         latents: Int[Tensor, " some"],  # noqa: ARG002 - the same for all
     ) -> Float[Tensor, "*rows some"]:
-        """Codes of pre-activations that exceed their threshold; here they are the same.
+        """Return the codes of pre-activations that exceed their threshold. The same by default.
 
         Args:
-            pre_acts: May be changed.
+            pre_acts: Pre-activations. May be changed in place.
             latents: Latents of the last dim.
         """
         return pre_acts
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        """Codes of inputs as they are at inference, without gradients.
+        """Compute the codes of inputs as at inference, without gradients.
 
-        In the parameters' precision; with this shard's latents, numbered from its first.
+        Codes have the parameters' precision. Latents are this shard's, numbered from its first.
         """
         inputs = self.encoder_inputs(x)
         acts, entries = self.selection.encode(self.products(inputs, self.W_enc.dtype))
@@ -159,9 +162,10 @@ class Dictionary(Weights):
 
     @torch.no_grad()
     def infer(self, x: Float[Tensor, "batch d_in"]) -> Inferred:
-        """`encode` and `decode`, in memory that does not grow with the active latents. Collective.
+        """Encode and decode in memory that does not grow with the active latents. Collective.
 
-        Selections without a bound on the active latents are decoded as they are encoded.
+        Selections that do not bound the number of active latents are decoded block by block, while
+        they are encoded.
         """
         parts, fired = self.infer_shard(x)
         return Inferred(self.axis.scatter_sum(parts) + self.offset(x), fired)
@@ -170,7 +174,7 @@ class Dictionary(Weights):
         self,
         x: Float[Tensor, "batch d_in"],  # noqa: ARG002 - the same for all rows
     ) -> Float[Tensor, "*rows d_out"]:
-        """The part of x_hat that comes from no latent: here b_dec, for any inputs.
+        """Return the part of x_hat that no latent contributes: b_dec by default.
 
         Its gradients are summed over the replica.
         """
@@ -180,7 +184,7 @@ class Dictionary(Weights):
     def infer_shard(
         self, x: Float[Tensor, "batch d_in"]
     ) -> tuple[Float[Tensor, "rows d_out"], Int[Tensor, " n_local"]]:
-        """This shard's part of x_hat - offset of the replica's rows, and how often latents fire."""
+        """Return this shard's part of x_hat - offset for the replica's rows, and its firings."""
         thresholds = self.inference_thresholds()
         if thresholds is None:
             codes = self.encode(x)
@@ -191,7 +195,7 @@ class Dictionary(Weights):
         return self.decode_above(blocks, thresholds, len(inputs))
 
     def objective(self, rows: Rows, context: StepContext) -> Output:
-        """The loss of this rank's rows. All ranks have the same number of rows. Collective."""
+        """Compute the loss of this rank's rows. All ranks pass equally many rows. Collective."""
         raise NotImplementedError
 
     def initialise(self, rows: Rows, seed: int, *, rescale: bool = True) -> None:
@@ -200,9 +204,10 @@ class Dictionary(Weights):
         Args:
             rows: This rank's part of the first batch.
             seed: Seed of the directions.
-            rescale: False if `initialise_from_data` follows, which gives the encoder its length. It
-                saves a product of all rows and latents. Penalised recipes ignore it, since their
-                directions are rounded at that length, and so do CLTs, which take none from data.
+            rescale: Whether to set the encoder's length. False if `initialise_from_data` follows,
+                which sets it, to save a product of all rows and latents. Penalised recipes
+                ignore it, because the rounding of their directions depends on that length. CLTs
+                ignore it too, because they take no directions from data.
         """
         raise NotImplementedError
 
@@ -211,7 +216,7 @@ class Dictionary(Weights):
         """Measure the selection's `measured` buffers on this rank's rows of one batch. Collective.
 
         Returns:
-            The error targets - x_hat that training would have.
+            The error, targets - x_hat, that a training step on these rows would have.
         """
         for name in self.selection.measured:
             self.get_buffer(name).zero_()
@@ -220,28 +225,28 @@ class Dictionary(Weights):
 
     @property
     def initial_share(self) -> float:
-        """Initial length of the encoder, over the length with the least squared error."""
+        """Initial length of the encoder, divided by the length with the least squared error."""
         return 1.0
 
     def set_initial_sparsity(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Set how many latents of a new, tied encoder are active; nothing by default. Collective.
+        """Set how many latents of a new, tied encoder are active. Does nothing by default.
 
-        `x` are this rank's inputs of a batch.
+        `x` is this rank's inputs of a batch. Collective.
         """
 
     def scale_encoder(self, factor: Float[Tensor, ""]) -> None:
-        """Make all pre-activations `factor` times as large, where b_enc is 0."""
+        """Multiply all pre-activations by `factor`. Requires b_enc to be 0."""
         self.W_enc.mul_(factor)
         self.selection.scale(factor)
 
     @torch.no_grad()
     def decode(self, codes: Codes, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
-        """x_hat = acts W_dec + offset, of this rank's rows, from codes of the inputs x."""
+        """Compute x_hat = acts W_dec + offset for this rank's rows from the codes of inputs x."""
         return self.axis.scatter_sum(self.decode_shard(codes)) + self.offset(x)
 
     @torch.no_grad()
     def decode_shard(self, codes: Codes) -> Float[Tensor, "rows d_out"]:
-        """This shard's part of x_hat - offset, of the replica's rows."""
+        """Compute this shard's part of x_hat - offset for the replica's rows."""
         entries = Entries(codes.latents, codes.starts, len(self.W_dec))
         return self.decode_at(codes.acts, entries, self.W_dec)
 
@@ -252,9 +257,9 @@ class Dictionary(Weights):
         bound: Float[Tensor, " n_local"],
         rows: int,
     ) -> tuple[Float[Tensor, "rows d_out"], Int[Tensor, " n_local"]]:
-        """Decode all pre-activations above a bound, block by block; only one block is in memory.
+        """Decode all pre-activations above a bound, with one block in memory at a time.
 
-        A block in which many are active is decoded densely.
+        A block in which many latents are active is decoded densely.
 
         Args:
             blocks: Encoder products without biases.
@@ -262,7 +267,7 @@ class Dictionary(Weights):
             rows: Number of rows of the blocks.
 
         Returns:
-            This shard's part of x_hat - offset, and how often each latent fired.
+            This shard's part of x_hat - offset, and the number of times each latent fired.
         """
         parts = self.W_dec.new_zeros(rows, self.widths.d_out)
         fired = torch.zeros(len(self.W_dec), dtype=torch.int32, device=parts.device)
@@ -283,22 +288,23 @@ class Dictionary(Weights):
         return parts, fired
 
     def forward(self, rows: Rows, context: StepContext) -> Output:
-        """`objective`, under the name that wrappers of modules call."""
+        """Call `objective`, under the name that module wrappers expect."""
         return self.objective(rows, context)
 
     @property
     def directions(self) -> nn.Parameter:
-        """The weight whose rows point at data when latents begin; `follow` sets the others."""
+        """The weight whose rows are initialized from data. `follow` derives the other weights."""
         return self.W_dec
 
     def guides(self, rows: Rows, new: slice, *, alone: bool) -> Float[Tensor, "batch width"]:
-        """This rank's rows at which the directions of new latents will point. Collective.
+        """Return this rank's rows that the directions of new latents will point at. Collective.
 
-        Here the residual of the targets after b_dec, or after b_dec and the known latents.
+        By default these are the residuals of the targets: after b_dec if all latents are new, else
+        after b_dec and the known latents.
 
         Args:
             rows: Rows of this rank.
-            new: The new latents of this shard; they have b_enc 0.
+            new: The new latents of this shard. Their b_enc is 0.
             alone: Whether all latents of all shards are new.
         """
         if alone:
@@ -307,13 +313,14 @@ class Dictionary(Weights):
         return rows.targets - self.infer(rows.inputs).x_hat
 
     def follow(self, latents: slice | Tensor) -> None:
-        """Set the other weights from new directions, which have unit norm: here W_enc = W_dec."""
+        """Derive the other weights from new unit-norm directions. By default W_enc = W_dec."""
         self.W_enc[latents] = self.W_dec[latents]
 
     def slots(self, first: int) -> Slots:
-        """Assign rows of the coming batches to latents, from `first` on, for their directions.
+        """Return a function that assigns each row of the next batches to a latent to initialize.
 
-        A row with a number of `n_latents` or more belongs to no latent.
+        By default latents are assigned in order, from `first` on. A row that gets a number of
+        `n_latents` or more belongs to no latent.
         """
         done = first
 
@@ -326,11 +333,11 @@ class Dictionary(Weights):
         return slots
 
     def settle(self, new: slice | Tensor, x: Float[Tensor, "batch d_in"]) -> None:
-        """Adapt new latents to the known ones; nothing by default. Collective.
+        """Adapt new latents to the known ones. Does nothing by default. Collective.
 
         Args:
-            new: Latents of this shard. Their rows have the mean length of the known ones, and
-                their other tensors have the known ones' mean.
+            new: New latents of this shard. The lengths of their rows, and their entries in other
+                per-latent tensors, are already derived from the known latents' means.
             x: This rank's inputs of a batch.
         """
 
@@ -341,7 +348,7 @@ class Dictionary(Weights):
         self.constrain_others()
 
     def constrain_others(self) -> None:
-        """Enforce the constraints other than `unit_rows`; none by default."""
+        """Enforce the constraints other than `unit_rows`. There are none by default."""
 
     def revive(
         self,
@@ -349,16 +356,16 @@ class Dictionary(Weights):
         x: Float[Tensor, "batch d_in"],
         error: Float[Tensor, "batch d_out"],
     ) -> None:
-        """Revive latents that are dead and stay so; nothing by default. Collective.
+        """Revive latents that have stayed dead. Does nothing by default. Collective.
 
         Args:
-            stuck: Mask of these latents of this shard.
+            stuck: Mask of this shard's latents to revive.
             x: This rank's inputs of the last step.
             error: `Output.error` of the last step.
         """
 
 
 def firings(acts: Float[Tensor, " entries"], entries: Entries) -> Int[Tensor, " n_local"]:
-    """Rows in which each latent is active."""
+    """Count the rows in which each latent is active."""
     rows = torch.zeros(entries.n_latents, dtype=torch.int32, device=acts.device)
     return rows.scatter_add_(0, entries.latents, (acts > 0).int())

@@ -17,10 +17,10 @@ def normalise_rows_(W_dec: Float[Tensor, "n_latents d_in"]) -> None:
 def remove_parallel_(
     gradient: Float[Tensor, "n_latents d_in"], W_dec: Float[Tensor, "n_latents d_in"]
 ) -> None:
-    """Remove the part of each row's gradient that is along the (unit) row.
+    """Remove the component of each row's gradient that is parallel to the (unit) row.
 
-    That part would only change the norm, which the constraint resets; left in, it would fill
-    Adam's second moment with a direction that is never taken.
+    That component would only change the norm, which the constraint resets. If it stayed, it would
+    inflate Adam's second moment along a direction in which no step is taken.
     """
     along = torch.linalg.vecdot(gradient, W_dec)[:, None]
     gradient.addcmul_(W_dec, along, value=-1)

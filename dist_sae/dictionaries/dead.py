@@ -1,4 +1,4 @@
-"""Dead latents, counted in rows of the global batch."""
+"""Tracking of dead latents, in rows of the global batch."""
 
 from collections.abc import Sequence
 
@@ -10,14 +10,14 @@ from dist_sae.dictionaries.axis import WHOLE, LatentAxis
 
 
 class DeadLatents:
-    """Rows since each latent of this shard last fired.
+    """Counter of the rows since each latent of this shard last fired.
 
     Args:
-        n_local: Latents of the shard.
+        n_local: Number of latents in the shard.
         after_rows: Rows without firing after which a latent is dead.
         axis: This rank's place.
         device: Device of the masks.
-        layers: Parts of the inputs of which a latent reads one: latent n part n % layers.
+        layers: Number of input layers. Latent n reads layer n % layers.
     """
 
     idle_rows: Int[Tensor, " n_local"]
@@ -40,57 +40,60 @@ class DeadLatents:
 
     @property
     def mask(self) -> Bool[Tensor, " n_local"]:
-        """True at dead latents."""
+        """Mask of the dead latents."""
         return self.idle_rows >= self._after_rows
 
     @property
     def stuck(self) -> Bool[Tensor, " n_local"]:
-        """True for one batch at latents that have been dead for `after_rows` rows more.
+        """Mask of the latents that have been dead for another `after_rows` rows.
 
-        True for one batch again after each further `after_rows` rows.
+        A latent is in the mask for a single batch, and then again for one batch after each further
+        `after_rows` rows.
         """
         since = self.idle_rows - 2 * self._after_rows
         return (since >= 0) & (since % self._after_rows < self._last_rows)
 
     @property
     def count(self) -> int:
-        """Dead latents of all shards."""
+        """Number of dead latents over all shards."""
         return self._read()[0]
 
     @property
     def n_stuck(self) -> int:
-        """Stuck latents of all shards."""
+        """Number of stuck latents over all shards."""
         return self._read()[1]
 
     @property
     def counts_here(self) -> list[int]:
-        """Dead latents of this shard, of each layer that is read."""
+        """Numbers of this shard's dead latents, one per input layer."""
         return self._read()[2:]
 
     @property
     def share(self) -> float:
-        """Dead latents over all latents of the dictionary."""
+        """Dead latents as a share of the whole dictionary."""
         return self.count / (len(self.idle_rows) * self._axis.shards)
 
     def update(
         self, fired: Bool[Tensor, " n_local"], rows: int, also: int = 0
     ) -> Int[Tensor, " _"]:
-        """Take in a global batch of `rows` rows; `fired` is of this replica's. Collective.
+        """Count a global batch of `rows` rows. Collective.
 
         Args:
-            also: A number that is summed over all ranks by the same collective.
+            fired: Mask of this shard's latents that fired on this replica's rows.
+            rows: Rows of the global batch.
+            also: A number to sum over all ranks in the same collective.
 
         Returns:
-            On the device: the numbers of dead and stuck latents of all shards, `counts_here`, and
-            the sum of `also`. Whoever waits for the device anyway can read all but the last too,
-            and tell `counted`.
+            A tensor on the device: the numbers of dead and stuck latents over all shards,
+            `counts_here`, and the sum of `also`. A caller that syncs with the device anyway can
+            copy all but the last value and pass them to `counted`, which saves another sync.
         """
         hit = self._axis.across_replicas(fired.int()) > 0
         self._last_rows = rows
         return self.take(torch.where(hit, 0, self.idle_rows + rows), also)
 
     def take(self, idle_rows: Int[Tensor, " n_local"], also: int = 0) -> Int[Tensor, " _"]:
-        """Replace the counts of rows. Collective; arguments and result as of `update`."""
+        """Replace the idle-row counts. Collective. For `also` and the result see `update`."""
         self.idle_rows = idle_rows
         here = self.mask.view(-1, self._layers).sum(0)
         numbers = torch.stack([here.sum(), self.stuck.sum(), here.new_full((), also)])
@@ -99,7 +102,7 @@ class DeadLatents:
         return torch.cat([self._unread, sums[2:]])
 
     def counted(self, numbers: Sequence[float | int]) -> None:
-        """Take the numbers of the last `update`, which the caller has copied off the device."""
+        """Store the numbers from the last `update`, which the caller has copied off the device."""
         self._known, self._unread = [int(number) for number in numbers], None
 
     def _read(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""Firing densities of latents, counted in rows of the global batch."""
+"""Firing densities of latents, measured on rows of the global batch."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,24 +11,24 @@ from dist_sae.dictionaries.axis import WHOLE, LatentAxis
 
 
 class DensityCounts(NamedTuple):
-    """Histogram of the latents of all shards by firing density."""
+    """Histogram of firing densities over the latents of all shards."""
 
     rows: int
-    """Rows that densities are shares of."""
+    """Number of rows that the densities were measured on."""
     never: int
-    """Latents that never fired."""
+    """Number of latents that never fired."""
     counts: list[int]
-    """Latents from each edge up to the next; those below the first edge count in the first."""
+    """Number of latents from each edge up to the next. The first bucket has no lower limit."""
     rare: int
-    """Latents that fire more rarely than the bound, including `never`."""
+    """Number of latents with a density below the bound, including `never`."""
 
 
 class Densities:
-    """Firings of each latent of this shard over the last one to two windows.
+    """Counter of the firings of this shard's latents over the last one to two windows.
 
     Args:
-        n_local: Latents of the shard.
-        window_rows: Least length of a window, in rows of the global batch.
+        n_local: Number of latents in the shard.
+        window_rows: Minimum length of a window, in rows of the global batch.
         axis: This rank's place.
         device: Device of the counts.
     """
@@ -47,7 +47,7 @@ class Densities:
         self._rows_before = self._rows_now = 0
 
     def add(self, firings: Int[Tensor, " n_local"], rows: int) -> None:
-        """Take in a global batch of `rows` rows; `firings` are of this replica's."""
+        """Count a global batch of `rows` rows. `firings` are from this replica's rows."""
         if self._rows_now >= self._window_rows:
             self._before, self._now = self._now, self._before.zero_()
             self._rows_before, self._rows_now = self._rows_now, 0
@@ -55,15 +55,15 @@ class Densities:
         self._rows_now += rows
 
     def counts(self, log10_edges: Sequence[float], rare: float) -> DensityCounts:
-        """Histogram of firing densities. Collective.
+        """Compute the histogram of firing densities. Collective.
 
         Args:
-            log10_edges: Ascending.
-            rare: Share of rows below which a latent fires rarely.
+            log10_edges: Bucket edges as log10 of the density, ascending.
+            rare: Share of rows below which a latent counts as rare.
         """
         rows = self._rows_before + self._rows_now
         shares = self._axis.across_replicas(self._before + self._now).double() / rows
-        # the first edge is left out: all densities below the second belong to the first bucket
+        # without the first edge, so that all densities below the second are in the first bucket
         bounds = 10.0 ** torch.tensor(log10_edges[1:], dtype=torch.float64, device=shares.device)
         buckets = torch.bucketize(shares, bounds, right=True)
         buckets = torch.where(shares > 0, buckets, len(log10_edges))

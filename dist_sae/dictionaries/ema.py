@@ -1,12 +1,14 @@
-"""A running mean of the weights, to evaluate instead of the last ones (Gao et al. 2024, A.3).
+"""A running mean of the weights, evaluated instead of the last weights (Gao et al. 2024, A.3).
 
     mean <- mean + (1 - d) (weights - mean)          d = min(decay, n / (n + 9)) after n updates
 
-If a run is short for its decay, the mean covers the last tenth of the steps, and never the initial
-weights. Constraints on the weights hold for the mean too. BatchTopK's threshold is not averaged:
-averaged rows are shorter along directions that vary, so fewer codes would reach the last threshold.
-Instead the threshold is measured on the same rows with the mean and with the last weights, and
-multiplied by the quotient of the two.
+If the run is short relative to the decay, the mean covers the last tenth of the steps, so it never
+includes the initial weights. The recipe's constraints are applied to the mean as well.
+
+BatchTopK's threshold is not averaged. Averaged rows are shorter along directions that vary, so
+fewer codes would exceed a threshold that belongs to the last weights. Instead, the threshold is
+measured on the same rows with the mean and with the last weights, and the known threshold is
+multiplied by their ratio.
 """
 
 from collections.abc import Iterator
@@ -24,13 +26,13 @@ class WeightAverage:
     """Exponential moving average of a dictionary's parameters and buffers, in their precision.
 
     Args:
-        sae: The dictionary; the mean begins at its present weights.
+        sae: The dictionary. The mean starts at its current weights.
         decay: Largest decay per update.
     """
 
     mean: dict[str, Tensor]
     updates: int
-    """Number of updates that the mean has taken in."""
+    """Number of updates that the mean includes."""
 
     def __init__(self, sae: Dictionary, decay: float) -> None:
         self._sae = sae
@@ -41,11 +43,11 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, rows: Rows, progress: float) -> None:
-        """Take in the present parameters, after a step.
+        """Update the mean with the current parameters after a step.
 
         Args:
             rows: This rank's rows of the step.
-            progress: As in `StepContext`.
+            progress: See `StepContext`.
         """
         decay = min(self._decay, self.updates / (self.updates + GROWTH))
         for name, tensor in self._sae.tensors():
@@ -61,8 +63,9 @@ class WeightAverage:
     def measure(self) -> None:
         """Measure the buffers that are not averaged, on the rows of the last step. Collective.
 
-        They are measured with the last weights too, whose value is known from many batches. The
-        quotient of the two measurements depends little on the rows.
+        Each buffer is measured with the mean and with the last weights. For the last weights its
+        value is also known from many batches, and is multiplied by the ratio of the two
+        measurements. That ratio depends little on the rows.
         """
         sae, last, self._last = self._sae, self._last, None
         if last is None or not sae.selection.measured:
@@ -80,7 +83,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Swap the mean into the dictionary for the length of a `with` block. Collective."""
+        """Swap the mean into the dictionary for the duration of a `with` block. Collective."""
         self.measure()
         self._swap()
         try:

@@ -1,4 +1,4 @@
-"""Exchange of rows between ranks and experts: dispatch and combine."""
+"""Dispatch of rows to the ranks of their experts, and the way back."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -13,13 +13,13 @@ from dist_sae.dictionaries.axis import LatentAxis
 
 
 class ExpertExchange:
-    """Dispatches a batch's rows to the ranks that hold their experts, and combines the results.
+    """Dispatches a batch's rows to the ranks that hold their experts, and returns the results.
 
     Args:
         axis: This rank's place.
         experts: Experts of this rank's rows, numbered over all shards.
-        n_experts: Number of experts of all shards.
-        also: Numbers that the host is to learn with the counts of rows.
+        n_experts: Number of experts over all shards.
+        also: Extra device numbers to copy to the host together with the row counts.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class ExpertExchange:
         self._chosen = experts.shape[1]
         self._order = flat.argsort(stable=True)  # by expert, and so by shard
         self.load = torch.zeros(n_experts, dtype=torch.int64, device=flat.device)
-        """Rows of this rank for each expert."""
+        """Number of this rank's rows for each expert."""
         self.load.scatter_add_(0, flat, torch.ones_like(flat))
         counts = axis.exchange_counts(self.load.view(axis.shards, per_shard))
         sent, also = (
@@ -42,25 +42,32 @@ class ExpertExchange:
             flat[:0] if also is None else also,
         )
         parts = [sent, counts.sum(1), counts.sum(0), also]
-        numbers: Iterator[int] = iter(torch.cat(parts).tolist())  # the host waits once
+        numbers: Iterator[int] = iter(torch.cat(parts).tolist())  # the only host sync
         self._sent, self._received, self.arrived, self.also = (
             list(islice(numbers, len(part))) for part in parts
         )
-        """Rows to each shard, from each shard, of the replica at each expert; and `also`."""
-        self._by_expert: Tensor | None = None  # they arrive by rank, then by expert
+        """Numbers of rows sent to each shard, received from each shard, and received for each of
+        this shard's experts, and the values of `also`."""
+        self._by_expert: Tensor | None = None  # order by expert; rows arrive by rank, then expert
         if axis.shards > 1:
             experts = torch.arange(per_shard, device=flat.device).repeat(axis.shards)
             by_rank = experts.repeat_interleave(counts.flatten(), output_size=sum(self.arrived))
             self._by_expert = by_rank.argsort(stable=True)
 
     def dispatch(self, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "arrived d_in"]:
-        """Send rows out; returns those of this shard's experts, sorted by expert. No gradient."""
+        """Send this rank's rows, and return those of this shard's experts, sorted by expert.
+
+        No gradient.
+        """
         sent = x.index_select(0, self._order // self._chosen)
         rows = self._axis.exchange(sent, self._sent, self._received)
         return rows if self._by_expert is None else rows.index_select(0, self._by_expert)
 
     def combine(self, parts: Float[Tensor, "arrived d_in"]) -> Float[Tensor, "rows chosen d_in"]:
-        """Send the experts' results back to their rows, and gradients to the experts."""
+        """Send the experts' results back to the ranks of their rows.
+
+        The backward pass sends gradients to the experts.
+        """
         if self._by_expert is not None:
             parts = _put_back(parts, self._by_expert)
         returned = self._axis.exchange(parts, self._received, self._sent)
@@ -68,7 +75,7 @@ class ExpertExchange:
 
 
 class _PutBack(torch.autograd.Function):
-    """Undoes `x[order]`; the gradient is taken in that order, where indexing would sum it up."""
+    """Inverse of `x[order]`. The backward pass is a gather; that of indexing would accumulate."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Initial weights, computed from the first batches. No rank ever holds more than its shard."""
+"""Initialization from the first batches. No rank ever holds more weights than its shard."""
 
 from collections.abc import Iterable
 
@@ -13,26 +13,26 @@ from dist_sae.dictionaries.interface import Rows
 
 _MEDIAN_STEPS = 100
 _MEDIAN_TOLERANCE = 1e-6
-_FROM_DATA = 0.8  # part of a direction along data; the random part is nearly orthogonal to it
+_FROM_DATA = 0.8  # component of a direction along data; the random part is nearly orthogonal to it
 _NEW_LENGTH = 0.5  # length of a new encoder row over the mean length of known ones
 _BLOCK = 1024  # latents that share a random generator; rows that are compared at once
-_MOST = 2047  # of an integer that TF32 holds exactly
-_STRIDE = 0x9E37_79B1  # odd, 2^32 over the golden ratio: multiples of it lie far apart
+_MOST = 2047  # largest integer magnitude used; TF32 represents it exactly
+_STRIDE = 0x9E37_79B1  # odd, 2^32 over the golden ratio: its multiples are far apart
 
 
 @torch.no_grad()
 def initialise_tied(sae: Dictionary, rows: Rows, seed: int, *, rescale: bool = True) -> None:
-    """Fill in random unit decoder rows, a tied encoder, and b_dec at the centre of the data.
+    """Set random unit decoder rows, a tied encoder, and b_dec at the center of the data.
 
-    b_dec is the geometric median of the targets; W_enc = c W_dec with the c of least squared error.
-    (Gao et al. 2024, app. A.1, match the lengths of rows and reconstructions, which overshoots by
-    1 / cos(x, x_hat): measured in docs/design.md.)
+    b_dec is the geometric median of the targets. W_enc = c W_dec, with the c of least squared
+    error. (Gao et al. 2024, app. A.1, match the lengths of rows and reconstructions instead. That
+    overshoots by 1 / cos(x, x_hat): measured in docs/design.md.)
 
     Args:
-        sae: The dictionary to fill in.
+        sae: The dictionary to initialize.
         rows: This rank's part of the first batch.
         seed: Seed of the directions.
-        rescale: Compute c; else it is 1.
+        rescale: Whether to compute c. If False, c is 1.
     """
     random_rows(sae.W_dec, seed, sae.first_latent)
     normalise_rows_(sae.W_dec)
@@ -45,25 +45,27 @@ def initialise_tied(sae: Dictionary, rows: Rows, seed: int, *, rescale: bool = T
 
 @torch.no_grad()
 def initialise_from_data(sae: Dictionary, batches: Iterable[Rows], known: int = 0) -> None:
-    """Turn the directions of new latents towards data: the i-th latent towards row i.
+    """Turn the directions of new latents toward data: the i-th latent toward row i.
 
-    Call after `initialise`. The data are the recipe's `guides`, as a rule the residual. Without
-    known latents the residual is the target less b_dec, and the encoder is tied, with one length
-    for all rows. A part of each direction stays random. Language models have rows with one very
-    large coordinate, which all point the same way, and latents that are copies of one another die
-    together. (Anthropic, Circuits Updates, October 2025; figures in docs/design.md.) In some
-    recipes a row that is like an earlier one gives no direction (`init_cosine`), and the latent's
-    stays random.
+    Call after `initialise`. The data are the recipe's `guides`, usually the residual. If all
+    latents are new, the residual is the target minus b_dec, and the encoder is tied, with the same
+    length for all rows.
 
-    Known latents keep their weights, and reconstruct the rows first. New latents then get the known
-    ones' mean in everything but their directions, and half of the mean encoder length: so they take
-    part from the start, and do not crowd out the known ones.
+    A part of each direction stays random. Language models have rows with one very large coordinate,
+    which all point the same way, and latents that are copies of each other die together.
+    (Anthropic, Circuits Updates, October 2025; figures in docs/design.md.) In recipes with
+    `init_cosine` below 1, a row that is too similar to an earlier one is skipped, and its latent's
+    direction stays random.
+
+    Known latents keep their weights, and the rows are first reconstructed with them. New latents
+    get the known latents' means for everything but their directions, and half of their mean encoder
+    length. So they take part from the start without crowding out the known ones.
 
     Args:
         sae: The dictionary.
-        batches: This rank's parts of the first batches, with a row for each new latent over all
-            ranks.
-        known: Number of latents, the first ones, that were trained before.
+        batches: This rank's parts of the first batches. Over all ranks, they have a row for each
+            new latent.
+        known: Number of latents that were trained before. They come first.
     """
     axis, n_local = sae.axis, len(sae.W_dec)
     new = slice(min(max(known - sae.first_latent, 0), n_local), n_local)
@@ -94,20 +96,20 @@ def reinitialise(
     x: Float[Tensor, "batch d_in"],
     guides: Float[Tensor, "batch width"],
 ) -> None:
-    """Give dead latents new weights like those of the latents active in this batch. Collective.
+    """Give dead latents new weights, similar to those of the latents active in this batch.
 
-    The i-th dead latent turns towards row i of the guides of the global batch (Bricken et al. 2023
-    draw rows by their loss). A part of its old direction stays, so that no two latents are alike.
-    As in a widened dictionary, it gets the mean length and threshold of the active latents, half of
-    the mean encoder length, and few active rows. Latents for which there is no row wait for another
-    batch.
+    The i-th dead latent turns toward row i of the global batch's guides. (Bricken et al. 2023
+    sample rows by their loss.) A part of its old direction stays, so that no two latents are equal.
+    As in a widened dictionary, it gets the active latents' mean decoder length and threshold, half
+    of their mean encoder length, and few active rows. If there are more dead latents than rows, the
+    rest wait for a later batch. Collective.
 
     Args:
         sae: The dictionary.
-        stuck: Mask of the dead latents of this shard.
+        stuck: Mask of this shard's dead latents.
         x: This rank's inputs.
-        guides: This rank's rows to turn to, as a rule its targets less their reconstruction by the
-            live latents.
+        guides: This rank's rows to turn toward, usually its targets minus the live latents'
+            reconstruction.
     """
     axis = sae.axis
     alive = axis.across_replicas(sae.infer(x).firings) > 0
@@ -129,15 +131,15 @@ def _unlike(
     bound: float,
     axis: LatentAxis,
 ) -> Bool[Tensor, " rows"]:
-    """Choose rows in turn whose cosine with every known and every chosen row is below a bound.
+    """Select rows, in order, whose cosine with all known and all selected rows is below a bound.
 
-    Directions are rounded to integers of 11 bits. Their products are then exact in fp32, in any
-    order of the sums, so that every sharding chooses the same rows.
+    Directions are rounded to integers of 11 bits. Their products are then exact in fp32 in any
+    summation order, so every sharding selects the same rows.
 
     Args:
-        rows: The same on all ranks.
-        known: Those of this rank; a row of zeros is like no other.
-        bound: From above 0 to 1.
+        rows: Candidate rows, the same on all ranks.
+        known: Known rows of this rank. A row of zeros excludes no candidate.
+        bound: Bound on the cosine, above 0 and up to 1.
         axis: This rank's place.
     """
 
@@ -157,7 +159,7 @@ def _unlike(
 
 
 def _turn(sae: Dictionary, latents: slice | Tensor, towards: Tensor) -> None:
-    """Turn the directions of these latents towards rows, which are normalised in place."""
+    """Turn the directions of these latents toward rows. The rows are normalized in place."""
     own = sae.directions[latents]
     normalise_rows_(own)
     normalise_rows_(towards)
@@ -168,7 +170,10 @@ def _turn(sae: Dictionary, latents: slice | Tensor, towards: Tensor) -> None:
 
 
 def _match_scale(sae: Dictionary, known: slice | Tensor, new: slice | Tensor) -> None:
-    """Scale new directions to the known ones' mean length; set other tensors to the known mean."""
+    """Scale new rows to the known rows' mean length, and set new scalars to the known mean.
+
+    New encoder rows get half of that length (`_NEW_LENGTH`).
+    """
     for name, tensor in sae.tensors():
         if not sae.is_per_latent(name):
             continue
@@ -184,9 +189,9 @@ def _match_scale(sae: Dictionary, known: slice | Tensor, new: slice | Tensor) ->
 
 @torch.no_grad()
 def rescale_encoder(sae: Dictionary, rows: Rows) -> None:
-    """Scale W_enc to the least squared error of these rows under the selection of training.
+    """Scale W_enc by the c of least squared error on these rows, with the training selection.
 
-    The selection of inference would not do: before the first step BatchTopK has no threshold, and
+    The inference selection would not work: before the first step BatchTopK has no threshold, so
     half of all latents would be active. b_enc is 0, so the selection does not depend on c.
     """
     sae.set_initial_sparsity(rows.inputs)
@@ -197,22 +202,24 @@ def rescale_encoder(sae: Dictionary, rows: Rows) -> None:
 def least_squares_scale(
     axis: LatentAxis, y: Float[Tensor, "batch d_in"], y_hat: Float[Tensor, "batch d_in"]
 ) -> Float[Tensor, ""]:
-    """The c with the least sum |y - c y_hat|^2 over all ranks' rows."""
+    """Return the c that minimizes sum |y - c y_hat|^2 over all ranks' rows."""
     products = axis.total(torch.stack([(y * y_hat).sum(), y_hat.square().sum()]))
     return products[0] / products[1].clamp_min(torch.finfo(y.dtype).tiny)
 
 
 @torch.no_grad()
 def random_rows(W: Float[Tensor, "n_local d_in"], seed: int, first: int) -> None:
-    """Fill the rows of a shard with those of the whole dictionary, standard normal.
+    """Fill a shard with its rows of a standard normal matrix of the whole dictionary.
+
+    The rows do not depend on the sharding.
 
     Args:
-        W: The shard.
+        W: The shard's rows.
         seed: Seed of the dictionary.
         first: Number of the shard's first row.
     """
     for block in range(first // _BLOCK, -(-(first + len(W)) // _BLOCK)):
-        # torch uses 32 bits of a seed; the stride keeps blocks of different seeds apart
+        # torch uses only 32 bits of a seed; the stride keeps different seeds' blocks distinct
         generator = torch.Generator().manual_seed((seed * _STRIDE + block) % 2**32)
         values = torch.randn(_BLOCK, W.shape[1], generator=generator)
         start, stop = block * _BLOCK - first, (block + 1) * _BLOCK - first
@@ -222,7 +229,7 @@ def random_rows(W: Float[Tensor, "n_local d_in"], seed: int, first: int) -> None
 def first_rows(
     x: Float[Tensor, "batch d_in"], n: int, axis: LatentAxis
 ) -> Float[Tensor, "rows d_in"]:
-    """The first rows of the global batch, `n` at most, on every rank."""
+    """Return the first `n` rows of the global batch, or all if there are fewer, on every rank."""
     start = (axis.replica * axis.shards + axis.shard) * len(x)
     rows = x.new_zeros(min(n, axis.replicas * axis.shards * len(x)), x.shape[1])
     ours = rows[start : start + len(x)]
@@ -231,7 +238,10 @@ def first_rows(
 
 
 def geometric_median(x: Float[Tensor, "batch d_in"], axis: LatentAxis) -> Float[Tensor, " d_in"]:
-    """The point with the least sum of distances to all ranks' rows (Weiszfeld's iteration)."""
+    """Return the point with the least sum of distances to all ranks' rows.
+
+    Computed by Weiszfeld's iteration.
+    """
     rows = x.double()
     ones = rows.new_ones(len(rows))
     median = _weighted_mean(rows, ones, axis)
@@ -244,7 +254,7 @@ def geometric_median(x: Float[Tensor, "batch d_in"], axis: LatentAxis) -> Float[
 
 
 def mean_row(x: Float[Tensor, "batch width"], axis: LatentAxis) -> Float[Tensor, " width"]:
-    """The mean of all ranks' rows."""
+    """Return the mean of all ranks' rows."""
     rows = x.double()
     return _weighted_mean(rows, rows.new_ones(len(rows)), axis).to(x.dtype)
 

@@ -1,4 +1,4 @@
-"""Metrics of a dictionary. They are sums over a data set, never means of per-batch ratios."""
+"""Metrics of a dictionary, from sums over a data set and never from means of per-batch ratios."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -14,20 +14,20 @@ _PIECE_ROWS = 4096
 DUPLICATE_COSINE = 0.9
 DUPLICATES_OF = 4096
 DUPLICATES_CHUNK_LATENTS = 2048
-"""Latents that are compared with all at a time."""
+"""Number of latents that are loaded at a time to compare with the sampled ones."""
 
 
 class Fit(NamedTuple):
-    """Sums over the rows seen so far; sums of batches and of ranks can be added."""
+    """Sums over the rows seen so far. Sums of different batches and ranks can be added."""
 
     columns: tuple[slice, ...]
-    """Columns of the targets of each site that is written."""
+    """Target columns of each written site."""
     squared_error: Float[Tensor, " sites"]
     squared_total: Float[Tensor, " sites"]
     active: Float[Tensor, ""]
     rows: int
     counts: Int[Tensor, " n_latents"]
-    """Rows in which each latent fired."""
+    """Number of rows on which each latent fired."""
 
     @classmethod
     def empty(
@@ -36,7 +36,7 @@ class Fit(NamedTuple):
         columns: Iterable[slice] = (slice(None),),
         device: torch.device | str = "cpu",
     ) -> "Fit":
-        """Sums over no rows, on the device of the rows to come."""
+        """Create sums over zero rows, on the device of the rows to add."""
         columns = tuple(columns)
         zeros = torch.zeros(len(columns), dtype=torch.float64, device=device)
         counts = torch.zeros(n_latents, dtype=torch.int64, device=device)
@@ -48,12 +48,12 @@ class Fit(NamedTuple):
         found: Inferred,
         mean: Float[Tensor, " d_out"],
     ) -> "Fit":
-        """Add a batch; returns the new sums.
+        """Add a batch and return the new sums.
 
         Args:
             targets: Activations to reconstruct.
-            found: A whole dictionary's reconstructions and firings on their rows.
-            mean: Mean of the targets over the data set (not the batch), in their scale.
+            found: Reconstructions and firings of the whole dictionary on the same rows.
+            mean: Mean of the targets over the data set (not the batch), scaled as they are.
         """
         means = mean.expand_as(targets)
         return Fit(
@@ -66,7 +66,7 @@ class Fit(NamedTuple):
         )
 
     def on_cpu(self) -> "Fit":
-        """These sums, copied to the CPU."""
+        """Return a copy of these sums on the CPU."""
         return self._replace(
             squared_error=self.squared_error.cpu(),
             squared_total=self.squared_total.cpu(),
@@ -81,13 +81,13 @@ class Fit(NamedTuple):
 
     @property
     def fvu_by_site(self) -> list[float]:
-        """FVU of each written site alone."""
+        """FVU of each written site separately."""
         fvus: list[float] = (self.squared_error / self.squared_total).tolist()
         return fvus
 
     @property
     def l0(self) -> float:
-        """Active latents per row."""
+        """Active latents per row, on average."""
         return float(self.active / self.rows)
 
     @property
@@ -101,7 +101,7 @@ def _squared_distances(
     others: Float[Tensor, "batch d_out"],
     columns: Iterable[slice],
 ) -> Float[Tensor, " sites"]:
-    """Sums of squared differences in fp64, some rows at a time: these are large copies."""
+    """Sum squared differences per site in fp64, a few rows at a time to bound the fp64 copies."""
     pieces = zip(torch.split(targets, _PIECE_ROWS), torch.split(others, _PIECE_ROWS), strict=True)
     squares = ((one - other).double().square() for one, other in pieces)
     sums = [torch.stack([piece[:, site].sum() for site in columns]) for piece in squares]
@@ -109,10 +109,10 @@ def _squared_distances(
 
 
 def ce_recovered(clean: float, spliced: float, ablated: float) -> float:
-    """Share of the ablation's loss that the reconstruction recovers: 1 all, 0 none.
+    """Return the share of the ablation's loss that the reconstruction recovers.
 
-    (ablated - spliced) / (ablated - clean), of cross-entropies, as SAEBench defines it.
-    NaN where the ablation costs nothing.
+    This is (ablated - spliced) / (ablated - clean), of cross-entropies, as SAEBench defines it:
+    1 if all of the loss is recovered, 0 if none is. NaN if the ablation costs nothing.
     """
     if ablated == clean:
         return math.nan
@@ -123,15 +123,15 @@ def ce_recovered(clean: float, spliced: float, ablated: float) -> float:
 def duplicate_shares(
     W_dec: Callable[[], Iterable[Float[Tensor, "_ d_in"]]], n_latents: int, experts: int = 1
 ) -> tuple[float, float]:
-    """Return the share of latents with a duplicate, and with one in another expert.
+    """Return the share of latents with a duplicate, and the share with one in another expert.
 
-    A duplicate is another latent with a decoder direction at a cosine above .9. Measured
-    for 4,096 evenly spaced latents, each against all.
+    A duplicate is another latent whose decoder direction has a cosine above .9 with this one's. It
+    is measured for 4,096 evenly spaced latents, each compared with all latents.
 
     Args:
-        W_dec: Gives the decoder's parts, in order; called twice.
-        n_latents: Latents of all parts.
-        experts: Equal parts of the latents.
+        W_dec: Function that yields the decoder's parts in order. Called twice.
+        n_latents: Number of latents over all parts.
+        experts: Number of experts, each an equal part of the latents.
     """
     looked_at = torch.linspace(0, n_latents - 1, min(n_latents, DUPLICATES_OF)).long()
     chosen, first = [], 0

@@ -1,4 +1,4 @@
-"""Constant scales of activations, one for each site, and the rows that dictionaries see."""
+"""Normalisers: constant scales of activations per site, which turn activations into rows."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import accumulate
@@ -15,7 +15,10 @@ _SEVERAL = "normalisers"
 
 
 class Normaliser(NamedTuple):
-    """Activations are multiplied by `scale`, so that E|x|^2 = d_in (Scaling Monosemanticity)."""
+    """A site's `scale`, by which activations are multiplied, and statistics of the result.
+
+    The scale is such that E|x|^2 = d_in (Scaling Monosemanticity).
+    """
 
     scale: float
     mean: Float[Tensor, " d_in"]
@@ -23,10 +26,10 @@ class Normaliser(NamedTuple):
     variance: float
     """E|x - mean|^2 of the scaled activations, summed over the dimensions."""
     rows: int
-    """Rows that it was measured on."""
+    """Number of rows that the normaliser was measured on."""
 
     def to_scalars(self) -> dict[str, Any]:
-        """For a checkpoint; `from_scalars` gives it back exactly."""
+        """Return the fields for a checkpoint. `from_scalars` restores them exactly."""
         return {**self._asdict(), "mean": self.mean.tolist()}
 
     @classmethod
@@ -36,7 +39,7 @@ class Normaliser(NamedTuple):
         return cls(scalars["scale"], mean, scalars["variance"], scalars["rows"])
 
     def at(self, scale: float) -> "Normaliser":
-        """This measurement, expressed in activations of another scale."""
+        """Return this measurement, converted to another scale."""
         change = scale / self.scale
         return Normaliser(scale, self.mean * change, self.variance * change**2, self.rows)
 
@@ -47,16 +50,16 @@ class SiteNormalisers(NamedTuple):
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     of: Mapping[str, Normaliser]
-    """By site, each once."""
+    """Normaliser of each site, by name. A site that is read and written is in it once."""
 
     @property
     def key(self) -> Hashable:
-        """Equal for those that make the same rows of the same activations."""
+        """Identity for caching: equal keys turn the same activations into the same rows."""
         return self.reads, self.writes, *((site, own.scale) for site, own in self.of.items())
 
     @property
     def widths(self) -> Widths:
-        """Widths of the sites."""
+        """Widths of the sites that are read and written."""
         return Widths(
             *(tuple(len(self.of[s].mean) for s in sites) for sites in (self.reads, self.writes))
         )
@@ -68,12 +71,12 @@ class SiteNormalisers(NamedTuple):
 
     @property
     def variance(self) -> float:
-        """Variance of the targets: the sum over the sites that are written."""
+        """Variance of the targets: the sum over the written sites."""
         return sum(self.of[site].variance for site in self.writes)
 
     @property
     def columns(self) -> dict[str, slice]:
-        """Columns of the targets that each written site has."""
+        """Target columns of each written site."""
         ends = list(accumulate(self.widths.writes, initial=0))
         return {site: slice(*at) for site, *at in zip(self.writes, ends, ends[1:], strict=False)}
 
@@ -81,7 +84,7 @@ class SiteNormalisers(NamedTuple):
         """Scale activations [batch, d_site] of the sites. An autoencoder's targets are its inputs.
 
         Returns:
-            Rows in fp32 on the device, sites side by side.
+            Rows in fp32 on the device, with the sites concatenated along dim 1.
         """
         inputs = self.inputs(acts, device)
         same = self.reads == self.writes
@@ -90,13 +93,13 @@ class SiteNormalisers(NamedTuple):
     def inputs(
         self, acts: Mapping[str, Tensor], device: torch.device | str = "cpu"
     ) -> Float[Tensor, "batch d_in"]:
-        """Scale activations of the sites that are read, as `rows` does."""
+        """Scale and concatenate activations of the sites that are read, as `rows` does."""
         return self._side_by_side(self.reads, acts, device)
 
     def targets(
         self, acts: Mapping[str, Tensor], device: torch.device | str = "cpu"
     ) -> Float[Tensor, "batch d_out"]:
-        """Scale activations of the sites that are written, as `rows` does."""
+        """Scale and concatenate activations of the sites that are written, as `rows` does."""
         return self._side_by_side(self.writes, acts, device)
 
     def _side_by_side(
@@ -111,7 +114,7 @@ class SiteNormalisers(NamedTuple):
         return rows
 
     def to_scalars(self) -> dict[str, Any]:
-        """For a checkpoint; `from_scalars` gives them back exactly."""
+        """Return the normalisers for a checkpoint. `from_scalars` restores them exactly."""
         scalars = {site: normaliser.to_scalars() for site, normaliser in self.of.items()}
         return {_SEVERAL: scalars} if len(scalars) > 1 else scalars[self.reads[0]]
 
@@ -125,17 +128,17 @@ class SiteNormalisers(NamedTuple):
         return cls(reads, writes, of)
 
     def at_scales(self, scalars: Mapping[str, Any]) -> "SiteNormalisers":
-        """These measurements, expressed in the scales that a checkpoint was trained with."""
+        """Return these measurements, converted to the scales that a checkpoint was trained with."""
         of = {site: own.at(_of_site(scalars, site)["scale"]) for site, own in self.of.items()}
         return self._replace(of=of)
 
 
 def _of_site(scalars: Mapping[str, Any], site: str) -> Mapping[str, Any]:
-    """A site's scalars. A checkpoint of one site has them among its other scalars."""
+    """Return a site's scalars. A checkpoint of a single site has them at its top level."""
     of_site: Mapping[str, Any] = scalars[_SEVERAL][site] if _SEVERAL in scalars else scalars
     return of_site
 
 
 def scales_of(scalars: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a checkpoint's scalars that `at_scales` reads."""
+    """Return the part of a checkpoint's scalars that `at_scales` reads."""
     return {name: scalars[name] for name in (_SEVERAL, "scale") if name in scalars}

@@ -1,10 +1,10 @@
 """Base of the recipes with a threshold per latent and a penalty on the codes.
 
-The number of active latents is not bounded: at the start it is half of all in ReLU, and 10,000 in
-the tanh recipe as published. So the loss is computed in one of two ways. While few entries exceed
-their bound, it is computed from these alone. Otherwise it is computed densely, in chunks of
-latents, each of which is computed again for its gradients. The choice depends only on the batch and
-the parameters.
+The number of active latents is not bounded. At the start, it would be half of all with ReLU, and
+10,000 per row with the tanh recipe as published. So there are two ways to compute the loss. If few
+entries exceed their bound, only these are used. Otherwise the loss is computed densely, in chunks
+of latents, and each chunk is recomputed in the backward pass. The choice depends only on the batch
+and the parameters.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,28 +25,30 @@ from dist_sae.kernels import Entries, autograd, queued, select, starts_of
 from dist_sae.kernels.select import Candidates
 
 Activation = Callable[..., tuple[Tensor, ...]]
-"""Function of z and the values of the entry's latent: code f and penalty of each entry, and in some
-recipes a second code, which is decoded with the decoder held fixed.
+"""Computes the code f and the penalty of each entry from z and its latent's values. In some recipes
+there is a second code, which is decoded with the decoder held fixed.
 
-If z is not above the bound, all of them and their gradients are 0.
+If z is not above the bound, all outputs and their gradients are 0.
 """
 
 RARE = 0.003
-"""Share of rows at which new latents hardly disturb known ones, and do not die."""
-_INIT_ROWS = 16_384  # rows looked at for initial thresholds
+"""Share of rows on which new latents are made active: enough to stay alive, and too few to disturb
+the known latents much."""
+_INIT_ROWS = 16_384  # rows from which initial thresholds are computed
 _INIT_CHUNK = 1024  # latents
 CHUNK_BYTES = 16 * 2**20
-"""Size of one [rows, chunk] matrix in fp32, on a CPU; a chunk needs about ten."""
-_CHUNK = 8192  # latents, at most
-_MOST_ENTRIES = 2**23  # entries held at once; a step needs about 100 bytes for each
+"""Size of one [rows, chunk] matrix in fp32 on a CPU. A chunk needs about ten of them."""
+_CHUNK = 8192  # maximum number of latents
+_MOST_ENTRIES = 2**23  # entries in memory at once; a step needs about 100 bytes for each
 
 
 class Penalised(Dictionary):
-    """A dictionary whose latents are active above a threshold, held sparse by a penalty."""
+    """A dictionary whose latents are active above a threshold and kept sparse by a penalty."""
 
     config: PenalisedConfig
     n_entries: int | None = None
-    """Entries above their bound in the last step; None if it was dense, or there was none."""
+    """Number of entries above their bound in the last step. None before the first step and after a
+    step that was computed densely."""
 
     def __init__(
         self, config: PenalisedConfig, widths: Widths | int, *place: Any, **precision: Any
@@ -55,12 +57,12 @@ class Penalised(Dictionary):
         self.selection = Threshold(self, self.thresholds_in)
 
     def thresholds_in(self, dtype: torch.dtype) -> Float[Tensor, " n_local"]:
-        """Theta of this shard's latents in a precision: f is 0 unless z exceeds it."""
+        """Return theta of this shard's latents in `dtype`. f is 0 unless z exceeds theta."""
         raise NotImplementedError
 
     @property
     def thresholds(self) -> Float[Tensor, " n_local"]:
-        """Theta in the parameters' precision, with its gradient."""
+        """Theta in the parameters' precision, with gradient."""
         return self.thresholds_in(self.W_enc.dtype)
 
     @property
@@ -78,7 +80,7 @@ class Penalised(Dictionary):
         found: "Reconstruction",
         sparsity: Float[Tensor, ""],
     ) -> Output:
-        """The objective's output, with the penalty as it is in the loss."""
+        """Build the objective's output; `sparsity` is the penalty, scaled as in the loss."""
         error = rows.targets - (found.x_hat + self.offset(rows.inputs))
         replica_rows = len(error) * self.axis.shards
         fvu = error.square().sum() / (replica_rows * context.variance)
@@ -87,10 +89,10 @@ class Penalised(Dictionary):
 
     @torch.no_grad()
     def set_initial_sparsity(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Make each latent active on the same share of the rows, few enough for the penalty.
+        """Make every latent active on the same small share of the rows.
 
-        With half of all active the reconstruction is several times too long, and the penalty first
-        turns off what has not learnt anything.
+        If half of all latents were active, the reconstruction would be several times too long, and
+        the penalty would turn latents off before they have learned anything.
         """
         self.make_active(slice(None), x, self.initial_l0 / self.n_latents)
 
@@ -102,7 +104,7 @@ class Penalised(Dictionary):
 
     @torch.no_grad()
     def scale_encoder(self, factor: Float[Tensor, ""]) -> None:
-        """Scale what lies above the thresholds: the same latents stay active."""
+        """Scale pre-activations relative to their thresholds, so the same latents stay active."""
         theta = self.thresholds
         self.W_enc.mul_(factor)
         self.b_enc.copy_(theta + factor * (self.b_enc - theta))
@@ -123,12 +125,12 @@ class Reconstruction(NamedTuple):
     """Reconstruction and penalty of a batch."""
 
     x_hat: Float[Tensor, "batch d_out"]
-    """x_hat - b_dec of this rank's rows."""
+    """x_hat - b_dec for this rank's rows."""
     frozen: Float[Tensor, "batch d_out"] | None
-    """Reconstruction by the second codes, less b_dec, with gradients to these codes alone; None if
-    the activation gives no second codes."""
+    """Reconstruction from the second codes, minus b_dec, with gradients only to these codes. None
+    if the activation returns no second codes."""
     penalty: Float[Tensor, ""]
-    """Sum over this shard's latents and the replica's rows."""
+    """Sum of the penalties over this shard's latents and the replica's rows."""
     firings: Int[Tensor, " n_local"]
     active: Int[Tensor, ""]
 
@@ -142,20 +144,20 @@ def encode_decode(
     W_enc: Float[Tensor, "n_local d_in"] | None = None,
     W_dec: Float[Tensor, "n_local d_out"] | None = None,
 ) -> Reconstruction:
-    """Encode the replica's rows as they are, activate, decode.
+    """Encode the replica's rows without centering, apply the activation, and decode.
 
     Args:
         sae: The dictionary.
         x: The replica's rows.
-        activation: Gives codes and penalties.
-        bound: Pre-activations at or below it have neither code nor gradient.
-        per_latent: Arguments of `activation`; get their gradients.
-        W_enc: The encoder from `autograd.with_product`; None takes the plain one.
-        W_dec: The decoder from `autograd.with_norms`; None takes the plain one.
+        activation: Computes codes and penalties.
+        bound: Pre-activations at or below this bound have neither a code nor a gradient.
+        per_latent: Arguments of `activation`, which get gradients.
+        W_enc: The encoder from `autograd.with_product`. The plain one if None.
+        W_dec: The decoder from `autograd.with_norms`. The plain one if None.
     """
     W_enc = sae.W_enc if W_enc is None else W_enc
     W_dec = sae.W_dec if W_dec is None else W_dec
-    most = 2 * _MOST_ENTRIES // (sae.layers + 1)  # each is decoded into (layers + 1) / 2
+    most = 2 * _MOST_ENTRIES // (sae.layers + 1)  # decoding makes (layers + 1) / 2 of each entry
     limit = min(int(SPARSE_BELOW * len(x) * len(W_enc)), most)
     found = _entries_above(sae, x, bound, limit)
     sae.n_entries = None if found is None else len(found.values)
@@ -180,7 +182,7 @@ def encode_decode(
 
 @torch.no_grad()
 def _entries_above(sae: Penalised, x: Tensor, bound: Tensor, limit: int) -> Candidates | None:
-    """All entries above their bound, or None if there are more than `limit`."""
+    """Return all entries above their bound, or None if there are more than `limit`."""
     blocks, size = sae.products(x, sae.product_dtype).blocks, len(x) * len(sae.W_enc)
     if x.device.type == "cpu":
         return select.above(blocks(), sae.b_enc, bound, sae.kernels, limit=limit)
@@ -191,8 +193,8 @@ def _entries_above(sae: Penalised, x: Tensor, bound: Tensor, limit: int) -> Cand
 class _Dense(torch.autograd.Function):
     """Penalty, firings and this shard's part of x_hat - b_dec for each code, by chunks of latents.
 
-    A chunk is computed again for its gradients, which go straight to their place in those of the
-    weights. The encoder product alone is in the dictionary's precision for it.
+    The backward pass recomputes each chunk and writes its gradients directly into the gradients of
+    the weights. Only the encoder product is in `product_dtype`.
     """
 
     @staticmethod
@@ -247,7 +249,7 @@ class _Dense(torch.autograd.Function):
 def _chunks(
     sae: Dictionary, x: Tensor, tensors: Sequence[Tensor]
 ) -> Iterator[tuple[slice, slice, Tensor, list[Tensor]]]:
-    """Yield slices of latents, the columns they read, their pre-activations and their values."""
+    """Yield chunks: latents, the columns they read, pre-activations, and per-latent values."""
     rows, (W_enc, b_enc, _, *values) = x.to(sae.product_dtype), tensors
     width = max(1, min(_CHUNK, select.at_once(CHUNK_BYTES, x.device) // (4 * len(x))))
     for chunk, read in sae.tiles(width):
@@ -263,17 +265,17 @@ def set_active_share(
     theta: Float[Tensor, " n_local"],
     share: float,
 ) -> None:
-    """Set b_enc such that each of these latents is above its threshold on this share of the rows.
+    """Set b_enc such that each of these latents exceeds its threshold on a share of the rows.
+
+    The threshold is put halfway between two rows. If it were equal to a row's pre-activation,
+    rounding, and so the split of the product, would decide whether that row is above it.
 
     Args:
         sae: The dictionary.
         latents: Latents of this shard.
-        x: This rank's inputs of a batch; the first rows of all ranks are looked at.
+        x: This rank's inputs of a batch. Only the first rows of the global batch are used.
         theta: Thresholds.
-        share: Rounded to whole rows of those looked at, and at least one.
-
-    The threshold is put between two rows: one that lay on it would be above it or not by rounding,
-    that is by how the product was split.
+        share: Share of the rows, rounded to a whole number of the rows used, at least one.
     """
     rows = first_rows(x, _INIT_ROWS, sae.axis)
     n_above = max(1, min(len(rows) - round((1 - share) * len(rows)), len(rows) - 1))
@@ -281,7 +283,7 @@ def set_active_share(
     chosen[latents] = True
     for tile, read in sae.tiles(_INIT_CHUNK):
         products = rows[:, read] @ sae.W_enc[tile][chosen[tile]].T
-        # on a CPU in a third of the time of `kthvalue`, twice, where a twelfth is active
+        # on a CPU a third of the time of two `kthvalue` calls if a twelfth is active
         above, below = products.T.topk(n_above + 1, dim=1).values[:, -2:].unbind(1)
         middle = (below + above) / 2
         sae.b_enc[tile] = sae.b_enc[tile].masked_scatter(

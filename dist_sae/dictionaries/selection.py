@@ -1,11 +1,11 @@
-"""Selections: which pre-activations of a batch become codes. A recipe holds one.
+"""Selections: rules that decide which pre-activations of a batch become codes.
 
     RowTopK     the k largest of each row
     BatchTopK   the (rows * k) largest positive ones of the global batch; at inference those above
                 a running threshold
     Threshold   those above their latent's threshold
 
-Of equal pre-activations the lower latent wins, then the earlier row of the global batch.
+Among equal pre-activations the lower latent wins, then the earlier row of the global batch.
 """
 
 import math
@@ -28,14 +28,15 @@ _DIGIT = 11  # bits
 
 
 class RowTopK:
-    """The k largest pre-activations of each row, over all shards.
+    """Selection of the k largest pre-activations of each row, over all shards.
 
     Args:
         sae: The dictionary.
-        k: Latents kept for a row at inference.
-        axis: Ranks that a row's latents are on.
-        parts: Experts that share the k of a row equally; each is given rows of its own.
-        width: Latents of a part.
+        k: Latents kept per row at inference.
+        axis: The ranks that hold a row's latents.
+        parts: Number of experts among which a row's k is divided equally. An expert's rows are
+            separate rows of the products.
+        width: Latents per expert.
     """
 
     measured: tuple[str, ...] = ()
@@ -51,13 +52,16 @@ class RowTopK:
         self._width = width or sae.n_latents
 
     def select(self, products: Products, k: int) -> Selected:
-        """Select the k largest of each row: pre-activations and entries of this shard."""
+        """Select the k largest of each row. Return this shard's pre-activations and entries."""
         [selected] = self.select_nested(products, [k])
         return selected
 
     @torch.no_grad()
     def select_nested(self, products: Products, ks: Sequence[int]) -> list[Selected]:
-        """Select the largest of each row for ascending ks; each result has what its k adds."""
+        """Select the largest of each row for ascending ks.
+
+        The results are disjoint: each contains only the entries that its k adds to the one before.
+        """
         sae = self._sae
         ks = [min(max(1, k // self._parts), self._width) for k in ks]
         first, n_local = sae.first_latent, len(sae.W_enc)
@@ -72,7 +76,7 @@ class RowTopK:
                 before += count
             pre_acts, entries = select.entries_of(left, threshold, first, n_local, count)
             left = left.masked_fill(left >= threshold[:, None], NOTHING)
-            if products.dtype == torch.float64:  # keys hold fp32
+            if products.dtype == torch.float64:  # keys contain only fp32 values
                 pre_acts = sae.pre_acts_at(products.rows, entries)
             found.append((pre_acts.to(sae.W_enc.dtype), entries))
         return found
@@ -82,18 +86,18 @@ class RowTopK:
         return pre_acts.relu(), entries
 
     def thresholds(self, dtype: torch.dtype) -> None:
-        """None, because a row keeps a number of codes."""
+        """Return None, because each row keeps a fixed number of codes."""
 
     def scale(self, factor: Float[Tensor, ""]) -> None:
-        """Nothing to scale."""
+        """Do nothing: there is no threshold to scale."""
 
 
 class Threshold:
-    """Pre-activations above a threshold of each latent.
+    """Selection of the pre-activations above their latent's threshold.
 
     Args:
         sae: The dictionary.
-        thresholds: Returns its thresholds, at least 0, in a precision.
+        thresholds: Returns the latents' thresholds, at least 0, in a given precision.
     """
 
     measured: tuple[str, ...] = ()
@@ -111,18 +115,18 @@ class Threshold:
         return sae.codes_of(pre_acts, entries.latents), entries
 
     def scale(self, factor: Float[Tensor, ""]) -> None:
-        """Nothing: the recipe scales its thresholds."""
+        """Do nothing: the recipe scales its thresholds itself."""
 
 
 class BatchTopK:
-    """The (rows * k) largest positive pre-activations of the global batch.
+    """Selection of the (rows * k) largest positive pre-activations of the global batch.
 
-    At inference a row's codes must not depend on the other rows: a latent is active above theta,
-    the running mean of the smallest code kept in a batch. The dictionary has it in its buffer
-    `threshold`, as (sum, weight) with theta = sum / weight.
+    At inference a row's codes must not depend on other rows. So a latent is active if it exceeds
+    theta, the running mean of the smallest code kept in a batch. The dictionary stores theta in its
+    buffer `threshold`, as (sum, weight) with theta = sum / weight.
 
     Args:
-        sae: The dictionary; gets the buffer.
+        sae: The dictionary. It gets the buffer.
         decay: Decay of the running mean per batch, from 0 to below 1.
     """
 
@@ -141,24 +145,24 @@ class BatchTopK:
 
     @property
     def theta(self) -> float:
-        """Least code at inference; 0 before any batch has been seen."""
+        """Threshold that codes must exceed at inference. 0 before the first batch."""
         total, weight = self.threshold.tolist()
         return total / weight if weight else 0.0
 
     def thresholds(self, dtype: torch.dtype) -> Float[Tensor, " n_local"]:
-        """Theta, for each latent."""
+        """Return theta for each latent."""
         return torch.full_like(self._sae.b_enc, self.theta, dtype=dtype)
 
     def encode(self, products: Products) -> Selected:
         return _above(products, self._sae, self.thresholds(self._sae.W_enc.dtype))
 
     def scale(self, factor: Float[Tensor, ""]) -> None:
-        """Scale theta with the codes."""
+        """Scale theta along with the codes."""
         self.threshold[0] *= factor
 
     @torch.no_grad()
     def select(self, products: Products, k: int) -> Selected:
-        """Select pre-activations and entries of this shard; in training theta follows."""
+        """Select this shard's pre-activations and entries. In training mode, update theta."""
         sae, axis = self._sae, self._sae.axis
         count = k * products.replica_rows * axis.replicas
         found = self._candidates(products, count)
@@ -174,7 +178,7 @@ class BatchTopK:
         return found.values, Entries(found.latents, starts, len(sae.W_enc))
 
     def _candidates(self, products: Products, count: int) -> Candidates:
-        """This shard's entries that may be among the `count` largest, and some others."""
+        """Return all of this shard's entries that may be among the `count` largest, and others."""
         b_enc, found = self._sae.b_enc, None
         if b_enc.device.type != "cpu":
             found = queued.largest(products.blocks(), b_enc, count)
@@ -183,10 +187,10 @@ class BatchTopK:
         return select.largest(products.blocks(), b_enc, count, self._sae.kernels)
 
     def follow(self, least: Float[Tensor, ""], is_there: Bool[Tensor, ""]) -> None:
-        """Take the least code of a batch, if there is one, into the running mean.
+        """Update the running mean with the smallest code of a batch, if the batch has any codes.
 
-        The mean covers the last tenth of the run while that is less than the decay covers, because
-        codes change much in the first steps. The weight is 1 - decay^n after n batches.
+        Codes change a lot in the first steps. So the mean covers only the last tenth of the batches
+        so far, until that is more than the decay covers. The weight is 1 - decay^n after n batches.
         """
         decay, (total, weight) = self._decay, self.threshold.unbind()
         batches = torch.log1p(-weight) / math.log(decay) if decay else torch.zeros_like(weight)
@@ -205,7 +209,7 @@ class BatchTopK:
         least, before = kth_largest(axis, order, count, bits=32)
         chosen, tied = order >= least, order == least
         missing = count - before
-        # whether there are too many of them is known without a wait on a CPU alone
+        # only on a CPU is it known without a device sync whether there are too many ties
         if tied.device.type != "cpu" or int(axis.total(tied.sum())) > missing:
             position = (found.latents + self._sae.first_latent) * (most * axis.replicas)
             position += found.rows + most * axis.replica
@@ -230,18 +234,18 @@ def kth_largest(
     bits: int,
     among: Bool[Tensor, " some"] | None = None,
 ) -> tuple[Int[Tensor, ""], Int[Tensor, ""]]:
-    """Find the k-th largest value of all ranks, and how many are larger, by radix selection.
+    """Find the k-th largest value over all ranks, and how many are larger, by radix selection.
 
-    Counts of 11 bits at a time are summed over the ranks; no value leaves its rank, and none is
-    known to the host.
+    Histograms of 11 bits at a time are summed over the ranks. Values stay on their rank and on the
+    device.
 
     Args:
         axis: The ranks.
         values: Signed values of this rank, within `bits` bits.
-        k: From 1, at most the number of values of all ranks. With 0 no value is as large as what is
-            found.
+        k: Rank of the value, from 1 to the number of values over all ranks. If k is 0, the result
+            is larger than all values.
         bits: 32 or 64.
-        among: Mask of the values that count; all if None.
+        among: Mask of the values to consider. All if None.
     """
     digits = 1 << _DIGIT
     found, before = values.new_zeros(()), k.new_zeros(())

@@ -1,7 +1,7 @@
-"""The weights of a dictionary, and where they lie.
+"""The weights of a dictionary and their layout.
 
-They are `[n_latents, d_in]` and `[n_latents, d_out]`: dim 0 is sharded, and a decoder row is
-contiguous. In some recipes a latent reads and writes only some of these columns; `tiles`,
+W_enc is `[n_latents, d_in]` and W_dec is `[n_latents, d_out]`. Dim 0 is sharded, and decoder rows
+are contiguous. In some recipes a latent reads and writes only some of the columns. `tiles`,
 `written_by` and `decoder_rows` hide that.
 """
 
@@ -18,15 +18,15 @@ from dist_sae.kernels import autograd, select
 
 
 class Weights(nn.Module):
-    """Encoder, decoder and biases. This rank holds the part of its own latents.
+    """Encoder, decoder and biases: this rank's shard of them.
 
-    Every parameter and buffer is added with `add_tensor`, which says how it is sharded.
+    Every parameter and buffer must be added with `add_tensor`, which declares how it is sharded.
 
     Args:
         config: The recipe.
-        widths: Widths of the sites that are read and written; a number is that of the one site of
-            an autoencoder.
-        axis: This rank's place; only its shard of the dictionary is allocated.
+        widths: Widths of the sites that are read and written. A number means an autoencoder of a
+            single site of that width.
+        axis: This rank's place. Only its shard of the dictionary is allocated.
         dtype: Precision of the parameters.
     """
 
@@ -60,15 +60,15 @@ class Weights(nn.Module):
         self.add_tensor("b_dec", b_dec, per_latent=False)
 
     def add_tensor(self, name: str, tensor: Tensor, *, per_latent: bool) -> None:
-        """Add a parameter, or a buffer if it is none, and declare its layout over shards.
+        """Add a parameter, or a buffer if it is not an nn.Parameter, and declare its sharding.
 
         Args:
-            name: Name of the attribute, and in checkpoints.
+            name: Name of the attribute, also in checkpoints.
             tensor: This shard's part.
-            per_latent: Whether dim 0 is this shard's latents; else all ranks hold the same values.
+            per_latent: Whether dim 0 is this shard's latents. If not, all ranks hold equal values.
 
         Raises:
-            ValueError: `per_latent`, and dim 0 has another size.
+            ValueError: `per_latent` is true, but the size of dim 0 is not the number of latents.
         """
         n_local = len(self.axis.latents(self.config.n_latents))
         if per_latent and tensor.shape[:1] != (n_local,):
@@ -90,7 +90,9 @@ class Weights(nn.Module):
         super().register_buffer(name, tensor, persistent)
 
     def is_per_latent(self, name: str) -> bool:
-        """True if dim 0 of a tensor is this shard's latents; else all ranks hold the same tensor.
+        """Return whether dim 0 of a tensor is this shard's latents.
+
+        If it is not, all ranks hold the same tensor.
 
         Raises:
             ValueError: The tensor was not declared.
@@ -103,18 +105,18 @@ class Weights(nn.Module):
         return self._per_latent[name]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors of the parameters, then of the buffers."""
+        """Yield the names and tensors of the parameters, then of the buffers."""
         yield from self.named_parameters()
         yield from self.named_buffers()
 
     @property
     def replicated(self) -> list[Tensor]:
-        """Parameters and buffers of which all ranks hold the same values."""
+        """Parameters and buffers whose values are the same on all ranks."""
         return [tensor for name, tensor in self.tensors() if not self.is_per_latent(name)]
 
     @torch.no_grad()
     def decoder_norms(self) -> Float[Tensor, "n_local sites"]:
-        """The norms of this shard's decoder rows at each site that is written, in their order."""
+        """Compute the norms of this shard's decoder rows at each written site, in site order."""
         some, n = select.CHUNK_LATENTS, len(self.W_enc)
         rows = (self.decoder_rows(slice(first, first + some)) for first in range(0, n, some))
         return torch.cat([autograd.site_norms(part, self.widths.writes) for part in rows])
@@ -131,17 +133,17 @@ class Weights(nn.Module):
 
     @property
     def layers(self) -> int:
-        """Equal parts of the inputs; latent n reads part n % layers."""
+        """Number of equal parts of the inputs (layers). Latent n reads part n % layers."""
         return 1
 
     def row_widths(self) -> tuple[int, int]:
-        """Widths of the rows of W_enc and W_dec."""
+        """Return the row widths of W_enc and W_dec."""
         return self.widths.d_in, self.widths.d_out
 
     def tiles(self, width: int) -> Iterator[tuple[slice, slice]]:
-        """Cut this shard's latents into slices of at most `width`, each with the columns it reads.
+        """Yield slices of at most `width` of this shard's latents, with the columns they read.
 
-        Latents of a slice read the same columns of the inputs, and write the same of the targets.
+        All latents of a slice read the same input columns and write the same target columns.
         """
         step, read = width * self.layers, self.widths.d_in // self.layers
         for start in range(0, len(self.W_enc), step):
@@ -153,16 +155,16 @@ class Weights(nn.Module):
     def written_by(
         self, latents: slice | Int[Tensor, " some"], W_dec: Float[Tensor, "n_local written"]
     ) -> tuple[slice, Float[Tensor, "some columns"]]:
-        """The columns of the targets that these latents write, and their decoder there.
+        """Return the target columns that these latents write, and their decoder rows there.
 
         Args:
             latents: A slice from `tiles`, or latents of a block of `products`.
-            W_dec: The decoder, or a tensor laid out like it; of a slice a view is returned.
+            W_dec: The decoder, or a tensor with its layout. For a slice, a view of it is returned.
         """
         return slice(None), W_dec[latents]
 
     def decoder_rows(
         self, latents: slice | Int[Tensor, " some"] = slice(None)
     ) -> Float[Tensor, "some d_out"]:
-        """The vectors that latents add to the targets at an activation of 1, over all sites."""
+        """Return the vectors over all sites that latents add to the targets at activation 1."""
         return self.W_dec[latents]

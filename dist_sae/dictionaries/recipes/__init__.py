@@ -1,1 +1,1 @@
-"""One recipe per file, equation first."""
+"""The recipes, one per file, each with its equations first."""

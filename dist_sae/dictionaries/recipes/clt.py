@@ -7,17 +7,17 @@
     L       = E sum_m |y^m - y_hat^m|^2 / Var(y)  +  alpha L_aux (auxk.py),  or  + lambda E|f|_0
 
 A latent reads one layer, x^l, and writes that layer and all later ones, y^l .. y^{L-1}. Read and
-written sites may differ (x the inputs of MLPs, y their outputs). If they are the same, this is a
-weakly causal crosscoder (Lindsey et al., October 2024). Inputs are not centred. Decoder norms are
-free and start at 0, with b_dec at the centre of the targets. So z alone ranks latents, not z times
-the decoder norm.
+written sites may differ (e.g. x the inputs of MLPs, y their outputs). If they are the same, this is
+a weakly causal crosscoder (Lindsey et al., October 2024). Inputs are not centered. Decoder norms
+are free and start at 0, with b_dec at the center of the targets. So latents are ranked by z alone,
+not by z times the decoder norm.
 
-Latent n reads layer n % L, so every shard of whole groups has equally many latents of each layer.
+Latent n reads layer n % L, so every shard of whole groups has the same number of latents per layer.
 Weights from a layer to an earlier one are neither stored nor computed. The decoder of a group of L
-neighbours is L (L + 1) / 2 contiguous vectors, W^{0->0} W^{0->1} .. W^{0->L-1} W^{1->1} ..
+consecutive latents is L (L + 1) / 2 contiguous vectors, W^{0->0} W^{0->1} .. W^{0->L-1} W^{1->1} ..
 W^{L-1->L-1}. They are stored as L rows of W_dec, so dim 0 counts latents, but a row does not belong
-to one latent. To the kernels, a row of the batch is L rows, and a selected latent that reads layer
-l is L - l entries.
+to a single latent. For the kernels, a row of the batch becomes L rows, and a selected latent that
+reads layer l becomes L - l entries.
 """
 
 from typing import Any
@@ -41,7 +41,7 @@ from dist_sae.kernels import Entries, autograd, select, starts_of
 
 
 class CrossLayer(Dictionary):
-    """Latents that read one layer, and write it and all later ones."""
+    """Dictionary whose latents each read one layer, and write that layer and all later ones."""
 
     config: CLTConfig | CLTJumpReLUConfig
     unit_rows = False
@@ -62,7 +62,7 @@ class CrossLayer(Dictionary):
 
     @property
     def _pairs_of_group(self) -> int:
-        """Vectors of L neighbouring latents: pairs of a layer and one that it writes."""
+        """Number of vectors in a group of L latents: one per pair of a read and a written layer."""
         return self.layers * (self.layers + 1) // 2
 
     def row_widths(self) -> tuple[int, int]:
@@ -85,7 +85,10 @@ class CrossLayer(Dictionary):
     def decoder_rows(
         self, latents: slice | Int[Tensor, " some"] = slice(None)
     ) -> Float[Tensor, "some d_out"]:
-        """Decoder rows over all layers, a new tensor: zeros in the layers before a latent's own."""
+        """Return decoder rows over all layers, with zeros in layers before the one a latent reads.
+
+        The result is a new tensor.
+        """
         chosen = torch.arange(len(self.W_enc), device=self.W_dec.device)[latents]
         rows = self.W_dec.new_zeros(len(chosen), self.widths.d_out)
         for layer in range(self.layers):
@@ -113,7 +116,7 @@ class CrossLayer(Dictionary):
         W_enc: Float[Tensor, "n_local read"],
         centre: Float[Tensor, " d_in"] | None = None,  # noqa: ARG002 - is 0
     ) -> Float[Tensor, " entries"]:
-        # rows are not ascending, which sums by latent do not ask for
+        # rows need not be ascending here: only sums by latent use these entries
         of_layers = Entries(entries.latents, entries.starts, entries.n_latents)
         of_layers.rows, of_layers.by_latent = self._read_by(entries), entries.by_latent
         x = self._of_layers(rows)
@@ -127,7 +130,7 @@ class CrossLayer(Dictionary):
     ) -> Float[Tensor, "rows d_out"]:
         layers = self.layers
         rows, read = len(entries.starts), self._read_by(entries)
-        # in the order of layers, those that write a layer are the first of their row
+        # sorted by layer, the latents that write a given layer come first in their row
         in_order, order = _sorted(read)
         counts = starts_of(in_order, rows * layers + 1).diff().view(rows, layers)
         counts = counts.cumsum(1).flatten()
@@ -148,10 +151,10 @@ class CrossLayer(Dictionary):
 
     @torch.no_grad()
     def initialise(self, rows: Rows, seed: int, *, rescale: bool = True) -> None:  # noqa: ARG002
-        """Random unit encoder rows, on centred inputs; the decoder is 0, and b_dec the centre.
+        """Set random unit encoder rows that see centered inputs, a decoder of 0, and b_dec.
 
-        Not the mean of this batch: where that is best, the gradient of b_dec is rounding alone,
-        which Adam makes steps of.
+        b_dec is the targets' geometric median. At the mean of the batch the gradient of b_dec would
+        be pure rounding error, which Adam would amplify to full steps.
         """
         random_rows(self.W_enc, seed, self.first_latent)
         normalise_rows_(self.W_enc)
@@ -168,27 +171,27 @@ class CrossLayer(Dictionary):
         x: Float[Tensor, "batch d_in"],
         error: Float[Tensor, "batch d_out"],  # noqa: ARG002 - of other layers than it reads
     ) -> None:
-        """Give stuck latents a bias with which they are active on few rows of the batch."""
+        """Set the biases of stuck latents so that they are active on a few rows of the batch."""
         thresholds = self.inference_thresholds()
         assert thresholds is not None
         set_active_share(self, stuck, x, thresholds, RARE)
 
     def _of_layers(self, rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, "_ d_read"]:
-        """The layers of each row, one below the other."""
+        """Reshape rows so that each layer of a row becomes a row itself."""
         return rows.reshape(len(rows) * self.layers, self.widths.reads[0])
 
     def _read_by(self, entries: Entries) -> Int[Tensor, " entries"]:
-        """The row of `_of_layers` that each entry's latent reads: in order, by row and layer."""
+        """Return the row of `_of_layers` that each entry's latent reads, numbered by row, layer."""
         return entries.rows * self.layers + entries.latents % self.layers
 
 
 class CLT(CrossLayer, TopK):
-    """Keeps k latents per row of the whole batch, of all layers together."""
+    """Keeps k latents per row on average over the whole batch and all layers."""
 
     config: CLTConfig
 
     def biases(self, x: Float[Tensor, "batch d_in"]) -> tuple[None, Float[Tensor, "*rows d_out"]]:
-        """Inputs are not centred."""
+        """Return no input bias, since inputs are not centered, and the output bias."""
         return None, self.offset(x)
 
 
@@ -199,7 +202,7 @@ class CLTJumpReLU(CrossLayer, JumpReLU):
 
 
 class _Spread(torch.autograd.Function):
-    """The code of each pair's latent. Gradients are summed in the same order on every device."""
+    """Copies each latent's code to its pairs. Gradients are summed in a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, acts: Tensor, sources: Tensor, written: Tensor, layers: int) -> Tensor:
@@ -217,13 +220,13 @@ class _Spread(torch.autograd.Function):
 
 
 def _sorted(numbers: Int[Tensor, " _"]) -> tuple[Int[Tensor, " _"], Int[Tensor, " _"]]:
-    """Numbers in order, and this order; an int32 sort is far faster than an int64 one."""
+    """Sort stably and return the indices too. An int32 sort is far faster than an int64 sort."""
     in_order, order = numbers.int().sort(stable=True)
     return in_order, order
 
 
 def _before(layer: Any, layers: int) -> Any:
-    """Vectors of a group of latents before those of the one that reads `layer`."""
+    """Return the offset, in a group's vectors, of the latent that reads `layer`."""
     return layer * layers - layer * (layer - 1) // 2
 
 

@@ -1,25 +1,26 @@
 """Crosscoder: one dictionary of several sites (Anthropic, "Sparse Crosscoders", October 2024).
 
-x has all sites side by side, each in its own scale; a latent reads and writes all of them. With
-d_i^s the part of its decoder row at site s, this is TopK or BatchTopK (topk.py) of x, in which a
-latent counts by its code times the weight of its decoder:
+x is the concatenation of all sites, each in its own scale. A latent reads and writes all of them,
+and d_i^s is the part of its decoder row at site s. This is TopK or BatchTopK (topk.py) on x, except
+that latents are ranked by code times decoder weight:
 
     z     = W_enc (x - b_dec) + b_enc
     f     = relu(z) where z |d_i| is among the k largest of a row, or (batch) of k per row
     |d_i| = sqrt(sum_s |d_i^s|^2)  (weighting: l2),  or sum_s |d_i^s|  (l1)
 
-Codes and decoder rows may be scaled against each other, so |d_i| is held at 1, and z alone says
-how much a latent matters: selection, thresholds and inference are those of TopK. With l2 a latent
-of one site counts as much as one of all sites that explains as much; with l1 it counts more (Minder
-et al. 2025, arXiv:2504.02922), and latents become exclusive to sites. One site: both are TopK.
+Scaling a code up and its decoder row down changes nothing, so |d_i| is held at 1. Then z alone
+ranks the latents, and selection, thresholds and inference are those of TopK. With l2, a latent of
+one site counts as much as a latent of all sites that explains as much. With l1, it counts more
+(Minder et al. 2025, arXiv:2504.02922), so latents become exclusive to sites. With a single site,
+both are TopK.
 
-Shared latents, for sites of two models or more, have the same decoder row at every site ("Insights
-on Crosscoder Model Diffing", Anthropic, February 2025), so that a common feature needs one latent
-and not one per model. `shared_penalty` makes a shared code cost p times as much as another. Such a
-code is worth its cost if the error that it explains, z^2, is p times as large. So z / sqrt(p) must
-be compared with the z of others, which is the same as holding |d_i| at sqrt(p). (In
-crosscoder_relu.py p multiplies the penalty.) Shared latents are spread evenly over all latents, so
-that every shard has as many.
+Shared latents are for sites of two or more models. They have the same decoder row at every site
+("Insights on Crosscoder Model Diffing", Anthropic, February 2025), so that a common feature needs
+one latent instead of one per model. `shared_penalty` makes a shared code cost p times as much as
+another code. A shared code is worth its cost if the error that it explains, z^2, is p times as
+large. So its z / sqrt(p) must be compared with the z of other latents, which is the same as holding
+its |d_i| at sqrt(p). (In crosscoder_relu.py, p multiplies the penalty.) Shared latents are spread
+evenly over all latents, so that every shard has the same number.
 
 The gradient is that of the constrained decoder: shared rows get the mean over their sites, and the
 component that would only change |d_i| is removed.
@@ -44,10 +45,10 @@ _BLOCK = 1024  # latents
 
 
 class AcrossSites(Dictionary):
-    """A dictionary whose latents read and write the same sites, some of them all sites alike.
+    """A dictionary whose latents all read and write the same sites; some may be shared.
 
     Raises:
-        ConfigError: Shared latents, and sites of several widths.
+        ConfigError: There are shared latents, but the sites have different widths.
     """
 
     config: AcrossSitesConfig
@@ -65,20 +66,20 @@ class AcrossSites(Dictionary):
 
     @property
     def shared(self) -> Bool[Tensor, " n_local"]:
-        """Latents of this shard that are shared."""
+        """Mask of this shard's shared latents."""
         latents = torch.arange(len(self.W_dec), device=self.W_dec.device, dtype=torch.float64)
         latents += self.first_latent
         before, until = (n * self.config.shared_latents for n in (latents, latents + 1))
         return until.floor() > before.floor()
 
     def n_shared(self, latents: slice) -> int:
-        """Number of shared latents in a slice of this shard's latents."""
+        """Count the shared latents in a slice of this shard's latents."""
         start, stop, _ = latents.indices(len(self.W_dec))
         share, first = self.config.shared_latents, self.first_latent
         return math.floor((first + stop) * share) - math.floor((first + start) * share)
 
     def weigh(self, rows: Float[Tensor, "some d_out"]) -> Float[Tensor, " some"]:
-        """|d_i| of decoder rows, over all sites."""
+        """Compute |d_i|, the weight of each decoder row over all sites."""
         if self.config.weighting == "l2":
             return autograd.site_norms(rows, rows.shape[1:])[:, 0]
         return autograd.site_norms(rows, self.widths.writes).sum(1)
@@ -90,12 +91,12 @@ class AcrossSites(Dictionary):
         shared: Bool[Tensor, " some"],
         n_shared: int | None = None,
     ) -> None:
-        """Give shared rows, or their gradients, their mean over the sites at each of these.
+        """Replace each site's part of shared rows, or of their gradients, by the mean over sites.
 
         Args:
-            rows: Of latents.
-            shared: Which of these are shared.
-            n_shared: Their number; the host waits for the device where it is not given.
+            rows: Decoder rows, or their gradients.
+            shared: Mask of the rows of shared latents.
+            n_shared: Number of shared rows. Without it the host waits for the device.
         """
         if not self.config.shared_latents:  # sites may then have several widths
             return
@@ -106,13 +107,13 @@ class AcrossSites(Dictionary):
 
     @torch.no_grad()
     def hold(self, latents: slice | Tensor) -> None:
-        """Enforce the constraints on new directions of latents."""
+        """Enforce the constraints on latents' new decoder rows."""
         rows, shared = self.W_dec[latents], self.shared[latents]
         self.tie_sites_(
             rows, shared, self.n_shared(latents) if isinstance(latents, slice) else None
         )
         self.normalise_(rows, shared)
-        if isinstance(latents, Tensor):  # else these are the rows themselves, and no copy of them
+        if isinstance(latents, Tensor):  # indexing with a tensor copies; a slice is a view
             self.W_dec[latents] = rows
 
     def normalise_(
@@ -120,7 +121,7 @@ class AcrossSites(Dictionary):
         rows: Float[Tensor, "some d_out"],
         shared: Bool[Tensor, " some"],  # noqa: ARG002 - they begin alike
     ) -> None:
-        """Give new decoder rows their length."""
+        """Normalize new decoder rows to their length."""
         normalise_rows_(rows)
 
     def follow(self, latents: slice | Tensor) -> None:
@@ -129,7 +130,7 @@ class AcrossSites(Dictionary):
 
 
 class Crosscoder(AcrossSites, TopK):
-    """Keeps the k latents that matter most over all sites, for each row or on average."""
+    """Keeps the k latents per row with the largest z, in each row or on average over the batch."""
 
     config: CrosscoderConfig
 
@@ -146,9 +147,9 @@ class Crosscoder(AcrossSites, TopK):
     def project_(
         self, gradient: Float[Tensor, "n_local d_out"], W_dec: Float[Tensor, "n_local d_out"]
     ) -> None:
-        """Make of a gradient, in place, that of the constrained decoder: g - (g . d) n / |d|.
+        """Turn a gradient, in place, into that of the constrained decoder: g - (g . d) n / |d|.
 
-        n is the gradient of |d| for d: d^s / |d^s| at each site, or (l2) d / |d|.
+        n is the gradient of |d| with respect to d: d^s / |d^s| at each site, or (l2) d / |d|.
         """
         shared, lengths = self.shared, self._lengths(self.shared)
         for start in range(0, len(W_dec), _BLOCK):
@@ -163,7 +164,7 @@ class Crosscoder(AcrossSites, TopK):
             autograd.add_at_sites_(g, d, factors, self.widths.writes)
 
     def _lengths(self, shared: Bool[Tensor, " some"]) -> Float[Tensor, " some"]:
-        """The norm that the constraint gives to each decoder row."""
+        """Return the length that the constraint prescribes for each decoder row."""
         ones = torch.ones_like(shared, dtype=self.W_dec.dtype)
         return ones.masked_fill_(shared, self.config.shared_penalty**0.5)
 
@@ -173,7 +174,7 @@ class Crosscoder(AcrossSites, TopK):
         rows /= scale.clamp_min_(torch.finfo(rows.dtype).tiny)[:, None]
 
     def constrain_others(self) -> None:
-        """Hold decoder rows at other lengths than 1, and shared ones alike."""
+        """Restore |d_i| and the equality of shared rows over sites, unless unit norm is enough."""
         if not self.unit_rows:
             self.hold(slice(None))
 

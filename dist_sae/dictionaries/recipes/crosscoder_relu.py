@@ -1,6 +1,6 @@
 """Crosscoder with a penalty on codes times decoder norms (Anthropic, October 2024).
 
-x has all sites side by side, and d_i^s is the part of a decoder row at site s:
+x is the concatenation of all sites, and d_i^s is the part of a decoder row at site s:
 
     z     = W_enc x + b_enc
     f     = relu(z)
@@ -8,8 +8,8 @@ x has all sites side by side, and d_i^s is the part of a decoder row at site s:
     L     = (sum_s E|x^s - x_hat^s|^2  +  lambda E sum_i f_i |d_i|) / Var(x)
     |d_i| = sum_s |d_i^s|  (weighting: l1),  or sqrt(sum_s |d_i^s|^2)  (l2)
 
-With l1 a latent of one site has the loss of relu.py, and latents become exclusive to sites. With l2
-L0 is lower at the same error. With one site both are relu.py.
+With l1, a latent of one site has the loss of relu.py, and latents become exclusive to sites. With
+l2, L0 is lower at the same error. With a single site, both are relu.py.
 
 A shared latent (crosscoder.py) has the same decoder row at every site, and its penalty is
 `shared_penalty` times that of others.
@@ -26,7 +26,7 @@ from dist_sae.kernels import autograd
 
 
 class CrosscoderReLU(AcrossSites, ReLU):
-    """Keeps positive pre-activations of all sites together; codes are penalised."""
+    """Keeps positive pre-activations over all sites; penalizes codes times decoder norms."""
 
     config: CrosscoderReLUConfig
 
@@ -44,9 +44,9 @@ class CrosscoderReLU(AcrossSites, ReLU):
         return W_dec, weights
 
     def constrain_others(self) -> None:
-        """Keep shared rows alike: rounding parts them."""
+        """Make shared rows equal over sites again, since rounding makes them drift apart."""
         self.tie_all_(self.W_dec)
 
     def tie_all_(self, rows: Float[Tensor, "n_latents d_out"]) -> None:
-        """`tie_sites_` of all latents of this shard."""
+        """Call `tie_sites_` for all latents of this shard."""
         self.tie_sites_(rows, self.shared, self.n_shared(slice(None)))

@@ -6,10 +6,10 @@
     x_gate = W_dec^T relu(pi) + b_dec                       (W_dec and b_dec held fixed)
     L      = (E|x - x_hat|^2  +  E|x - x_gate|^2  +  lambda E sum_i relu(pi_i)) / Var(x)
 
-The step H has no gradient. So the gates learn from the last two terms alone, and the decoder and
-the magnitudes from the first: the penalty decides which latents are active, and does not shrink
-their codes. Decoder rows have unit norm, or a longer decoder would evade the penalty. b_dec is not
-subtracted from x: b_enc and b_mag can do the same.
+The step H has no gradient. So the gates learn only from the last two terms, and the decoder and the
+magnitudes only from the first. The penalty therefore decides which latents are active, but does not
+shrink their codes. Decoder rows have unit norm, because a longer decoder would evade the penalty.
+b_dec is not subtracted from x, because b_enc and b_mag can do the same.
 
 A code is an affine function of its pre-activation pi, and positive above a threshold:
 
@@ -29,7 +29,7 @@ from dist_sae.dictionaries.schedules import warmed_up
 
 
 class Gated(Penalised):
-    """Decides with gates which latents are active, and apart from that how strongly."""
+    """Decides with gates which latents are active, and with separate magnitudes how strongly."""
 
     config: GatedConfig
     r_mag: nn.Parameter
@@ -44,7 +44,7 @@ class Gated(Penalised):
 
     @property
     def offsets(self) -> Float[Tensor, " n_local"]:
-        """M: the pre-activation at which the magnitude of each latent is 0."""
+        """The m of each latent: the pre-activation at which its magnitude is 0."""
         return self.b_enc - self.b_mag / self.r_mag.exp()
 
     def thresholds_in(self, dtype: torch.dtype) -> Float[Tensor, " n_local"]:
@@ -78,13 +78,16 @@ class Gated(Penalised):
     def make_active(
         self, latents: slice | Tensor, x: Float[Tensor, "batch d_in"], share: float
     ) -> None:
-        """Set gates that open on this share of the rows, and magnitudes that are positive there."""
+        """Set b_enc so that gates open on a share of the rows, and b_mag so that codes are above 0.
+
+        Only these latents change.
+        """
         set_active_share(self, latents, x, torch.zeros_like(self.b_enc), share)
         least = self.r_mag.exp() * self.b_enc
         self.b_mag[latents] = torch.maximum(self.b_mag, least)[latents]
 
     @torch.no_grad()
     def scale_encoder(self, factor: Float[Tensor, ""]) -> None:
-        """Scale gates and magnitudes."""
+        """Scale gates and magnitudes by the same factor."""
         for parameter in (self.W_enc, self.b_enc, self.b_mag):
             parameter.mul_(factor)

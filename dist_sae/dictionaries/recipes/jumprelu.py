@@ -15,16 +15,16 @@ The step H has no gradient of its own. With K(u) = 1 for |u| < 1/2, else 0:
     dH/dz = 0                   dH/dtheta = -(1 / eps) K((z - theta) / eps)
 
 Decoder rows have unit norm. Thresholds (the parameter and the configuration) and eps are in units
-of the rows' root mean square norm, as in the paper, where that norm is 1. The paper's parameter is
-log theta, here it is theta. An optimiser moves a parameter by at most its rate in a step. So it
-would change theta by a factor of at most exp(rate x steps), which is little in a short run or at
-the rate of a wide dictionary. Theta itself moves as far as the encoder does.
+of the rows' root mean square norm, as in the paper, where that norm is 1. The parameter is theta;
+the paper's is log theta. An optimizer moves a parameter by at most the learning rate per step. So
+with log theta, theta could change by a factor of at most exp(rate x steps), which is little in a
+short run or at the learning rate of a wide dictionary. Theta itself moves as far as the encoder.
 
-The quadratic penalty acts like lambda = 2 w (L0 / T - 1) / T. So a run ends above the target by the
-share lambda T / 2 w, where lambda is the one that leads there. lambda T, the penalty on T latents,
-is from a few hundredths to two tenths of the variance, so with w = 4 the share is less than 3 %.
-During warm-up the aim goes from the initial L0 to the target, so that no sudden strong penalty
-kills latents.
+The quadratic penalty acts like lambda = 2 w (L0 / T - 1) / T. So a run ends above the target, by a
+relative excess of lambda T / 2 w, for the lambda that would lead to that L0. lambda T, the penalty
+on T latents, is between a few hundredths and two tenths of the variance, so with w = 4 the excess
+is less than 3 %. During warm-up the target moves from the initial L0 to T, so that no sudden strong
+penalty kills latents.
 """
 
 import math
@@ -53,7 +53,7 @@ class JumpReLU(Penalised):
         self, config: JumpReLUConfig, widths: Widths | int, *place: Any, **precision: Any
     ) -> None:
         super().__init__(config, widths, *place, **precision)
-        # root mean square norm of what a latent reads of scaled rows
+        # root mean square norm of the part of a scaled row that a latent reads
         self.rms_norm = math.sqrt(self.W_enc.shape[1])
         self.bandwidth = (config.bandwidth or config.least_code) * self.rms_norm
         theta = nn.Parameter(torch.zeros_like(self.b_enc))
@@ -74,7 +74,7 @@ class JumpReLU(Penalised):
         return self.output(rows, context, out, penalty)
 
     def sparsity(self, l0: Float[Tensor, ""], progress: float) -> Float[Tensor, ""]:
-        """The penalty's part of this shard, whose latents have this part of the replica's L0."""
+        """Compute this shard's part of the penalty from its part of the replica's L0."""
         config, share = self.config, self.config.sparsity_warmup_share
         if config.target_l0 is None:
             return warmed_up(progress, config.coefficient, share) * l0
@@ -85,13 +85,13 @@ class JumpReLU(Penalised):
 
     @torch.no_grad()
     def set_initial_sparsity(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Also set the thresholds, for encoder rows of unit norm."""
+        """Set the thresholds for encoder rows of unit norm, then the share of active latents."""
         self.theta.fill_(self.config.initial_threshold or self.config.least_code)
         super().set_initial_sparsity(x)
 
     @torch.no_grad()
     def scale_encoder(self, factor: Float[Tensor, ""]) -> None:
-        """Scale the encoder, and thresholds too unless the run file gives them."""
+        """Scale the encoder, and also the thresholds unless the run file sets them."""
         if self.config.initial_threshold:
             super().scale_encoder(factor)
             return
@@ -100,12 +100,12 @@ class JumpReLU(Penalised):
 
     @torch.no_grad()
     def constrain_others(self) -> None:
-        """Thresholds are not negative."""
+        """Clamp thresholds to 0 or more."""
         self.theta.clamp_(min=0)
 
 
 class _Jump(torch.autograd.Function):
-    """z H(z - theta), or H(z - theta) alone; see the head of the file for the gradients."""
+    """z H(z - theta), or only H(z - theta). For the gradients see the module's docstring."""
 
     @staticmethod
     def forward(
@@ -128,19 +128,19 @@ class _Jump(torch.autograd.Function):
 
 
 def jump_relu(z: Tensor, theta: Tensor, eps: float, *, through_z: bool = False) -> Tensor:
-    """Z H(z - theta).
+    """Compute z H(z - theta).
 
     Args:
         z: Pre-activations.
-        theta: Thresholds, positive; broadcast to z.
+        theta: Thresholds, positive, broadcast to z.
         eps: Width of the window in which theta gets a gradient.
-        through_z: Whether z gets the window's gradient as well, with the other sign.
+        through_z: Whether z gets the window's gradient as well, with the opposite sign.
     """
     result: Tensor = _Jump.apply(z, theta, eps, True, through_z)  # type: ignore[no-untyped-call]
     return result
 
 
 def jump(z: Tensor, theta: Tensor, eps: float) -> Tensor:
-    """H(z - theta): 1 where a latent is active, whose sum is L0; gradient to theta alone."""
+    """Compute H(z - theta): 1 at active latents, so the sum is L0. Only theta gets a gradient."""
     result: Tensor = _Jump.apply(z, theta, eps, False, False)  # type: ignore[no-untyped-call]
     return result

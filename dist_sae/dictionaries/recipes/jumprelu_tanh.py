@@ -6,18 +6,19 @@
     L     = (E|x - x_hat|^2  +  lambda_S E sum_i tanh(c f_i |d_i|)
                              +  lambda_P E sum_i relu(theta_i - z_i) |d_i|) / Var(x)
 
-Thresholds are a parameter as in jumprelu.py; decoder norms are free. The published lambda_S is 20,
-for rows of squared norm d_in, at one d_in. The error grows with d_in and the penalty does not, so
-by default lambda_S is in proportion to d_in. Few latents are active at the start. If half of them
-were, as with the published 10,000 in a dictionary that is not much wider, the penalty would turn
-most of them off for good before they are of use.
+Thresholds are a parameter, as in jumprelu.py. Decoder norms are free. The published lambda_S is 20,
+for rows of squared norm d_in and a single d_in. The error grows with d_in but the penalty does not,
+so by default lambda_S is proportional to d_in. Only a few latents are active at the start. With the
+published 10,000, about half would be active in a dictionary that is not much wider, and the penalty
+would turn most of them off for good before they are useful.
 
-The window's gradient (jumprelu.py) reaches theta and, with the other sign, z and so every
-parameter. The last term, over all entries, needs no dense product:
+The window's gradient (jumprelu.py) reaches theta and, with the opposite sign, z and thereby every
+parameter. The last term is over all entries, but needs no dense product, because in
 
     relu(theta - z) = (theta - z) + relu(z - theta)
 
-sums to something linear in the sum of the rows, and a part from the entries above their threshold.
+the first part is linear in the sum of the rows, and the second comes only from the entries above
+their threshold.
 """
 
 import math
@@ -59,7 +60,7 @@ class JumpReLUTanh(Penalised):
         sparsity = warmed_up(context.progress, self.lambda_s, config.sparsity_warmup_share)
         inputs = self.axis.gather(rows.inputs)
         theta = self.thresholds
-        # a gradient is as large as its weight: these terms add theirs to it
+        # a gradient is as large as its weight, so the gradients of these terms are added in place
         W_dec, norms = autograd.with_norms(self.W_dec)
         W_enc, sums = autograd.with_product(self.W_enc, inputs.sum(0))
 
@@ -81,5 +82,5 @@ class JumpReLUTanh(Penalised):
 
     @torch.no_grad()
     def constrain_others(self) -> None:
-        """Thresholds are not negative."""
+        """Clamp thresholds to 0 or more."""
         self.theta.clamp_(min=0)

@@ -1,20 +1,21 @@
-"""Matryoshka BatchTopK (Bussmann et al. 2025, arXiv:2503.17547): prefixes are dictionaries as well.
+"""Matryoshka BatchTopK (Bussmann et al. 2025, arXiv:2503.17547): each prefix is also a dictionary.
 
     f       as with BatchTopK (topk.py), over all latents
     x_hat_m = sum over the latents i of prefix m of f_i W_dec_i  +  b_dec
     L       = sum_m w_m E|x - x_hat_m|^2 / Var(x)  +  alpha L_aux            (auxk.py)
 
-The last prefix is the whole dictionary, and AuxK sees its error. The weights w_m are not
-normalised. Each is 1 by default, as published, so that the weight of AuxK relative to the error of
-the whole does not depend on the number of prefixes.
+The last prefix is the whole dictionary, and AuxK uses its error. The weights w_m are not
+normalized. Each is 1 by default, as published, so that the weight of AuxK relative to the error of
+the whole dictionary does not depend on the number of prefixes.
 
-Prefixes are not the first latents: one shard would then have them, and they fire most. Instead they
-repeat with a period P, the smallest that has whole latents of each prefix: latent i is in prefix m
-if i mod P is below P n_m / n, for n_m of n latents (`MatryoshkaConfig.prefix_pattern`). So every
-shard has the same part of each prefix, and the result does not depend on the number of shards.
+Prefixes are not the first latents, because these fire most, and all would be on one shard. Instead,
+prefixes repeat with a period P, the smallest with a whole number of latents of each prefix. Latent
+i is in prefix m if i mod P is below P n_m / n, where n_m of the n latents are in the prefix
+(`MatryoshkaConfig.prefix_pattern`). So every shard has the same share of each prefix, and the
+result does not depend on the number of shards.
 
-Each entry is decoded once, in the group of the smallest prefix that it is in; x_hat_m is the sum of
-the first m groups. A group's gradient is the weighted sum of the errors of all prefixes that
+Each entry is decoded once, in the group of the smallest prefix that contains it. x_hat_m is the sum
+of the first m groups. A group's gradient is the weighted sum of the errors of all prefixes that
 contain it.
 """
 
@@ -29,7 +30,7 @@ from dist_sae.kernels import Entries, starts_of
 
 
 class Matryoshka(TopK):
-    """BatchTopK whose loss has the error of each prefix."""
+    """BatchTopK whose loss is summed over prefixes of the dictionary."""
 
     config: MatryoshkaConfig
 

@@ -20,7 +20,7 @@ from dist_sae.kernels import autograd
 
 
 class ReLU(Penalised):
-    """Keeps positive pre-activations; codes are penalised."""
+    """Keeps positive pre-activations; penalizes codes times decoder norms (L1)."""
 
     config: ReLUConfig
     unit_rows = False
@@ -29,7 +29,7 @@ class ReLU(Penalised):
         return torch.zeros_like(self.b_enc, dtype=dtype)
 
     def weighted_decoder(self) -> tuple[Float[Tensor, "n_local d_out"], Float[Tensor, " n_local"]]:
-        """W_dec, and the weight of each latent's codes in the penalty: the norm of its row."""
+        """Return W_dec and the weight of each latent's codes in the penalty: its row's norm."""
         return autograd.with_norms(self.W_dec)
 
     def objective(self, rows: Rows, context: StepContext) -> Output:
@@ -48,6 +48,6 @@ class ReLU(Penalised):
 
     @torch.no_grad()
     def set_initial_sparsity(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Also give the decoder rows the norm `decoder_norm`."""
+        """Set the share of active latents, and scale decoder rows to the norm `decoder_norm`."""
         super().set_initial_sparsity(x)
         self.W_dec.mul_(self.config.decoder_norm)

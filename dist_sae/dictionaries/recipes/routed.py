@@ -1,7 +1,4 @@
-"""Routed dictionaries: a row meets a few experts, not all latents (Switch SAE).
-
-From Mudide et al. 2024 (arXiv:2410.08201), with AuxK and without their dense encoder: only the
-experts that a row is sent to are computed, on the rank that holds them.
+"""Routed dictionaries: a row meets only the latents of a few experts (Switch SAE).
 
     p     = softmax(W_router (x - b_dec) + b_router)
     e     : the `experts_per_row` largest p, or (balance: bias) of log p + bias
@@ -10,15 +7,18 @@ experts that a row is sent to are computed, on the rank that holds them.
     x_hat = sum_e W_dec_e^T f_e + b_dec
     L     = E|x - x_hat|^2 / Var(x)  +  alpha L_aux  +  beta (E sum_e share_e mean p_e - 1)
 
-With `selection: batch` f_e is relu(z) if that is among the (rows * k) largest of the global batch,
-over all experts; at inference, if z > theta (topk.py).
+With `selection: batch`, f_e is relu(z) if that is among the (rows * k) largest of the global batch,
+over all experts. At inference, f_e is relu(z) if z > theta (topk.py).
+
+This follows Mudide et al. 2024 (arXiv:2410.08201), with AuxK added and without their dense encoder:
+only the experts that a row is sent to are computed, on the rank that holds them.
 
 share_e is the share of the global batch's rows that goes to e, so the last term is 0 if all experts
-get equally many. With one expert p is 1, and this is TopK or BatchTopK. AuxK's dead latents see the
-errors of the rows that come to their expert, with p held fixed, so that they do not change the
-routing.
+get equally many rows. With a single expert, p is 1, and this is TopK or BatchTopK. AuxK's dead
+latents are trained on the errors of the rows that are sent to their expert, with p held fixed, so
+that they do not change the routing.
 
-Experts are neighbouring latents, `n_latents / experts` each, so a shard holds whole experts.
+Experts are consecutive latents, `n_latents / experts` each, so a shard contains whole experts.
 """
 
 import math
@@ -53,8 +53,8 @@ from dist_sae.dictionaries.selection import BatchTopK, RowTopK
 from dist_sae.kernels import Entries, select, starts_of
 from dist_sae.kernels.select import Block
 
-_BALANCING_STEPS = 200  # steps that balance the initial router on the first batch
-_ROUTER_SEED = 1  # added to the dictionary's
+_BALANCING_STEPS = 200  # iterations that balance the initial router on the first batch
+_ROUTER_SEED = 1  # added to the dictionary's seed
 
 
 class Route(NamedTuple):
@@ -63,15 +63,15 @@ class Route(NamedTuple):
     p: Float[Tensor, "rows experts"]
     experts: Int[Tensor, "rows chosen"]
     gates: Float[Tensor, "rows chosen"]
-    """g."""
+    """The gates g."""
 
 
 class Routed(WithAuxK):
-    """Keeps the k largest pre-activations of each row among those of its experts."""
+    """Keeps the k largest pre-activations of each row, or k per row on average, in its experts."""
 
     config: RoutedConfig
     balance: Float[Tensor, " experts"]
-    """Added to log p where experts are chosen; only balancing by bias changes it."""
+    """Bias added to log p when experts are chosen. Only `balance: bias` changes it."""
     selection: RowTopK | BatchTopK
     W_router: nn.Parameter
     b_router: nn.Parameter
@@ -80,7 +80,7 @@ class Routed(WithAuxK):
         self, config: RoutedConfig, widths: Widths | int, *place: Any, **precision: Any
     ) -> None:
         super().__init__(config, widths, *place, **precision)
-        # registered with either selection: checkpoints of all routed runs hold its threshold
+        # registered with either selection, since all routed checkpoints contain its threshold
         by_batch = BatchTopK(self, config.threshold_decay)
         chosen = config.experts_per_row
         self.by_row = RowTopK(self, config.k, WHOLE, parts=chosen, width=self.width)
@@ -93,13 +93,13 @@ class Routed(WithAuxK):
 
     @property
     def width(self) -> int:
-        """Latents of an expert."""
+        """Number of latents per expert."""
         return self.n_latents // self.config.experts
 
     def route(self, centred: Float[Tensor, "rows d_in"], axis: LatentAxis = WHOLE) -> Route:
-        """Choose each row's experts; with the replica's axis, gradients are of all its rows."""
+        """Choose each row's experts. With the replica's axis, gradients are summed over it."""
         logits = centred @ axis.replicated(self.W_router).T + axis.replicated(self.b_router)
-        log_p = logits.log_softmax(1)  # p itself may be 0 where a bias sends a row
+        log_p = logits.log_softmax(1)  # p may underflow to 0 for an expert chosen by its bias
         wanted = log_p.detach() + self.balance
         experts = wanted.topk(self.config.experts_per_row, dim=1).indices
         log_gates = _chosen(log_p, experts)
@@ -147,7 +147,7 @@ class Routed(WithAuxK):
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        """Each shard routes all of the replica's rows, and encodes those of its experts."""
+        """Route all of the replica's rows, and encode those of this shard's experts."""
         centred = self.encoder_inputs(x)
         rows, gates, arrived = self._come_here(centred)
         products = self._expert_products(centred[rows], arrived, self.W_enc.dtype, len(centred))
@@ -174,7 +174,10 @@ class Routed(WithAuxK):
     def _come_here(
         self, centred: Float[Tensor, "rows d_in"]
     ) -> tuple[Int[Tensor, " arrived"], Float[Tensor, " arrived"], list[int]]:
-        """Return the replica's rows sent to this shard's experts, their gates, and counts."""
+        """Return the rows sent to this shard's experts, their gates, and the rows per expert.
+
+        The rows are numbered within the replica's batch.
+        """
         route = self.route(centred)
         experts = route.experts.flatten() - self.first_latent // self.width
         n_here = len(self.W_enc) // self.width
@@ -196,7 +199,7 @@ class Routed(WithAuxK):
         return error
 
     def slots(self, first: int) -> Slots:
-        """Each row gives its direction to its own expert's next latent."""
+        """Assign each row to the next uninitialized latent of the row's first expert."""
         assert first == 0, "routed dictionaries are not widened"
         filled = torch.zeros(self.config.experts, dtype=torch.int64, device=self.W_enc.device)
 
@@ -228,22 +231,22 @@ class Routed(WithAuxK):
         return _mixed(route.gates, exchange.combine(parts))
 
     def _exchange(self, route: Route, dead: Bool[Tensor, " n_local"] | None) -> ExpertExchange:
-        """The exchange of rows with their experts, which also tells how many of each are dead."""
+        """Build the exchange of rows. It also carries the experts' dead counts to the host."""
         counts = None if dead is None else dead.view(-1, self.width).sum(1)
         return ExpertExchange(self.axis, route.experts, self.config.experts, counts)
 
     def _limit(self, replica_rows: int) -> int | None:
-        """Most rows of a batch that an expert computes; None: no limit."""
+        """Return the most rows of a batch that an expert computes, or None without a limit."""
         config = self.config
         if config.capacity is None:
             return None
         return math.ceil(config.capacity * replica_rows * config.experts_per_row / config.experts)
 
     def _imbalance(self, load: Tensor, p: Tensor) -> Tensor:
-        """The last term of the loss, times the replica's rows."""
+        """Compute the last term of the loss, times the replica's rows."""
         if self.config.balance != "loss":
             return p.new_zeros(())
-        even = 1 / self.config.experts  # both sides less it: sum share p - even, without cancelling
+        even = 1 / self.config.experts  # subtracted from both factors, which avoids cancellation
         share = (load / load.sum() - even).to(p.dtype)
         return self.config.balance_coefficient * (share * (p - even).sum(0)).sum() / even
 
@@ -258,16 +261,16 @@ class Routed(WithAuxK):
         among: Bool[Tensor, " n_local"] | None = None,
         met: Sequence[int] | None = None,
     ) -> Products:
-        """The products of rows with their experts' latents.
+        """Return the products of rows with their experts' latents.
 
         Args:
-            rows: Centred, sorted by expert.
-            arrived: Rows of each expert of this shard.
+            rows: Centered rows, sorted by expert.
+            arrived: Number of rows of each expert of this shard.
             dtype: Precision of the product.
-            replica_rows: Rows of the replica's batch.
-            limit: Rows that an expert computes, the first ones; others meet no latents.
-            among: Mask of the latents to look at; all if None.
-            met: How many these are of each expert; needed with `among`.
+            replica_rows: Number of rows in the replica's batch.
+            limit: Capacity of an expert. Rows beyond the first `limit` meet no latents.
+            among: Mask of the latents to compute. All if None.
+            met: Number of latents in the mask per expert. Required with `among`.
         """
         met = met or [self.width] * len(arrived)
         blocks = partial(self._expert_blocks, rows, arrived, dtype, limit, among, met)
@@ -315,7 +318,7 @@ class Routed(WithAuxK):
 
     @torch.no_grad()
     def _initialise_router(self, x: Tensor, seed: int) -> None:
-        """Random directions, with biases that spread the first batch evenly over the experts."""
+        """Set random directions, and biases that spread the first batch evenly over the experts."""
         random_rows(self.W_router, seed + _ROUTER_SEED, 0)
         self.W_router.mul_(x.shape[1] ** -0.5)  # logits of about 1
         self.b_router.zero_()
@@ -327,7 +330,7 @@ class Routed(WithAuxK):
 
     @torch.no_grad()
     def _all_centred(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "rows d_in"]:
-        """The centred inputs of all ranks. Collective."""
+        """Return the centered inputs of all ranks. Collective."""
         ranks = self.axis.replicas * self.axis.shards
         return first_rows(x, len(x) * ranks, self.axis) - self.b_dec
 
@@ -335,7 +338,7 @@ class Routed(WithAuxK):
 class _Chosen(torch.autograd.Function):
     """`x.gather(1, places)`, for places that differ within a row.
 
-    Its gradient puts where torch's adds, atomically on CUDA.
+    The backward pass writes each gradient to its place. torch's adds them, atomically on CUDA.
     """
 
     @staticmethod
@@ -359,7 +362,7 @@ def _chosen(
 
 
 def _mixed(gates: Tensor, parts: Tensor) -> Tensor:
-    """Sum of the experts' reconstructions of a row, weighted by its gates."""
+    """Sum the experts' reconstructions of each row, weighted by its gates."""
     if parts.shape[1] == 1:
         return gates * parts[:, 0]
     return (gates[:, :, None] * parts).sum(1)

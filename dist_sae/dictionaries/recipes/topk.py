@@ -6,13 +6,14 @@
     x_hat = W_dec^T f + b_dec
     L     = E|x - x_hat|^2 / Var(x)  +  alpha L_aux            (auxk.py)
 
-With BatchTopK a row has k active latents on average, and its codes depend on the other rows of the
-batch. At inference they do not: f = z where z > theta, the running mean of the smallest f kept in a
-batch. Decoder rows have unit norm, so that z alone says how much a latent matters; the component of
-the gradient along them is removed.
+With BatchTopK, a row has k active latents on average, and in training its codes depend on the other
+rows of the batch. At inference they do not: f = z where z > theta, the running mean of the smallest
+f kept in a batch. Decoder rows have unit norm, so that z alone ranks the latents. The component of
+the gradient along the decoder row is removed.
 
-Multi-TopK (Gao et al.; `multi_factor`) adds w E|x - x_hat_mk|^2 / Var(x), with x_hat_mk from
-the m k largest z of a row. Its entries are those of x_hat and m k - k more, decoded once.
+Multi-TopK (Gao et al.; `multi_factor`) adds w E|x - x_hat_mk|^2 / Var(x), where x_hat_mk is decoded
+from the m k largest z of a row. Its entries are those of x_hat and m k - k more, and each is
+decoded once.
 """
 
 from collections.abc import Sequence
@@ -41,14 +42,14 @@ from dist_sae.kernels import Entries
 
 
 class TopK(WithAuxK):
-    """Keeps the k largest pre-activations of each row, or k per row of the whole batch."""
+    """Keeps the k largest pre-activations of each row, or k per row on average over the batch."""
 
     selection: RowTopK | BatchTopK
     weights: Sequence[float] = (1.0,)
-    """Weights of the losses of the nested reconstructions; see `groups`."""
+    """Loss weights of the nested reconstructions; see `groups`."""
     main: int = 0
-    """The nested reconstruction that is x_hat."""
-    _factors: Sequence[int] = (1,)  # latents of a row in each of them, over k
+    """Index of the nested reconstruction that is x_hat."""
+    _factors: Sequence[int] = (1,)  # latents per row in each nested reconstruction, over k
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class TopK(WithAuxK):
             self.weights = (1.0, config.multi_weight)
 
     def groups(self, products: Products, k: int) -> list[Selected]:
-        """Select in groups: the n-th nested reconstruction is from the first n of them."""
+        """Select in groups. The n-th nested reconstruction is the sum of the first n groups."""
         if isinstance(self.selection, RowTopK):
             return self.selection.select_nested(products, [n * k for n in self._factors])
         return [self.selection.select(products, k)]

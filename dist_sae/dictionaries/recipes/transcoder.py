@@ -10,18 +10,19 @@
 x is the concatenation of the sites that are read, and y of those that are written. At the start:
 
 - W_dec and W_skip are 0, so the encoder has no gradient in the first step.
-- b_dec is the geometric median of y. At the mean of the first batch the gradient of b_dec would be
-  nothing but rounding, and Adam would turn that rounding into steps.
-- b_enc is -W_enc mean(x), so that each latent sees centred rows.
-- W_enc has random rows of unit norm, or (init: data) rows near centred rows of x.
+- b_dec is the geometric median of y. At the mean of the first batch, the gradient of b_dec would be
+  pure rounding error, which Adam would amplify to full steps.
+- b_enc is -W_enc mean(x), so that each latent sees centered rows.
+- W_enc has random rows of unit norm, or (init: data) rows close to centered rows of x.
 
-Decoder norms are free, because nothing says how long an output should be.
+Decoder norms are free, because the scale of the outputs is not known in advance.
 
-With b_enc = b_enc' - W_enc b_dec this is the TopK of codes W_enc (x - b_dec) + b_enc', in other
-coordinates: reading and writing the same site, with TopK's weights, it has TopK's loss.
+With b_enc = b_enc' - W_enc b_dec, the codes are those of TopK, W_enc (x - b_dec) + b_enc', with
+other parameters. So if it reads and writes the same site and has TopK's weights, its loss is
+TopK's.
 
-A stuck latent (auxk.py) cannot be tied to its decoder row, which is of other sites. It begins
-again near a centred row of x, with a decoder row of 0.
+A stuck latent (auxk.py) cannot be tied to its decoder row, which belongs to other sites. It starts
+again near a centered row of x, with a decoder row of 0.
 """
 
 from typing import Any
@@ -43,7 +44,7 @@ class Transcoder(TopK):
     config: TranscoderConfig
     unit_rows = False
     W_skip: nn.Parameter
-    """There if `config.skip`."""
+    """Weight of the linear skip connection. Exists only if `config.skip`."""
 
     def __init__(
         self, config: TranscoderConfig, widths: Widths | int, *place: Any, **precision: Any
@@ -80,7 +81,7 @@ class Transcoder(TopK):
             self.measure(rows)
 
     def guides(self, rows: Rows, new: slice, *, alone: bool) -> Float[Tensor, "batch width"]:  # noqa: ARG002 - they are the same
-        """The centred inputs: the decoder begins at 0, and has no directions."""
+        """Return the centered inputs, since new decoder rows are 0 and have no direction."""
         return rows.inputs - mean_row(rows.inputs, self.axis)
 
     @torch.no_grad()
@@ -89,14 +90,14 @@ class Transcoder(TopK):
 
     @torch.no_grad()
     def settle(self, new: slice | Tensor, x: Float[Tensor, "batch d_in"]) -> None:
-        """Centre what these latents see: b_enc = -W_enc mean(x)."""
+        """Center the rows that these latents see: b_enc = -W_enc mean(x)."""
         self.b_enc[new] = -(self.W_enc[new] @ mean_row(x, self.axis))
 
     def set_initial_sparsity(self, x: Float[Tensor, "batch d_in"]) -> None:
         self.settle(slice(None), x)
 
     def scale_encoder(self, factor: Float[Tensor, ""]) -> None:
-        """Nothing: with W_dec at 0 no length of the encoder is better than another."""
+        """Do nothing: while W_dec is 0, no length of the encoder is better than another."""
 
     @torch.no_grad()
     def revive(
