@@ -1,4 +1,4 @@
-"""Encoder and decoder at selected entries, with gradients from the entries alone."""
+"""Encoder and decoder at selected entries, with gradients computed only from the entries."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from dist_sae.kernels import Entries, Kernels
 
 
 class _Encode(torch.autograd.Function):
-    """Pre-activations that were computed before, with the gradients of their computation."""
+    """Attaches gradients to pre-activations that were computed before."""
 
     @staticmethod
     def forward(
@@ -41,7 +41,7 @@ class _Encode(torch.autograd.Function):
 
 
 class _Decode(torch.autograd.Function):
-    """Acts W_dec."""
+    """The product acts W_dec."""
 
     @staticmethod
     def forward(
@@ -68,7 +68,7 @@ class _Decode(torch.autograd.Function):
 
 
 class _AtEntries(torch.autograd.Function):
-    """Values of the entries' latents, with a gradient that is no atomic sum on CUDA."""
+    """Values of the entries' latents, with a gradient that needs no atomic sum on CUDA."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, kernels: Kernels, entries: Entries) -> Tensor:
@@ -82,7 +82,7 @@ class _AtEntries(torch.autograd.Function):
 
 
 class _WithNorms(torch.autograd.Function):
-    """W, and the norms of the parts of its rows."""
+    """W, and the norms of its rows at each site."""
 
     @staticmethod
     def forward(ctx: Any, W: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -100,7 +100,7 @@ class _WithNorms(torch.autograd.Function):
 
 
 class _Projected(torch.autograd.Function):
-    """W, whose gradient is changed in place."""
+    """W, with a gradient that a function changes in place."""
 
     @staticmethod
     def forward(ctx: Any, W: Tensor, project: Callable[[Tensor, Tensor], None]) -> Tensor:
@@ -117,7 +117,7 @@ class _Projected(torch.autograd.Function):
 
 
 class _WithProduct(torch.autograd.Function):
-    """W, and W v."""
+    """W, and the product W v."""
 
     @staticmethod
     def forward(ctx: Any, W: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +134,7 @@ class _WithProduct(torch.autograd.Function):
 def site_norms(
     rows: Float[Tensor, "n_latents d_out"], widths: Sequence[int]
 ) -> Float[Tensor, "n_latents sites"]:
-    """The norms of decoder rows at each site; `widths` are those of the sites, side by side."""
+    """Compute the norms of decoder rows at each site. `widths` are the sites' widths, in order."""
     parts = torch.split(rows, list(widths), 1)
     return torch.stack([torch.linalg.vector_norm(part, dim=1) for part in parts], 1)
 
@@ -145,7 +145,7 @@ def add_at_sites_(
     factors: Float[Tensor, "n_latents sites"],
     widths: Sequence[int],
 ) -> None:
-    """Add to a gradient, in place, the rows of W times a factor at each site."""
+    """Add the rows of W, times a factor per row and site, to a gradient in place."""
     parts = zip(*(torch.split(t, list(widths), 1) for t in (gradient, W)), strict=True)
     for (of_gradient, of_W), factor in zip(parts, torch.split(factors, 1, 1), strict=True):
         of_gradient.addcmul_(of_W, factor)
@@ -154,10 +154,10 @@ def add_at_sites_(
 def with_norms(
     W: Float[Tensor, "n_latents d_in"],
 ) -> tuple[Float[Tensor, "n_latents d_in"], Float[Tensor, " n_latents"]]:
-    """Return W and the norms of its rows, with one gradient between them.
+    """Return W and the norms of its rows, which share a single gradient of W.
 
-    Use the returned W once, in `encode`, `decode` or the like. The gradient of the norms is added
-    in place to the gradient of W; autograd alone would allocate a second one of its size.
+    Use the returned W only once, e.g. in `encode` or `decode`. The gradient of the norms is added
+    in place to the gradient of W. Plain autograd would allocate a second gradient of its size.
     """
     W, norms = with_site_norms(W, W.shape[1:])
     return W, norms[:, 0]
@@ -170,7 +170,7 @@ def with_site_norms(
 
     Args:
         W: Decoder.
-        widths: Of the sites, side by side in its rows.
+        widths: Widths of the sites, in the order of its columns.
     """
     result: tuple[Tensor, Tensor] = _WithNorms.apply(W, widths)  # type: ignore[no-untyped-call]
     return result
@@ -179,9 +179,9 @@ def with_site_norms(
 def projected(
     W: Float[Tensor, "n_latents d_out"], project: Callable[[Tensor, Tensor], None]
 ) -> Float[Tensor, "n_latents d_out"]:
-    """Return W, such that `project(gradient, W)` changes its gradient in place.
+    """Return W such that `project(gradient, W)` is called to change its gradient in place.
 
-    Use the returned W once, as that of `with_norms`.
+    Use the returned W only once; see `with_norms`.
     """
     result: Tensor = _Projected.apply(W, project)  # type: ignore[no-untyped-call]
     return result
@@ -190,7 +190,7 @@ def projected(
 def with_product(
     W: Float[Tensor, "n_latents d_in"], v: Float[Tensor, " d_in"]
 ) -> tuple[Float[Tensor, "n_latents d_in"], Float[Tensor, " n_latents"]]:
-    """Return W and the product W v, as `with_norms` does; v gets no gradient."""
+    """Return W and the product W v, in the way of `with_norms`. v gets no gradient."""
     result: tuple[Tensor, Tensor] = _WithProduct.apply(W, v)  # type: ignore[no-untyped-call]
     return result
 
@@ -198,7 +198,7 @@ def with_product(
 def at_entries(
     values: Float[Tensor, " n_latents"], kernels: Kernels, entries: Entries
 ) -> Float[Tensor, " entries"]:
-    """The value of each entry's latent, with a gradient to the values."""
+    """Return the value of each entry's latent, with a gradient to the values."""
     result: Tensor = _AtEntries.apply(values, kernels, entries)  # type: ignore[no-untyped-call]
     return result
 
@@ -212,16 +212,17 @@ def encode(
     b_enc: Float[Tensor, " n_latents"],
     b_dec: Float[Tensor, " d_in"] | None = None,
 ) -> Float[Tensor, " entries"]:
-    """Pre-activations x W_enc^T + b_enc at the entries, with gradients to the parameters.
+    """Return the pre-activations x W_enc^T + b_enc at the entries, with gradients to parameters.
 
     Args:
-        pre_acts: Values of the entries, from the selection.
+        pre_acts: Values of the entries, computed by the selection.
         kernels: The sparse products.
         entries: Positions of the entries.
-        x: The rows; where the recipe subtracts b_dec, already centred. Gets no gradient.
+        x: The rows, already centered if the recipe subtracts b_dec. They get no gradient.
         W_enc: Encoder.
         b_enc: Encoder bias.
-        b_dec: Centre that was subtracted from the rows, for its gradient; None if none was.
+        b_dec: The bias that was subtracted from the rows, so that it gets a gradient. None if the
+            rows are not centered.
     """
     result: Tensor = _Encode.apply(  # type: ignore[no-untyped-call]
         pre_acts, kernels, entries, x, W_enc, b_enc, b_dec
@@ -237,16 +238,16 @@ def decode(
     *,
     unit_rows: bool,
 ) -> Float[Tensor, "batch d_out"]:
-    """Acts W_dec (no bias), with gradients to acts and W_dec.
+    """Compute acts W_dec, without a bias and with gradients to acts and W_dec.
 
     Args:
         acts: Codes.
         kernels: The sparse products.
         entries: Positions of the entries.
         W_dec: Decoder.
-        unit_rows: Leave out of the gradient of W_dec the part along its rows, whose norm is held at
-            1. It would only change the norm, and fill Adam's second moment with a direction that is
-            never taken.
+        unit_rows: Whether to remove the component of W_dec's gradient that is parallel to its rows,
+            because their norm is held at 1. That component would only change the norm, and would
+            inflate Adam's second moment along a direction in which no step is taken.
     """
     x_hat: Tensor = _Decode.apply(  # type: ignore[no-untyped-call]
         acts, kernels, entries, W_dec, unit_rows

@@ -1,4 +1,4 @@
-"""Interface of the sparse products and of updates."""
+"""Interface of the sparse products and of the parameter updates."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 class Entries:
-    """Positions of the non-zeros of a [batch, n_latents] matrix, row after row.
+    """Positions of the non-zeros of a [batch, n_latents] matrix, in row order (CSR).
 
     Args:
         latents: Column of each entry.
         starts: Index of each row's first entry.
-        n_latents: Columns of the matrix.
+        n_latents: Number of columns of the matrix.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class Entries:
 
     @classmethod
     def stacked(cls, parts: Sequence["Entries"]) -> "Entries":
-        """Entries of matrices of the same width, one below the other."""
+        """Stack the entries of matrices of the same width vertically."""
         if len(parts) == 1:
             return parts[0]
         latents = torch.cat([part.latents for part in parts])
@@ -37,9 +37,9 @@ class Entries:
         return cls(latents, torch.cat(starts), parts[0].n_latents)
 
     def folded(self, batch: int) -> "Entries":
-        """Entries of stacked matrices of `batch` rows each, with rows numbered within their matrix.
+        """Renumber the rows of stacked matrices of `batch` rows each to be within their matrix.
 
-        For sums by latent alone: the entries of a row do not lie together.
+        The entries of a row are then not adjacent, so use the result only for sums by latent.
         """
         folded = Entries(self.latents, self.starts, self.n_latents)
         folded.rows, folded.by_latent = self.rows % batch, self.by_latent
@@ -54,26 +54,26 @@ class Entries:
 
     @cached_property
     def by_latent(self) -> tuple[Int[Tensor, " entries"], Int[Tensor, " n_latents"]]:
-        """Entries sorted by latent, and the index of each latent's first."""
+        """Indices that sort the entries by latent, and where each latent begins among these."""
         keys = self.latents.int()  # an int32 sort is far faster than an int64 one
         latents, order = keys.sort(stable=True)
         return order, starts_of(latents, self.n_latents)
 
 
 def starts_of(numbers: Int[Tensor, " entries"], n: int) -> Int[Tensor, " n"]:
-    """Index of each number's first entry, or where it would be; the entries are sorted by number.
+    """Return the index of the first entry with each number, or where it would be inserted.
 
     Args:
-        numbers: Of the entries, ascending.
-        n: Numbers from 0 that are asked for.
+        numbers: Numbers of the entries, ascending.
+        n: How many numbers to look up, from 0.
     """
-    # counting them would wait for the device
+    # bincount would wait for the device
     asked_for = torch.arange(n, dtype=numbers.dtype, device=numbers.device)
     return torch.searchsorted(numbers, asked_for)
 
 
 class Adam(NamedTuple):
-    """An update by Adam without weight decay: what it has in common for all tensors."""
+    """Settings of an Adam update without weight decay, shared by all tensors."""
 
     number: int
     """Number of this update, counted from 1."""
@@ -82,23 +82,23 @@ class Adam(NamedTuple):
     beta2: float
     eps: float
     scale: Float[Tensor, ""]
-    """Gradients are divided by it. As `found_inf` fp32 and on the device: no host waits for it."""
+    """Divisor of the gradients. Like `found_inf`, it is fp32 and on the device, to avoid a sync."""
     found_inf: Float[Tensor, ""]
-    """Unless it is 0 nothing is changed."""
+    """If it is not 0, nothing is changed."""
 
     @property
     def step_size(self) -> float:
-        """Factor of exp_avg, corrected for its start at 0."""
+        """Learning rate with the bias correction of exp_avg, which starts at 0."""
         return self.lr / (1 - self.beta1**self.number)
 
     @property
     def root(self) -> float:
-        """Divisor of the root of exp_avg_sq, which corrects it for its start at 0."""
+        """Divisor of sqrt(exp_avg_sq): the bias correction of exp_avg_sq, which starts at 0."""
         return float((1 - self.beta2**self.number) ** 0.5)
 
 
 class Update(Protocol):
-    """An update of a tensor in place, with what follows it, in one pass over memory."""
+    """An in-place update of a tensor plus row normalization and a copy, in one pass if possible."""
 
     def __call__(
         self,
@@ -114,57 +114,58 @@ class Update(Protocol):
         """Update a tensor and its moments; see `Adam`.
 
         Args:
-            W: The tensor; a matrix if `unit_rows`.
-            gradient: Its gradient; is not needed afterwards.
+            W: The tensor. Must be a matrix if `unit_rows`.
+            gradient: The gradient of W. It may be overwritten.
             exp_avg: Running mean of the gradient.
-            exp_avg_sq: Running mean of its square.
-            adam: The update.
-            unit_rows: Give the updated rows unit norm.
-            copy: Gets the updated W, in its own type.
+            exp_avg_sq: Running mean of the squared gradient.
+            adam: Settings of the update.
+            unit_rows: Whether to normalize the updated rows to unit norm.
+            copy: Tensor that gets the updated W, converted to its dtype.
         """
         ...
 
 
 class Kernels(NamedTuple):
-    """One implementation of the sparse products and of updates; no gradients, see `autograd`."""
+    """One implementation of the sparse products and updates. For gradients see `autograd`."""
 
     name: str
     keep_largest: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    """The k largest pre-activations of each row so far, with a chunk of latents taken in.
+    """Merges a chunk of latents into each row's k largest pre-activations so far.
 
     (best [batch, k], products [batch, chunk], bias [chunk], latents [chunk]) -> [batch, k]
 
-    As keys (`keys.py`): of equal pre-activations the lower latent is kept. The chunk's are its
-    products plus the bias. `latents` are the numbers of its columns, ascending.
+    `best` and the result are keys (`keys.py`), so among equal pre-activations the lower latent is
+    kept. The chunk's pre-activations are products + bias. `latents` are the latents of its columns,
+    ascending.
     """
     above: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-    """The pre-activations of a chunk that exceed their column's bound, by row, then by column.
+    """Finds the pre-activations of a chunk that exceed their column's bound, by row, then column.
 
     (products [batch, chunk], bias [chunk], bounds [chunk]) -> values, rows, columns, each [found]
     """
     combine: Callable[[Tensor, Entries, Tensor], Tensor]
-    """C W: each row is a sum of rows of W, weighted with the row's coefficients.
+    """Computes C W: each row is a sum of rows of W, weighted by the row's coefficients.
 
     (coefficients [entries], entries, W [n_latents, d_in]) -> [batch, d_in]
     """
     gather_dot: Callable[[Tensor, Entries, Tensor], Tensor]
-    """rows W^T at the entries: the product of each entry's row with its latent's row of W.
+    """Computes rows W^T at the entries: the dot product of each entry's row with its row of W.
 
     (rows [batch, d_in], entries, W [n_latents, d_in]) -> [entries]
     """
     sum_by_latent: Callable[..., Tensor]
-    """C^T rows: each latent gets a sum of rows, weighted with its coefficients.
+    """Computes C^T rows: each latent gets a sum of rows, weighted by its coefficients.
 
     (coefficients [entries], entries, rows [batch, d_in], W [n_latents, d_in] = None,
     along [n_latents] = None) -> [n_latents, d_in]
 
-    Less along[n] W[n] for each latent n with entries, if these are given.
+    If W and along are given, along[n] W[n] is subtracted for each latent n with entries.
     """
     sum_values: Callable[[Tensor, Entries], Tensor]
-    """The sum of each latent's coefficients, in fp64: a latent that is always on has very many.
+    """Sums each latent's coefficients, in fp64 because a latent that is always active has many.
 
     (coefficients [entries], entries) -> [n_latents]
     """
     update: Update
     empty: Callable[[Tensor], Tensor] = torch.empty_like
-    """Allocates a gradient of a weight's shape, not filled."""
+    """Allocates an uninitialized gradient with a weight's shape."""

@@ -1,4 +1,4 @@
-"""Choice of the implementation of the sparse products."""
+"""Selection of the implementation of the sparse products."""
 
 import importlib.util
 import logging
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 def choose_kernels(
     wish: Literal["auto", "torch", "native", "triton"], device: torch.device
 ) -> Kernels:
-    """The kernels that the run asks for, or for `auto` the fastest that can run on the device.
+    """Return the kernels that the run file names, or for `auto` the fastest for the device.
 
     Raises:
-        ConfigError: The kernels asked for by name cannot run here.
+        ConfigError: The named kernels cannot run on this device.
     """
     kernels, reason = TORCH, None
     match wish, device.type:

@@ -1,7 +1,7 @@
-"""A pre-activation and its latent as one int64, in the order of (pre-activation, -latent).
+"""Keys: a pre-activation and its latent as one int64, ordered by (pre-activation, -latent).
 
-This makes selections exact: of equal pre-activations the lower latent wins, whatever the chunks and
-shards.
+Keys make selections exact: among equal pre-activations the lower latent wins, for any chunking and
+sharding.
 """
 
 import torch
@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 NOTHING = torch.iinfo(torch.int64).min
-"""A key below all others, where there is nothing to choose."""
+"""A key below all others, used as a placeholder for "no entry"."""
 _SIGN = 0x7FFF_FFFF
 _LOW = 0xFFFF_FFFF
 
@@ -17,7 +17,7 @@ _LOW = 0xFFFF_FFFF
 def to_keys(
     pre_acts: Float[Tensor, "*#shape"], latents: Int[Tensor, "*#shape"]
 ) -> Int[Tensor, "*shape"]:
-    """Keys of pre-activations (rounded to fp32) and latents (below 2^32)."""
+    """Return the keys of pre-activations (rounded to fp32) and latents (below 2^32)."""
     return (ordered(pre_acts) << 32) | (_LOW - latents)
 
 
@@ -29,12 +29,12 @@ def from_keys(
 
 
 def ordered(values: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    """Integers in the order of the values (rounded to fp32), within 32 bits; -0 is 0."""
+    """Map values (rounded to fp32) to 32-bit integers in the same order. -0 counts as 0."""
     bits = (values.float() + 0.0).view(torch.int32)
     return (bits ^ ((bits >> 31) & _SIGN)).long()
 
 
 def from_ordered(numbers: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The values of `ordered`."""
+    """Return the values that `ordered` mapped to these integers."""
     bits = numbers.int()
     return (bits ^ ((bits >> 31) & _SIGN)).view(torch.float32)

@@ -1,11 +1,14 @@
-"""Kernels for a CPU: selections, sums by latent and updates in C++, the rest in torch.
+"""CPU kernels: selections, sums by latent and updates in C++, the rest in torch.
 
-`native.cpp` is compiled when it is first needed (g++ or clang++, two seconds) and kept in
-`~/.cache/dist_sae`. It looks at every pre-activation once and keeps the largest in a small buffer:
-about a sixth of the product's time, where torch's top-k over the same takes as long as the product.
-Sums by latent are the gradients of the weights, as large as these. They are no faster than torch's,
-but go where those of the step before were: fresh pages cost more than what is written to them.
-Updates read and write a tensor once; torch's Adam, norm, division and copy do so four times.
+`native.cpp` is compiled when it is first needed (g++ or clang++, two seconds) and cached in
+`~/.cache/dist_sae`.
+
+- Selections read every pre-activation once and keep the largest in a small buffer. That takes about
+  a sixth of the product's time; torch's top-k takes as long as the product.
+- Sums by latent are the gradients of the weights and as large as these. They are no faster than
+  torch's, but are written to the memory of the last step's gradients, because page faults of fresh
+  memory cost more than writing to it.
+- Updates read and write a tensor once. torch's Adam, norm, division and copy do so four times.
 """
 
 import ctypes
@@ -31,15 +34,15 @@ from dist_sae.kernels.base import Adam, Entries, Kernels
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-# The compiler may not fuse a product with a sum, or results would depend on the processor; and a
-# square root need not set errno, which takes time.
+# -ffp-contract=off: fused multiply-adds would make results depend on the processor.
+# -fno-math-errno: setting errno would slow down square roots.
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno")
-_EXPECTED = 64  # of so many products one is above its bound
-_WEIGHTS = 2  # gradients kept: of W_enc and W_dec
+_EXPECTED = 64  # initial guess: one of this many products exceeds its bound
+_WEIGHTS = 2  # gradients whose memory is reused: W_enc's and W_dec's
 
 
 def kernels() -> Kernels:
-    """Kernels for one dictionary, which reuse the memory of its gradients."""
+    """Create kernels for one dictionary, which reuse the memory of its gradients."""
     memory = Memory()
     return plain.KERNELS._replace(
         name="native",
@@ -53,7 +56,7 @@ def kernels() -> Kernels:
 
 
 def available() -> str | None:
-    """The reason why the library cannot be used; None if it can."""
+    """Return why the library cannot be used, or None if it can."""
     try:
         _library()
     except OSError as exc:
@@ -78,7 +81,7 @@ def above(products: Tensor, bias: Tensor, bounds: Tensor) -> tuple[Tensor, Tenso
     if products.dtype not in functions:
         return plain.above(products, bias, bounds)
     count, found = torch.full((1,), products.numel() // _EXPECTED), -1
-    while found < 0:  # once more where there was too little room
+    while found < 0:  # try again with the exact count if there was too little room
         room = int(count)
         values, places = torch.empty(room), torch.empty(2, room, dtype=torch.int32)
         tensors = count, values, *places, products, bias.float(), bounds.float()
@@ -96,7 +99,7 @@ def sum_by_latent(
     W: Tensor | None = None,
     along: Tensor | None = None,
 ) -> Tensor:
-    """See `Kernels.sum_by_latent`; `empty` gives the fp32 tensor that the sums are written to."""
+    """See `Kernels.sum_by_latent`. `empty` allocates the fp32 tensor for the sums."""
     if rows.dtype != torch.float32:
         return plain.sum_by_latent(coefficients, entries, rows, W, along)
     given = (coefficients, W, along)
@@ -109,7 +112,7 @@ def sum_by_latent(
 
 
 def sum_values(coefficients: Tensor, entries: Entries) -> Tensor:
-    """See `Kernels.sum_values`. The same bits as torch's, without a sort: a CPU adds in order."""
+    """See `Kernels.sum_values`. Bitwise equal to torch's, without a sort: a CPU adds in order."""
     sums = coefficients.new_zeros(entries.n_latents, dtype=torch.float64)
     return sums.index_add_(0, entries.latents, coefficients.double()).to(coefficients.dtype)
 
@@ -124,7 +127,7 @@ def update(
     unit_rows: bool = False,
     copy: Tensor | None = None,
 ) -> None:
-    """See `Update`. The same bits as torch's, where that has AVX2 or AVX-512."""
+    """See `Update`. Bitwise equal to torch's, if torch uses AVX2 or AVX-512."""
     if W.dtype != torch.float32 or (copy is not None and copy.dtype != torch.bfloat16):
         plain.update(W, gradient, exp_avg, exp_avg_sq, adam, unit_rows=unit_rows, copy=copy)
         return
@@ -137,7 +140,7 @@ def update(
 
 
 class Memory:
-    """Reuses the memory of freed gradients."""
+    """Allocator that reuses the memory of freed gradients."""
 
     def __init__(self) -> None:
         self._kept: list[tuple[Tensor, weakref.ref[Any]]] = []
@@ -148,13 +151,13 @@ class Memory:
         return self.empty(*W.shape) if is_kept else torch.empty_like(W)
 
     def empty(self, *shape: int) -> Float[Tensor, "n_latents d_in"]:
-        """An fp32 tensor in reused memory, or in fresh memory if none is free."""
+        """Allocate an fp32 tensor, in reused memory if a tensor of its shape was freed."""
         kept = (tensor for tensor, held in self._kept if held() is None)
         tensor = next((t for t in kept if t.shape == shape), None)
         if tensor is None:
             tensor = torch.empty(*shape)
         self._kept = [other for other in self._kept if other[0] is not tensor]
-        array = tensor.numpy()  # held by what is returned, and by whatever shares its memory
+        array = tensor.numpy()  # alive as long as any tensor that shares its memory
         self._kept = [(tensor, weakref.ref(array)), *self._kept][:_WEIGHTS]
         return torch.from_numpy(array)
 
@@ -165,7 +168,7 @@ def _call(
     sizes: Sequence[int],
     numbers: Sequence[float] = (),
 ) -> None:
-    """Call a C function; the first tensor is one that it writes to."""
+    """Call a C function. It must write to the first tensor, so that one may not be copied."""
     assert tensors[0] is not None
     assert tensors[0].is_contiguous()
     tensors = [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
@@ -176,15 +179,15 @@ def _call(
 
 @cache
 def _library() -> ctypes.CDLL:
-    """The compiled functions.
+    """Return the compiled functions. Compile them if they are not cached.
 
     Raises:
-        OSError: There is no compiler, or it failed.
+        OSError: There is no compiler, or compilation failed.
     """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("there is no C++ compiler (g++ or clang++)")
-    # a home folder may be shared by machines with other processors
+    # part of the name: a home folder may be shared by machines with different processors
     made_from = (_SOURCE.read_bytes(), " ".join((compiler, *_FLAGS)).encode(), _processor())
     digest = hashlib.sha256(b"\0".join(made_from)).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dist_sae"
@@ -192,14 +195,14 @@ def _library() -> ctypes.CDLL:
     if not path.exists():
         logger.info("compiling the sparse products for this processor, once")
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as made:  # several ranks may do so at once
+        with tempfile.TemporaryDirectory(dir=folder) as made:  # several ranks may compile at once
             library = Path(made) / "native.so"
             command = [compiler, *_FLAGS, "-shared", "-fPIC", str(_SOURCE), "-o", str(library)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise OSError(f"{' '.join(command)}: {done.stderr.strip()[-500:]}")
             library.replace(path)
-    # its OpenMP is the one that torch has loaded: one pool of threads
+    # uses the OpenMP that torch has loaded, so there is a single pool of threads
     return ctypes.CDLL(str(path))
 
 

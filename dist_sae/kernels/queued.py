@@ -1,7 +1,7 @@
-"""Selections from blocks of products, almost without waiting for the device to count them.
+"""Selections from blocks of products with almost no host-device synchronization.
 
-Candidates go to buffers of a fixed size, one block's behind the other's, at places that the device
-counts. If they do not fit, which is rare, the products are computed again.
+Candidates are appended to buffers of a fixed size, at offsets that the device computes. In the rare
+case that they do not fit, the products are computed again.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,23 +13,23 @@ from torch import Tensor
 from dist_sae.kernels import select
 from dist_sae.kernels.select import Block, Candidates
 
-_SLACK = 4  # room for candidates, over the number that is expected
+_SLACK = 4  # room for candidates, divided by the expected number
 LEAST_ROOM = 4096
-"""Room for candidates of a block, at least."""
-_LOOKED_AT = 1 / 8  # of the entries, before the first look at how many they are
+"""Minimum room for a block's candidates."""
+_LOOKED_AT = 1 / 8  # share of the entries to examine before counts are first read
 
 
 class _Found:
     """Candidates in buffers on the device.
 
     Args:
-        like: A tensor of the values' type, on the device.
-        room: Candidates in all.
-        of_block: Candidates of a block, at most.
+        like: A tensor on the device with the values' dtype.
+        room: Room for candidates in total.
+        of_block: Room for one block's candidates.
     """
 
     def __init__(self, like: Tensor, room: int, of_block: int) -> None:
-        device, size = like.device, room + of_block  # the last block may begin at the end
+        device, size = like.device, room + of_block  # the last block may start at the end
         self._room = room
         self._values = like.new_zeros(size)
         self._rows, self._latents = torch.zeros(2, size, dtype=torch.int64, device=device)
@@ -44,11 +44,11 @@ class _Found:
         chosen: Bool[Tensor, "rows chunk"],
         most: int,
     ) -> None:
-        """Add the chosen entries of a block, `most` of them at most."""
+        """Append at most `most` of the chosen entries of a block."""
         most = min(most, chosen.numel())
         places = chosen.flatten().nonzero_static(size=most, fill_value=0)[:, 0]
         count = chosen.sum()
-        # what lies behind the count is nothing yet, and is written over by the next block
+        # entries past `count` are padding, which the next block overwrites
         into = self._count.clamp(max=self._room) + torch.arange(most, device=places.device)
         self._values[into], self._rows[into], self._latents[into] = _at(places, block, pre_acts)
         self._count += count
@@ -56,7 +56,7 @@ class _Found:
         self._too_many |= (count > most) | (self._count > self._room)
 
     def keep_largest(self, count: int) -> Tensor:
-        """Keep the `count` largest and what equals the least of them; return this one."""
+        """Drop all but the `count` largest and those equal to the least of them; return it."""
         is_there = torch.arange(len(self._values), device=self._values.device) < self._count
         values = self._values.where(is_there, -torch.inf)
         bound = select.kth(values, count)
@@ -69,16 +69,16 @@ class _Found:
         return bound
 
     def read(self) -> Candidates | None:
-        """The candidates, or None if there were too many. The host waits once."""
+        """Return the candidates, or None if there were too many. One host sync."""
         count, too_many = torch.stack([self._count, self._too_many.long()]).tolist()
         return None if too_many else self.first(count)
 
     def counts(self) -> list[int]:
-        """Numbers of the chosen entries of each block. The host waits once."""
+        """Return the number of chosen entries in each block. One host sync."""
         return _read(self._counts)
 
     def first(self, count: int) -> Candidates:
-        """The first `count` candidates."""
+        """Return the first `count` candidates."""
         return Candidates(self._values[:count], self._rows[:count], self._latents[:count])
 
 
@@ -91,26 +91,27 @@ def above(
     share: float | None,
     limit: int,
 ) -> Candidates | None:
-    """`select.above`. The host waits once if there are about as many as before, else twice at most.
+    """Select like `select.above`, with one host sync if the count is similar to before, else two.
 
-    What does not fit into the room for as many as before is computed again: then the number of each
-    block's entries is known. So it is where `share` is not given. These are counted first, and only
-    in a part of the blocks if they are already too many there.
+    With `share`, buffers are allocated for about as many entries as before. If a block's entries do
+    not fit, the products are computed again, this time with known counts per block. Without
+    `share`, a first pass only counts the entries. It ends early if the first blocks already exceed
+    the limit.
 
     Args:
-        blocks: Computes x W_enc^T, chunk after chunk.
+        blocks: Computes x W_enc^T, chunk by chunk.
         b_enc: Encoder bias.
         bound: Bound of each latent.
-        size: Entries of x W_enc^T.
-        share: Share of the entries that were above their bound before, if that is known.
-        limit: Give up when there are more than this many.
+        size: Number of entries of x W_enc^T.
+        share: Share of the entries that exceeded their bound the last time, if known.
+        limit: Largest number of entries. Return None if there are more.
     """
     found, of_block = None, 0
     if share is None:
         counts = _counted(_over(blocks(), b_enc, bound), size, limit)
     else:
         for block, pre_acts, chosen in _over(blocks(), b_enc, bound):
-            if found is None:  # the blocks behind the first are no larger
+            if found is None:  # later blocks are no larger than the first
                 of_block = int(_SLACK * share * pre_acts.numel()) + LEAST_ROOM
                 found = _Found(b_enc, limit, of_block)
             found.add(block, pre_acts, chosen, of_block)
@@ -129,20 +130,20 @@ def above(
 def _over(
     blocks: Iterable[Block], b_enc: Tensor, bound: Tensor
 ) -> Iterator[tuple[Block, Tensor, Tensor]]:
-    """Each block with its pre-activations, and which of these exceed their bound."""
+    """Yield each block with its pre-activations and the mask of those that exceed their bound."""
     for block in blocks:
         pre_acts = block.products + b_enc[block.latents]
         yield block, pre_acts, pre_acts > bound[block.latents]
 
 
 def _at(places: Tensor, block: Block, pre_acts: Tensor) -> Candidates:
-    """The entries of a block at places of its flattened matrix."""
+    """Return a block's entries at indices into its flattened matrix."""
     rows, columns = places // pre_acts.shape[1], places % pre_acts.shape[1]
     return Candidates(pre_acts.flatten()[places], rows + block.rows.start, block.latents[columns])
 
 
 def _counted(over: Iterable[tuple[Block, Tensor, Tensor]], size: int, limit: int) -> list[int]:
-    """Numbers of the chosen entries of each block, or of the first ones if those are too many."""
+    """Count each block's chosen entries. Stop early if the first blocks already have too many."""
     counts, seen, looked = list[Tensor](), 0, False
     for _, pre_acts, chosen in over:
         counts.append(chosen.sum())
@@ -162,15 +163,15 @@ def _read(counts: Sequence[Tensor]) -> list[int]:
 def largest(
     blocks: Iterable[Block], b_enc: Float[Tensor, " n_latents"], count: int
 ) -> Candidates | None:
-    """`select.largest`, or None if there was too little room. The host waits once.
+    """Select like `select.largest`, but return None if there was too little room. One host sync.
 
-    The bound rises after 1, 2, 4, 8 blocks and so on: where these are alike, as many candidates are
-    met until it rises as are kept.
+    The bound is raised after 1, 2, 4, 8, ... blocks. If blocks are similar, about as many new
+    candidates are added between two raises as are kept.
 
     Args:
-        blocks: x W_enc^T, chunk after chunk.
+        blocks: x W_enc^T, chunk by chunk.
         b_enc: Encoder bias.
-        count: From 1.
+        count: Number of entries to select, at least 1.
     """
     room = _SLACK * count + LEAST_ROOM
     found = _Found(b_enc, room, room)

@@ -1,6 +1,6 @@
-"""The encoder product, chunk by chunk of latents, and selections from it.
+"""The encoder product, computed chunk by chunk of latents, and selections from it.
 
-Only `[batch, chunk]` pre-activations are ever held. Selections are exact (`keys.py`).
+At most `[batch, chunk]` pre-activations are in memory at once. Selections are exact (`keys.py`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,23 +14,24 @@ from dist_sae.kernels.base import Entries, Kernels
 from dist_sae.kernels.keys import NOTHING, from_keys
 
 CHUNK_LATENTS = 8192
-"""Latents of a chunk; their encoder rows are brought into the product's precision once."""
+"""Number of latents in a chunk. Their encoder rows are converted to the product's precision once
+per chunk."""
 _GROUP = 16  # latents
 CHUNK_BYTES = 64 * 2**20
-"""Pre-activations of a block: still in a CPU's cache when they are looked at."""
+"""Size of a block of pre-activations, small enough to be in a CPU's cache when it is scanned."""
 _ON_CUDA = 8
 _FEW_ROWS = 8
 ALIKE_ROWS = 16
-"""Blocks have a multiple of these rows if the batch has.
+"""Block heights are a multiple of this number of rows if the batch is.
 
-A product of few rows is rounded differently (measured: 1 to 3, fp32). So no such block may be left
-over: its bits would depend on the height of the blocks before, which differs between shards of
-different widths.
+A product of only a few rows is rounded differently (measured: 1 to 3 rows, fp32). So no short block
+may remain at the end. Its bits would depend on the height of the earlier blocks, which differs
+between shards of different widths.
 """
 
 
 class Candidates(NamedTuple):
-    """Entries picked from a batch by their value."""
+    """Entries of a batch that a selection may keep."""
 
     values: Float[Tensor, " entries"]
     rows: Int[Tensor, " entries"]
@@ -39,7 +40,7 @@ class Candidates(NamedTuple):
 
 @runtime_checkable
 class EncoderRows(Protocol):
-    """Encoder rows that are not in memory; slices are neither."""
+    """Encoder rows that are not in memory. A slice of them is not in memory either."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -49,17 +50,18 @@ class EncoderRows(Protocol):
     def __getitem__(self, place: slice | Tensor, /) -> "EncoderRows": ...
 
     def to(self, dtype: torch.dtype, /) -> Tensor:
-        """Read them, in a precision."""
+        """Read the rows in a precision."""
         ...
 
 
 def at_once(on_a_cpu: int, device: torch.device) -> int:
-    """How much a device takes at once, of what is cut to a size for a CPU's cache.
+    """Return the block size for a device, given the size that fits a CPU's cache.
 
-    A GPU takes more: a block's ten or so kernels take 50 us to launch whatever its size, so it must
-    hold much work. 2^28 products, 512 MiB of bf16, are half a millisecond of an H100 at width 768;
-    blocks small enough for its L2 would be a tenth of that. A selection that makes fp32 of them
-    needs 2 GiB. These figures are reasoned, none is measured.
+    A GPU needs larger blocks. The ten or so kernels of a block take 50 us to launch whatever its
+    size, so a block must contain much more work than that. 2^28 products, 512 MiB of bf16, take
+    half a millisecond on an H100 at width 768. Blocks small enough for its L2 cache would take a
+    tenth of that. A selection that converts 2^28 products to fp32 needs 2 GiB. These figures are
+    estimates, not measurements.
     """
     return on_a_cpu * _ON_CUDA if device.type == "cuda" else on_a_cpu
 
@@ -71,9 +73,9 @@ class Block(NamedTuple):
     latents: Int[Tensor, " chunk"]
     """Ascending."""
     products: Float[Tensor, "rows chunk"]
-    """Overwritten by the next block."""
+    """The products, overwritten by the next block."""
     opens: bool
-    """First block of a chunk of latents, which are all higher than those of the blocks before."""
+    """Whether this block starts a chunk of latents that are higher than all earlier latents."""
 
 
 def products(
@@ -85,16 +87,17 @@ def products(
     layers: int = 1,
     counts: Sequence[int] | None = None,
 ) -> Iterator[Block]:
-    """The encoder product, block by block: all rows of a chunk of latents, then the next chunk.
+    """Yield the encoder product block by block: all rows of a chunk of latents, then the next.
 
     Args:
-        x: Rows, centred where the recipe does.
+        x: Rows, centered if the recipe centers them.
         W_enc: Encoder.
         product_dtype: Precision of the product.
-        among: Latents to look at, ascending; all if None.
-        layers: Equal parts of a row; latent n reads part n % layers. A block is of one part.
-        counts: How many of `among` read each part. The host waits for the device where there are
-            several parts and it is not given.
+        among: Latents to compute, ascending. All if None.
+        layers: Number of equal parts of a row. Latent n reads part n % layers, and all latents of a
+            block read the same part.
+        counts: How many of `among` read each part. Without them, the host waits for the device if
+            there are several parts.
     """
     parts = x.to(product_dtype).chunk(layers, dim=1)
     n = len(W_enc) if among is None else len(among)
@@ -103,10 +106,10 @@ def products(
     if most > ALIKE_ROWS:
         most -= most % ALIKE_ROWS
     height = max(1, min(most, len(x)))
-    # of a few rows on a CPU W x^T takes a third to four fifths of the time of x W^T; its last bits
-    # differ, so only where nothing else is made of the rows
+    # For a few rows on a CPU, W x^T takes a third to four fifths of the time of x W^T. Its last
+    # bits differ, so it is used only with a stored encoder, whose codes are only shown for texts.
     of_texts = not isinstance(W_enc, Tensor) and len(x) <= _FEW_ROWS
-    # fresh pages cost more than what is written to them
+    # one buffer for all blocks: page faults of fresh memory cost more than writing to it
     out = x.new_empty(height * width, dtype=product_dtype)
     chunks = (
         _all_chunks(n, width, layers, x.device)
@@ -127,7 +130,7 @@ def products(
 
 
 _Chunk = tuple[int, slice | Tensor, Tensor, bool]
-"""Layer that its latents read, their place in W_enc, their numbers, and whether it is `opens`."""
+"""The layer that a chunk's latents read, their place in W_enc, their numbers, and `Block.opens`."""
 
 
 def _all_chunks(n: int, width: int, layers: int, device: torch.device) -> Iterator[_Chunk]:
@@ -161,13 +164,13 @@ def topk_keys(
     *,
     first: int = 0,
 ) -> Int[Tensor, "batch k"]:
-    """Keys of the k largest of x W_enc^T + b_enc in each row, in no order; no gradient.
+    """Return the keys of the k largest of x W_enc^T + b_enc in each row, unsorted. No gradient.
 
     Args:
-        blocks: x W_enc^T, chunk after chunk.
-        batch: Rows of x.
+        blocks: x W_enc^T, chunk by chunk.
+        batch: Number of rows of x.
         b_enc: Encoder bias.
-        k: Keys of a row; where it meets fewer latents, the rest is `NOTHING`.
+        k: Number of keys per row. If a row meets fewer latents, the rest is `NOTHING`.
         kernels: The sparse products.
         first: Number of the first latent.
     """
@@ -187,11 +190,11 @@ def entries_of(
     """Return pre-activations and entries of the keys that reach their row's threshold.
 
     Args:
-        keys: Of each row.
-        threshold: Of each row.
+        keys: Keys of each row.
+        threshold: Threshold of each row, itself a key.
         first: Number of the first latent.
-        n_latents: Columns of the matrix.
-        count: Number of these keys. The host waits for the device where it is not given.
+        n_latents: Number of columns of the matrix.
+        count: Number of keys that reach it. Without it the host waits for the device.
     """
     if count == keys.numel():
         found, counts = keys.flatten(), keys.new_full((len(keys),), keys.shape[1])
@@ -203,7 +206,7 @@ def entries_of(
 
 
 def places_of(mask: Bool[Tensor, " _"], count: int | None = None) -> Int[Tensor, " count"]:
-    """The places where a mask is true; the host waits for the device unless it gives the number."""
+    """Return the indices where a mask is true. Without `count` the host waits for the device."""
     places = mask.nonzero() if count is None else mask.nonzero_static(size=count)
     return places[:, 0]
 
@@ -216,17 +219,17 @@ def above(
     *,
     limit: int | None = None,
 ) -> Candidates | None:
-    """All entries of x W_enc^T + b_enc that exceed their latent's bound; no gradient.
+    """Return all entries of x W_enc^T + b_enc that exceed their latent's bound. No gradient.
 
     Args:
-        blocks: x W_enc^T, chunk after chunk.
+        blocks: x W_enc^T, chunk by chunk.
         b_enc: Encoder bias.
         bound: Bound of each latent.
         kernels: The sparse products.
-        limit: Give up when there are more than this many.
+        limit: Largest number of entries. Stop when there are more.
 
     Returns:
-        The entries by row and latent, or None if there are more than `limit`.
+        The entries by row, then by latent in chunk order, or None if there are more than `limit`.
     """
     found = [nothing(b_enc)]
     for block in blocks:
@@ -239,30 +242,34 @@ def above(
 def largest(
     blocks: Iterable[Block], b_enc: Float[Tensor, " n_latents"], count: int, kernels: Kernels
 ) -> Candidates:
-    """The `count` largest positive entries of x W_enc^T + b_enc in the whole batch; no gradient.
+    """Return the `count` largest positive entries of x W_enc^T + b_enc over the whole batch.
+
+    No gradient.
 
     Args:
-        blocks: x W_enc^T, chunk after chunk.
+        blocks: x W_enc^T, chunk by chunk.
         b_enc: Encoder bias.
-        count: From 1.
+        count: Number of entries to select, at least 1.
         kernels: The sparse products.
 
     Returns:
-        These, or all positive ones if there are fewer, with some smaller or equal ones, in any
-        order. Of equal values the lower latents are there.
+        The `count` largest, or all positive entries if there are fewer, in any order. Some equal or
+        smaller entries may be included. Of equal values, those of the lower latents are always
+        included.
     """
     found = nothing(b_enc)
     bound = least = b_enc.new_zeros(())
     for block in blocks:
-        # at once where there is no bound yet, or the next block would give all its positive ones
+        # cut early while there is no bound, or the next block would add all its positive entries
         if len(found.values) > (count if block.opens or bound == 0 else 2 * count):
             found, bound = _cut(found, count)
-        # of equal values a later chunk loses; within a chunk a later row may have a lower latent
+        # values equal to the bound lose in a later chunk, but within a chunk, which has several
+        # blocks of rows, a later row may have a lower latent
         if block.opens:
             least = bound
         over = torch.where(bound > least, _just_below(bound), least)
         if not len(found.values) and block.products.numel() > 4 * count:
-            # drops most of the first block
+            # a bound from the block itself, which drops most of the first block
             reached = reached_by(block.products + b_enc[block.latents], count)
             over = over if reached is None else torch.maximum(over, _just_below(reached))
         more = _above(block, b_enc, over.expand(len(block.latents)), kernels)
@@ -276,36 +283,39 @@ def _above(block: Block, b_enc: Tensor, bounds: Tensor, kernels: Kernels) -> Can
 
 
 def _just_below(value: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """The next smaller number, so that `> bound` keeps `value` itself."""
+    """Return the next smaller number, so that `> bound` keeps `value` itself."""
     return value.nextafter(value.new_tensor(-torch.inf))
 
 
 def reached_by(pre_acts: Float[Tensor, "rows chunk"], count: int) -> Float[Tensor, ""] | None:
-    """A lower bound on the `count`-th largest, from peaks of groups; None with too few groups."""
+    """Compute a lower bound on the `count`-th largest from group maxima.
+
+    Return None if there are fewer groups than `count`.
+    """
     peaks = pre_acts[:, : pre_acts.shape[1] // _GROUP * _GROUP]
     peaks = peaks.reshape(len(peaks), _GROUP, -1).amax(1)
     return kth(peaks, count) if peaks.numel() >= count else None
 
 
 def by_row(found: Candidates) -> Candidates:
-    """The candidates sorted by row; within a row their order is kept."""
+    """Sort the candidates by row, stably."""
     order = found.rows.int().argsort(stable=True)
     return Candidates(*(part[order] for part in found))
 
 
 def nothing(like: Tensor) -> Candidates:
-    """No candidates, with values of a type and on a device like these."""
+    """Return empty candidates with the dtype and device of a tensor."""
     rows, latents = like.new_empty((2, 0), dtype=torch.int64)
     return Candidates(like.new_empty(0), rows, latents)
 
 
 def _cut(found: Candidates, count: int) -> tuple[Candidates, Tensor]:
-    """Return the `count` largest, with all that equal the smallest of them, and that one."""
+    """Return the `count` largest, with ties of the smallest, and the smallest value."""
     bound = kth(found.values, count)
     reach = found.values >= bound
     return Candidates(*(part[reach] for part in found)), bound
 
 
 def kth(values: Float[Tensor, "*shape"], k: int) -> Float[Tensor, ""]:
-    """The k-th largest of values."""
+    """Return the k-th largest value."""
     return values.flatten().topk(k, sorted=False).values.min()

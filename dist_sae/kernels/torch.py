@@ -1,4 +1,4 @@
-"""Sparse products and updates in plain torch, for any device: `embedding_bag`, fused Adam."""
+"""Sparse products and updates in plain torch for any device (`embedding_bag`, fused Adam)."""
 
 import torch
 from jaxtyping import Float
@@ -9,16 +9,16 @@ from torch.optim.adam import adam as adam_
 from dist_sae.kernels.base import Adam, Entries, Kernels
 from dist_sae.kernels.keys import from_keys, to_keys
 
-_GROUP = 16  # neighbours whose maximum is looked at first
-_RUN = 4096  # entries
+_GROUP = 16  # adjacent columns whose maximum is compared first
+_RUN = 4096  # entries; longer sums are computed in fp64
 
 
 def keep_largest(best: Tensor, products: Tensor, bias: Tensor, latents: Tensor) -> Tensor:
     """See `Kernels.keep_largest`.
 
-    Looks at the maxima of groups of neighbours first. The k largest lie in the k groups with the
-    largest maxima: were one of them in another group, each of these k groups, before it by maximum
-    or with the same maximum and lower latents, would hold an entry that comes before it.
+    The maxima of groups of adjacent columns are compared first. The k largest entries are in the k
+    groups with the largest maxima. If one were in another group, each of these k groups would
+    contain an entry that ranks before it: one that is larger, or equal with a lower latent.
     """
     pre_acts = products + bias
     k, groups = best.shape[1], pre_acts.shape[1] // _GROUP
@@ -51,7 +51,7 @@ def combine(coefficients: Tensor, entries: Entries, W: Tensor) -> Tensor:
 
 
 def gather_dot(rows: Tensor, entries: Entries, W: Tensor) -> Tensor:
-    """See `Kernels.gather_dot`. It is the gradient of `combine` for its coefficients."""
+    """See `Kernels.gather_dot`. Computed as the gradient of `combine` for its coefficients."""
     ones = W.new_ones(len(entries.latents), requires_grad=True)
     with torch.enable_grad():
         bags = combine(ones, entries, W.detach())
@@ -65,9 +65,10 @@ def sum_by_latent(
     W: Tensor | None = None,
     along: Tensor | None = None,
 ) -> Tensor:
-    """See `Kernels.sum_by_latent`. Over entries sorted by latent: a fifth of `index_add`'s time.
+    """See `Kernels.sum_by_latent`. Summing sorted entries takes a fifth of `index_add`'s time.
 
-    A sum of very many rows, one after the other, loses digits: those are summed in fp64, in runs.
+    Adding very many rows one by one in fp32 loses digits. So sums of more than `_RUN` rows are
+    computed in fp64, one run of rows at a time.
     """
     order, starts = entries.by_latent
     sources, weights = entries.rows[order], coefficients[order]
@@ -84,7 +85,7 @@ def sum_by_latent(
 
 
 def sum_values(coefficients: Tensor, entries: Entries) -> Tensor:
-    """See `Kernels.sum_values`. On CUDA `index_add` would sum them in the order of its threads."""
+    """See `Kernels.sum_values`. `index_add` would sum in the order of its threads on CUDA."""
     order, starts = entries.by_latent
     offsets = F.pad(starts, (0, 1), value=len(order))
     values = coefficients[order].double()
@@ -102,8 +103,9 @@ def update(
     unit_rows: bool = False,
     copy: Tensor | None = None,
 ) -> None:
-    """See `Update`. In several passes, the first of which is torch's fused Adam."""
-    # with a scale it writes the gradient; elsewhere the host would wait to know
+    """See `Update`. Takes several passes over memory, the first of which is torch's fused Adam."""
+    # With a scale, fused Adam also writes the gradient, so omit a scale of 1. Reading the scale is
+    # free only on a CPU: on other devices the host would wait.
     is_one = W.device.type == "cpu" and float(adam.scale) == 1
     adam_(
         [W],
@@ -130,13 +132,13 @@ def update(
 
 
 def row_norms(W: Float[Tensor, "rows width"]) -> Float[Tensor, "rows 1"]:
-    """Norms to divide rows by: the smallest normal number for one of zeros."""
+    """Return norms to divide rows by: at least the smallest normal number, for rows of zeros."""
     norms: Tensor = torch.linalg.vector_norm(W, dim=1, keepdim=True)
     return norms.clamp_min_(torch.finfo(W.dtype).tiny)
 
 
 def _long(starts: Tensor, n_entries: int) -> list[list[int]]:
-    """Return the latents with very many entries, each with its first entry and the end."""
+    """Return (latent, first entry, end) for each latent with more than `_RUN` entries."""
     if n_entries <= _RUN:
         return []
     ends = torch.cat([starts[1:], starts.new_tensor([n_entries])])

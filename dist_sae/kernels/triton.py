@@ -2,17 +2,17 @@
 
 Selections are in triton_select.py, updates in triton_update.py.
 
-Not yet run on a GPU. The tests run these kernels in Triton's interpreter, on a CPU, and compile
-them for Hopper and Ampere; that checks what they compute, not how fast. Blocks, loads in flight,
-cache hints and the order of the programs are reasoned, none of them is measured.
+These kernels have not yet run on a GPU. The tests run them in Triton's interpreter on a CPU, and
+compile them for Hopper and Ampere. That checks their results, not their speed. Block sizes, loads
+in flight, cache hints and the order of programs are derived by reasoning, not measured.
 
-`combine` and `sum_by_latent` are one operation, a sum of weighted rows over segments of entries:
-the segments are the batch's rows in one and the latents in the other. Like `gather_dot` it
-computes little with each byte that it moves, so what counts is wide loads, many of them in flight.
+`combine` and `sum_by_latent` are the same operation: a sum of weighted rows over segments of
+entries. The segments are the batch's rows in `combine`, and the latents in `sum_by_latent`. Like
+`gather_dot`, it is bound by memory bandwidth, so it needs wide loads with many in flight.
 
-Sums are fp32, whatever the tensors are. Their order follows from d_in and the entries alone:
-nothing is added atomically, and the autotuner chooses only what changes no bit. So a resumed run
-repeats the bits of one that was never stopped.
+Sums are fp32, whatever the dtype of the tensors. Their order depends only on d_in and the entries:
+nothing is added atomically, and the autotuner chooses only among settings with bitwise equal
+results. So a resumed run is bitwise equal to one that was never stopped.
 
 Shapes in the kernels: B rows of the batch, N latents, D d_in, E entries, S segments (B or N).
 """
@@ -31,25 +31,26 @@ from dist_sae.kernels.triton_select import keep_largest
 from dist_sae.kernels.triton_update import update
 
 CHUNK_ENTRIES = 512
-"""Entries that one program sums."""
-"""Entries of a long segment that are summed on their own. Decides the order of its sum."""
+"""Number of entries that one program sums."""
+"""Number of entries per chunk of a long segment. Chunks are summed separately, so this determines
+the order of the sum."""
 _DOTS = 8
-"""Products that a program of `gather_dot` computes."""
+"""Number of products that a program of `gather_dot` computes."""
 _COLUMNS = 512
-"""Columns of a block where it is not tuned."""
+"""Number of columns in a block that is not autotuned."""
 _PER_WARP = 128
-"""Columns that a warp loads at once: 16 bytes of fp32 in each thread."""
+"""Number of columns that a warp loads at once: 16 bytes of fp32 per thread."""
 
 
 def _config(columns: int, warps: int) -> Any:
-    # Given fewer registers, the compiler loads and uses one row after the other.
+    # With fewer registers, the compiler loads and uses one row at a time.
     registers = 32 + 8 * columns // (32 * warps)
     return triton.Config({"COLUMNS": columns}, num_warps=warps, maxnreg=registers)
 
 
 _SIZES = ((_COLUMNS, 4), (_PER_WARP, 1), (256, 1), (256, 2), (512, 2), (1024, 4), (2048, 4))
 _TUNED = [_config(columns, warps) for columns, warps in (*_SIZES, (2048, 8))]
-if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter: nothing to measure
+if os.environ.get("TRITON_INTERPRET") == "1":  # timings in the interpreter mean nothing
     _TUNED = _TUNED[:1]
 
 
@@ -67,7 +68,7 @@ def sum_by_latent(
 ) -> Tensor:
     """See `Kernels.sum_by_latent`."""
     order, starts = entries.by_latent
-    # put in order once: every block of columns reads all of them
+    # gathered in order once, since every block of columns reads all of them
     latents = entries.latents[order]
     return _sum_segments(coefficients[order], entries.rows[order], latents, starts, rows, W, along)
 
@@ -77,7 +78,7 @@ def gather_dot(rows: Tensor, entries: Entries, W: Tensor) -> Tensor:
     _check(W, entries.latents)
     E, D = len(entries.latents), W.shape[1]
     products = W.new_empty(E)
-    # not autotuned: in which order a product is summed depends on the block and the warps
+    # not autotuned, because the summation order of a product depends on the block and the warps
     gather_dot_kernel[(triton.cdiv(E, _DOTS),)](
         products,
         rows.contiguous(),
@@ -116,26 +117,28 @@ def _sum_segments(
     W: Tensor | None = None,
     along: Tensor | None = None,
 ) -> Tensor:
-    """For each segment the sum over its entries of coefficient * X[source]; zeros without entries.
+    """Sum coefficient * X[source] over the entries of each segment. Empty segments get zeros.
 
-    In two passes. A program sums a block of columns of a segment, and a latent that fires on every
-    row, or a row to which BatchTopK gives thousands of latents, would keep its programs busy long
-    after all others are done. So the first pass sums chunks of `CHUNK_ENTRIES` entries, those that
-    lie within one segment, and the second adds up these sums and the entries at the segment's ends.
+    Runs in two passes for load balance. A program sums a block of columns of a segment. With a
+    single pass, a latent that fires on every row, or a row to which BatchTopK gives thousands of
+    latents, would keep its programs busy long after the others finish. So the first pass sums the
+    chunks of `CHUNK_ENTRIES` entries that are within one segment. The second pass adds up these
+    sums and the remaining entries at the segment's ends.
 
     Args:
-        coefficients: Of the entries, segment after segment.
-        sources: The row of X that each entry takes.
-        segments: The segment that each entry is in.
-        starts: Where each segment's entries begin.
+        coefficients: Coefficients of the entries, in segment order.
+        sources: The row of X that each entry reads.
+        segments: The segment of each entry.
+        starts: Index of each segment's first entry.
         X: The rows.
         W: A row for each segment.
-        along: With it: how much of its row of W is taken off a segment that has entries.
+        along: For each segment, the factor of its row of W that is subtracted if it has entries.
+            Required with W.
     """
     _check(X, sources)
     E, S, D = len(sources), len(starts), X.shape[1]
     n_chunks = E // CHUNK_ENTRIES
-    # gradients may come expanded from autograd
+    # autograd may pass expanded, non-contiguous gradients
     coefficients, sources = coefficients.contiguous(), sources.contiguous()
     starts, X = starts.contiguous(), X.contiguous()
     chunks = X.new_empty((n_chunks, D), dtype=torch.float32)
@@ -173,32 +176,34 @@ def _sum_segments(
 
 def _check(X: Tensor, numbers: Tensor) -> None:
     assert X.dtype != torch.float64, "sums are fp32"
-    # kernels multiply these by D: 4M latents of 4096 have more elements than an int32 can count
+    # kernels multiply these by D, and 4M latents x 4096 columns overflow an int32
     assert numbers.dtype == torch.int64
 
 
 def _block(d_in: int) -> int:
-    """Columns of a block where it is not tuned."""
+    """Return the number of columns in a block that is not autotuned."""
     return int(min(_COLUMNS, triton.next_power_of_2(d_in)))
 
 
 def worth_trying(configs: list[Any], named_args: dict[str, Any], **_: Any) -> list[Any]:
-    """Configurations that fit the width."""
+    """Filter the autotuner's configurations: those whose blocks are not wider than a row needs."""
     widest = max(_PER_WARP, triton.next_power_of_2(named_args["D"]))
     return [config for config in configs if config.kwargs["COLUMNS"] <= widest]
 
 
-# The kernels. `no_type_check` keeps run-time type checkers from wrapping them: Triton reads their
-# source. Fused multiply-adds are written out, and the compiler (enable_fp_fusion) makes no others:
-# its choice might differ between blocks. Grids have one dimension: only x may pass 65,535.
+# The kernels. `no_type_check` keeps run-time type checkers from wrapping them, since Triton reads
+# their source. Fused multiply-adds are explicit. The compiler may not add others
+# (enable_fp_fusion=False), because its choice might differ between blocks. Grids are
+# one-dimensional, because only the x dimension may exceed 65,535.
 
 
 @triton.jit
 @no_type_check
 def _add_rows(acc, coefficients, sources, X, first, end, d, D):
-    """Acc and the weighted rows of X of the entries from first to end, one after the other."""
-    # Four at a time: all are under way before the first is used. What the compiler makes of a loop
-    # over one row waits for every one or two of them. Entries that are not there have no columns.
+    """Add the weighted rows of X for entries first to end to acc, in order."""
+    # Unrolled by four, so that four loads are in flight before the first result is used. For a
+    # plain loop, the compiler emits code that waits after every one or two rows. Entries past the
+    # end are masked out in all columns.
     for e in tl.range(first, end, 4):
         real1, real2, real3 = e + 1 < end, e + 2 < end, e + 3 < end
         source0 = tl.load(sources + e)
@@ -223,7 +228,7 @@ def _add_rows(acc, coefficients, sources, X, first, end, d, D):
 @triton.jit(do_not_specialize=["n_chunks"])  # it changes from step to step
 @no_type_check
 def sum_chunks_kernel(
-    chunks,  # [n_chunks, D] fp32: sums; of a chunk in more than one segment not written
+    chunks,  # [n_chunks, D] fp32: sums; not written for a chunk in more than one segment
     coefficients,  # [E]
     sources,  # [E]
     segments,  # [E]
@@ -233,7 +238,7 @@ def sum_chunks_kernel(
     CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Sum each chunk that lies within one segment."""
+    """Sum each chunk that is within one segment."""
     program = tl.program_id(0)
     chunk = (program % n_chunks).to(tl.int64)
     first = chunk * CHUNK
@@ -264,9 +269,9 @@ def sum_segments_kernel(
     COLUMNS: tl.constexpr,
 ):
     """Sum each segment from its chunks' sums and the entries at its ends."""
-    # All segments' first block of columns, then all second ones: programs that run at the same time
-    # read the same columns of X, which may then fit into L2 (8192 rows of 512 fp32 are 16 MiB) and
-    # come from there each time they are needed again.
+    # The first block of columns of all segments, then the second, and so on. Programs that run at
+    # the same time then read the same columns of X, which may fit into L2 (8192 rows of 512 fp32
+    # are 16 MiB) and be served from there when they are read again.
     program = tl.program_id(0)
     segment = (program % S).to(tl.int64)
     d = program // S * COLUMNS + tl.arange(0, COLUMNS)
@@ -274,7 +279,7 @@ def sum_segments_kernel(
     begin = tl.load(starts + segment)
     end = tl.load(starts + segment + 1, mask=segment + 1 < S, other=E)
     first_chunk = (begin + CHUNK - 1) // CHUNK
-    end_chunk = tl.maximum(end // CHUNK, first_chunk)  # chunks in between are all this segment's
+    end_chunk = tl.maximum(end // CHUNK, first_chunk)  # chunks in between belong to this segment
     head_end = tl.minimum(first_chunk * CHUNK, end)
     tail = tl.maximum(end_chunk * CHUNK, head_end)
 
@@ -284,10 +289,10 @@ def sum_segments_kernel(
         acc += tl.load(chunks + chunk * D + d, mask=d < D, other=0.0)
     acc = _add_rows(acc, coefficients, sources, X, tail, end, d, D)
     if W is not None:
-        columns = tl.where(begin < end, D, 0)  # nothing to read for most latents of a wide W
+        columns = tl.where(begin < end, D, 0)  # skips latents without entries: most of a wide W
         w = tl.load(W + segment * D + d, mask=d < columns, other=0.0)
         acc = tl.fma(w.to(tl.float32), -tl.load(along + segment).to(tl.float32), acc)
-    # streamed: the sums shall not push the columns of X out of L2
+    # streaming store, so that the sums do not evict the columns of X from L2
     tl.store(
         sums + segment * D + d, acc.to(sums.dtype.element_ty), mask=d < D, cache_modifier=".cs"
     )
@@ -306,10 +311,10 @@ def gather_dot_kernel(
     DOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Multiply each entry's row of x by its latent's row of W."""
-    # A program has so many entries, not a row: rows may have none, or thousands. Neighbouring
-    # entries are mostly of one row, whose columns then come from L1 after the first time: keep
-    # them there. Rows of W are not needed again soon.
+    """Compute the dot product of each entry's row of x and its latent's row of W."""
+    # A program handles DOTS entries instead of a row, since a row may have none, or thousands.
+    # Adjacent entries are mostly of the same row of x, so it is kept in L1 (evict_last). Rows of W
+    # are not needed again soon (evict_first).
     e = tl.program_id(0).to(tl.int64) * DOTS + tl.arange(0, DOTS)
     real = e < E
     row = tl.load(rows + e, mask=real, other=0).to(tl.int64)
@@ -323,5 +328,5 @@ def gather_dot_kernel(
         w = tl.load(W + w_offsets, mask=inside, other=0.0, eviction_policy="evict_first")
         v = tl.load(x + x_offsets, mask=inside, other=0.0, eviction_policy="evict_last")
         acc = tl.fma(w.to(tl.float32), v.to(tl.float32), acc)
-    product = tl.sum(acc, axis=1)  # over threads only once
+    product = tl.sum(acc, axis=1)  # a single reduction across threads, at the end
     tl.store(products + e, product.to(products.dtype.element_ty), mask=real)

@@ -1,13 +1,14 @@
 """The selection for NVIDIA GPUs, in Triton: each row's k largest pre-activations, in one pass.
 
-As `triton.py`, not yet run on a GPU; sizes are reasoned, not measured.
+Like `triton.py`, this has not yet run on a GPU. Sizes are derived by reasoning, not measured.
 
-A warp has a row. It holds the row's k best keys in registers and walks over the products, a tile at
-a time. Most tiles have nothing that belongs among these: the n-th product of a row, in no special
-order, does with probability k / n, so that k (1 + ln(n / k)) of n are ever put in, 280 of 65,536
-for k = 32. All others cost a load, the bias, and a part in the tile's maximum.
+Each warp handles a row. It keeps the row's k best keys in registers and iterates over the products,
+one tile at a time. Most tiles contain nothing to insert. If products are in random order, the n-th
+product of a row is inserted with probability k / n, so k (1 + ln(n / k)) of n are inserted in
+total: 280 of 65,536 for k = 32. Each other product costs only a load, the addition of the bias, and
+its share of the tile's maximum.
 
-Keys are those of `keys.py`: the set is plain torch's, bit for bit.
+Keys are those of `keys.py`, so the result is bitwise the same set as plain torch's.
 """
 
 from typing import no_type_check
@@ -21,9 +22,10 @@ from dist_sae.kernels import torch as plain
 from dist_sae.kernels.keys import NOTHING
 
 TILE_PRODUCTS = 512
-"""Products that a warp compares at once: 32 bytes of bf16 in each thread."""
+"""Number of products that a warp compares at once: 32 bytes of bf16 per thread."""
 _MOST = 1024
-"""Keys that fit into a warp's registers. For more, what is put in costs more than torch's top-k."""
+"""Number of keys that fit into a warp's registers. With more keys, the insertions would cost more
+than torch's top-k."""
 _NOTHING = tl.constexpr(NOTHING)
 _NEVER_LEAST = tl.constexpr(torch.iinfo(torch.int64).max)
 _SIGN = tl.constexpr(0x7FFF_FFFF)
@@ -51,7 +53,7 @@ def keep_largest(best: Tensor, products: Tensor, bias: Tensor, latents: Tensor) 
     return kept
 
 
-# Shapes: B rows of the batch, C products of a row, K keys kept.
+# Shapes: B rows of the batch, C products per row, K keys kept per row.
 
 
 @triton.jit(do_not_specialize=["K"])  # it changes while k is annealed
@@ -67,11 +69,11 @@ def keep_largest_kernel(
     SLOTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Keep the K largest keys of a row's best so far and its products."""
+    """Keep the K largest keys among a row's best keys so far and its products."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, SLOTS)
     keys = tl.load(best + row * K + slot, mask=slot < K, other=_NEVER_LEAST)
-    # Empty slots must differ, or one key would be put in all of them. No key is so low.
+    # Empty slots must differ, or one key would be inserted into all of them. No real key is as low.
     keys = tl.where(keys == _NOTHING, keys + slot, keys)
     least = tl.min(keys, 0)
     for start in range(0, C, TILE):

@@ -1,11 +1,12 @@
-"""Updates for NVIDIA GPUs, in Triton: Adam, unit rows and the copy for products in one pass.
+"""Updates for NVIDIA GPUs, in Triton: Adam, row normalization and the copy in one pass.
 
-As `triton.py`, not yet run on a GPU; sizes are reasoned, not measured.
+Like `triton.py`, this has not yet run on a GPU. Sizes are derived by reasoning, not measured.
 
-An update does nothing but move memory: 28 bytes of a number (weight, gradient and two moments are
-read, all but the gradient written) and 2 of its copy. Unit rows need the whole row before any of
-it is written. So a program has a row, or as many numbers as a row of a usual width where rows do
-not matter, and keeps the new weights in registers meanwhile.
+An update is bound by memory bandwidth. It moves 28 bytes per element (weight, gradient and two
+moments are read, and all but the gradient are written), and 2 for the copy. To normalize a row, all
+of it must be computed before any of it is written. So a program handles a whole row and keeps the
+new weights in registers. If rows are not normalized, it handles as many elements as a row of
+typical width.
 """
 
 from typing import no_type_check
@@ -19,12 +20,12 @@ from dist_sae.kernels import torch as plain
 from dist_sae.kernels.base import Adam
 
 _PER_THREAD = 8
-"""Numbers of a thread: two loads of 16 bytes from each of four tensors are under way at once. With
-more there are too few registers where rows do not begin at 16 bytes."""
+"""Number of elements per thread, such that two loads of 16 bytes from each of four tensors are in
+flight at once. With more, there are too few registers if rows are not aligned to 16 bytes."""
 _NUMBERS = 1024
-"""Numbers of a program where rows do not matter."""
+"""Number of elements per program if rows are not normalized."""
 WIDEST = 32 * 32 * _PER_THREAD
-"""Numbers of a row that a program has room for: 32 warps are the most."""
+"""Width of the widest row that a program can handle, with the maximum of 32 warps."""
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
@@ -69,7 +70,7 @@ def update(
     )
 
 
-# Shapes: n numbers of W, D of a program.
+# Shapes: W has n elements, and a program handles D of them.
 
 
 @triton.jit
@@ -93,12 +94,12 @@ def update_kernel(
     UNIT_ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Update the numbers of a row."""
+    """Update a row, or D elements if rows are not normalized."""
     if tl.load(found_inf) == 0:
         d = tl.arange(0, COLUMNS)
         place = tl.program_id(0).to(tl.int64) * D + d
         inside = (d < D) if UNIT_ROWS else (place < n)
-        # all of it is needed once, by nobody else
+        # everything is read once and by this program only
         w = tl.load(W + place, mask=inside, other=0.0, eviction_policy="evict_first")
         g = tl.load(gradient + place, mask=inside, other=0.0, eviction_policy="evict_first")
         m = tl.load(exp_avg + place, mask=inside, other=0.0, eviction_policy="evict_first")
@@ -110,7 +111,7 @@ def update_kernel(
         tl.store(exp_avg_sq + place, v, mask=inside)
         w -= tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
         if UNIT_ROWS:
-            # columns that are not there have 0
+            # masked columns are 0
             w = tl.div_rn(w, tl.maximum(tl.sqrt_rn(tl.sum(w * w, 0)), _TINY))
         tl.store(W + place, w, mask=inside)
         if copy is not None:
