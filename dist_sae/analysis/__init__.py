@@ -1,1 +1,1 @@
-"""Questions to trained dictionaries, a file each: from index, checkpoint and rows to findings."""
+"""Analyses of trained dictionaries: they read index, checkpoint and rows, and return findings."""

@@ -1,4 +1,4 @@
-"""A language model as a judge: it is asked for the level of each passage that was drawn."""
+"""A judge that asks a language model for the level of each drawn passage."""
 
 import re
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ _SYSTEM = (
 )
 _MOST_TOKENS = 8
 _MOST_UNREAD = 0.05
-"""Share of the answers that may hold no level."""
+"""Largest share of answers without a level."""
 
 Drawn = Sequence[tuple[Key, Label, str]]
-"""Passages as `passages.draw_passages` draws them."""
+"""Passages, as `passages.draw_passages` returns them."""
 
 
 def is_asked(text: str) -> bool:
-    """Whether a judge, as the user names it, is `llm:DESCRIPTION`.
+    """Return whether a judge, as the user names it, is `llm:DESCRIPTION`.
 
     Raises:
-        ArgumentError: It describes nothing.
+        ArgumentError: The description is empty.
     """
     if text.startswith(LLM) and not text.removeprefix(LLM).strip():
         raise ArgumentError(f"{text}: describe the concept: llm:the text is about rivers")
@@ -32,11 +32,11 @@ def is_asked(text: str) -> bool:
 
 
 def questions(text: str, drawn: Drawn) -> list[Question]:
-    """A question for each drawn passage.
+    """Write a question for each drawn passage.
 
     Args:
-        text: The judge, `llm:DESCRIPTION`.
-        drawn: Passages.
+        text: Name of the judge, `llm:DESCRIPTION`.
+        drawn: Passages to judge.
     """
     concept = text.removeprefix(LLM).strip()
     return [
@@ -52,12 +52,13 @@ def questions(text: str, drawn: Drawn) -> list[Question]:
 
 
 def judge_of(text: str, drawn: Drawn, answers: Sequence[Answer]) -> Judge:
-    """The judge that gave these answers, with a label for each passage.
+    """Build a judge whose labels are the levels in these answers.
 
-    An answer without exactly one level is no label; the others of its stratum stand for it.
+    A passage whose answer does not have exactly one level gets no label. The labelled passages of
+    its stratum then count more.
 
     Raises:
-        ArgumentError: More than a twentieth of the answers are none.
+        ArgumentError: More than a twentieth of the answers have no level.
     """
     labels = {
         key: label._replace(level=_level(answer))
@@ -76,7 +77,7 @@ def judge_of(text: str, drawn: Drawn, answers: Sequence[Answer]) -> Judge:
 
 
 def _level(answer: Answer) -> int | None:
-    """The one level in an answer; None if there is none, or several."""
+    """Return the level in an answer; None if it has none or several numbers, or was cut short."""
     found = re.findall(r"\d+", answer.text)
     level = int(found[0]) if len(found) == 1 else -1
     return level if level in LEVELS and answer.is_whole else None

@@ -1,13 +1,13 @@
-"""How many words a dictionary has by chance: those of a randomly rotated copy on the same rows.
+"""The chance baseline for word coverage: the words that a randomly rotated copy has.
 
-Of thousands of random directions some point along a frequent word, so an untrained dictionary
-"has" words as well. A random rotation of the rows of W_enc keeps norms, angles between latents and
-biases, and takes away what training has found in the data. The rotated copy of a dictionary of
+Some of thousands of random directions point along a frequent word, so even an untrained dictionary
+"has" words. A random rotation of the rows of W_enc preserves norms, biases and the angles between
+latents, but destroys what training has found in the data. The rotated copy of a dictionary of
 random directions is another dictionary of random directions.
 
-Words of a dictionary and of its rotated copy are paired. Where chance has made both, a word that
-only one of the two has is as likely to be of either, so the number of those that only the
-dictionary has is binomial (McNemar's exact test).
+The same words are looked for in the dictionary and in its rotated copy. If both have words only by
+chance, a word that only one of them has is equally likely to be in either. So the number of words
+that only the dictionary has is binomial (McNemar's exact test).
 """
 
 import math
@@ -36,28 +36,28 @@ from dist_sae.kernels.choice import choose_kernels
 from dist_sae.storage import open_store
 
 CHANCE_ROWS = 262_144
-"""Most rows that the turned copy encodes, in whole units from the first on."""
+"""Rows that the rotated copy encodes: the first units that fit, but at least two units."""
 LEVEL = 0.01
-"""Chance below which a dictionary is taken to find more than its rotated copy."""
-_LARGE = 1000  # words from which on the binomial is taken as normal: floats have no 2^-1075
-_TURN_ROWS = 65_536  # of W_enc at a time
+"""Significance level: with a lower p-value, a dictionary finds more than its rotated copy."""
+_LARGE = 1000  # words from which the binomial is taken as normal, because 2^-1075 underflows
+_TURN_ROWS = 65_536  # rows of W_enc that are rotated at a time
 
 
 class Beyond(NamedTuple):
-    """Comparison of the words that two dictionaries have latents for, on the same rows."""
+    """A comparison of the words that two dictionaries have latents for, on the same rows."""
 
     of: str
     """Name of the other dictionary, as messages print it."""
     rows: int
     words: int
-    """Words that are judged."""
+    """Number of words that are judged."""
     found: int
     by_other: int
     both: int
 
     @property
     def p_value(self) -> float:
-        """Chance of so many words that only the dictionary has, if it is no better."""
+        """The p-value of McNemar's one-sided test that the dictionary has no more words."""
         own, other = self.found - self.both, self.by_other - self.both
         n = own + other
         if n >= _LARGE:
@@ -66,21 +66,21 @@ class Beyond(NamedTuple):
 
     @property
     def is_more(self) -> bool:
-        """Whether the dictionary has more than the other."""
+        """Whether the dictionary has significantly more words than the other one."""
         return self.p_value < LEVEL
 
 
 def beyond(
     of: str, rows: int, judged: NDArray[np.bool_], own: NDArray[np.bool_], other: NDArray[np.bool_]
 ) -> Beyond:
-    """Count words that both, or one of two dictionaries has.
+    """Count the words that the dictionary, the other one, and both have.
 
     Args:
-        of: What the other one is.
-        rows: Rows that both were matched on.
+        of: Name of the other dictionary.
+        rows: Number of rows that both were matched on.
         judged: Words that are judged in both.
         own: Words that the dictionary has.
-        other: Words that the other has.
+        other: Words that the other dictionary has.
     """
     counts = [int((judged & each).sum()) for each in (own, other, own & other)]
     return Beyond(of, rows, int(judged.sum()), *counts)
@@ -89,23 +89,23 @@ def beyond(
 def match_turned(
     subject: Subject, words: WordRows, n_concepts: int, matched: Matched, seed: int = 0
 ) -> tuple[int, Matched, Matched]:
-    """Match words with the latents of a subject, and of its turned copy, on the same rows.
+    """Match words with the latents of a dictionary and of its rotated copy, on the same rows.
 
-    It takes the time of encoding the rows, linear in rows and latents. In memory are the dictionary
-    and the codes of at most `CHANCE_ROWS` rows.
+    Encoding the rows takes most of the time, which is linear in rows and latents. The dictionary
+    and the codes of these rows (see `CHANCE_ROWS`) are in memory.
 
     Args:
         subject: The dictionary, with its index.
-        words: Where the words stand.
-        n_concepts: Their number.
-        matched: Their matches on all rows.
-        seed: Of the rotation.
+        words: Rows of the words.
+        n_concepts: Number of words.
+        matched: Matches of the words on all rows.
+        seed: Seed of the rotation.
 
     Returns:
-        Number of rows; matches of the dictionary and of its copy on these.
+        Number of rows; matches of the dictionary and of its copy on these rows.
 
     Raises:
-        ConfigError: The activations of the rows are not there any more.
+        ConfigError: The activations of the rows cannot be read.
     """
     starts, units = words.starts, subject.index.manifest.units
     n_units = max(int(np.searchsorted(starts, CHANCE_ROWS, side="right")) - 1, min(2, len(units)))
@@ -128,7 +128,7 @@ def match_turned(
 
 
 class _Part:
-    """Some units of an index."""
+    """A view of an index that is restricted to some of its units."""
 
     def __init__(self, index: Postings, manifest: IndexManifest) -> None:
         self._index, self.manifest = index, manifest
@@ -153,7 +153,7 @@ class _Part:
 
 
 class _Turned:
-    """Codes in memory, as an index has them: sorted by latent, unit and row."""
+    """Codes of the rotated copy, in memory and in the order of an index: latent, unit, row."""
 
     def __init__(self, index: Postings, manifest: IndexManifest, table: pa.Table) -> None:
         self._index, self.manifest, self._table = index, manifest, table

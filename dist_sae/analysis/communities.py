@@ -1,4 +1,4 @@
-"""Communities of a graph at several resolutions, and how stable they are."""
+"""Communities of a graph at several resolutions, and their stability."""
 
 import math
 from typing import Any, NamedTuple
@@ -10,11 +10,11 @@ from dist_sae.analysis.links import Graph
 from dist_sae.errors import ConfigError
 
 LEAST_SIZE = 3
-"""Least latents of a cluster; smaller communities are none."""
+"""Fewest latents of a cluster. The latents of smaller communities are in no cluster."""
 STABLE = 0.6
-"""Jaccard index from which a cluster is called stable (Hennig 2007)."""
+"""Lowest Jaccard index of a stable cluster (Hennig 2007)."""
 _KEPT = 0.8  # share of the nodes in a resample
-_FINEST = 64  # latents of a cluster at the finest resolution, about
+_FINEST = 64  # sets the finest resolution: about this many latents per cluster
 
 
 class Level(NamedTuple):
@@ -22,25 +22,25 @@ class Level(NamedTuple):
 
     resolution: float
     of: NDArray[np.int32]
-    """Cluster of each node, the largest first; -1 for a node in none."""
+    """Cluster of each latent; -1 if it is in none. Cluster 0 is the largest."""
     sizes: NDArray[np.int64]
     stability: NDArray[np.float64]
-    """Mean Jaccard index of each cluster with its best match, over resamples; nan where no resample
-    has two of its nodes."""
+    """Mean over resamples of each cluster's Jaccard index with its best match. NaN for a cluster of
+    which no resample has two nodes."""
 
 
 def resolutions(n_connected: int) -> tuple[float, float, float]:
-    """Three resolutions, from a few large clusters to many small ones."""
+    """Return three resolutions, from a few large clusters to many small ones."""
     finest = max(4.0, n_connected / _FINEST)
     return 1.0, math.sqrt(finest), finest
 
 
 def find_level(graph: Graph, resolution: float, resamples: int, seed: int) -> Level:
-    """Cluster a graph by the Leiden method on modularity, and resample its nodes.
+    """Cluster a graph by the Leiden method on modularity, and resample its nodes for stability.
 
-    A resample has four fifths of the nodes and is clustered alone. A cluster's Jaccard index with
-    its best match, both restricted to the nodes of the resample, says how far it depends on which
-    latents happen to be there.
+    A resample has about four fifths of the nodes and is clustered separately. Each cluster is
+    compared with its best match there, both restricted to the nodes of the resample. Their Jaccard
+    index shows how much the cluster depends on which latents are included.
 
     Raises:
         ConfigError: scikit-network is not installed.
@@ -63,13 +63,13 @@ def find_level(graph: Graph, resolution: float, resamples: int, seed: int) -> Le
 def _leiden(
     graph: Graph, resolution: float, seed: int, kept: NDArray[np.bool_] | None
 ) -> NDArray[np.int64]:
-    """Community of each node, visited in random order.
+    """Return the community of each node. The method visits nodes in random order.
 
     Args:
-        graph: The nodes.
-        resolution: Of the modularity.
-        seed: Of the order.
-        kept: Nodes whose links are looked at; the others are communities of their own.
+        graph: Graph to cluster.
+        resolution: Resolution of the modularity.
+        seed: Seed of the order.
+        kept: Nodes whose links are used. Each other node is a separate community.
     """
     method, n = _method(resolution), len(graph.nodes)
     from scipy.sparse import csr_matrix
@@ -93,10 +93,10 @@ def _leiden(
 
 
 def _method(resolution: float) -> Any:
-    """The Leiden method for a symmetric matrix in single precision, which is changed in place.
+    """Return the Leiden method for a symmetric fp32 matrix, which it changes in place.
 
-    The library's own preparation makes the matrix symmetric, in double precision, and keeps five
-    copies of it.
+    This saves memory: the library's own preparation makes the matrix symmetric, in double
+    precision, and needs five copies of it.
     """
     try:
         from scipy.sparse import identity  # takes a second
@@ -120,7 +120,7 @@ def _method(resolution: float) -> Any:
 
 
 def _numbered(labels: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Clusters of at least `LEAST_SIZE` nodes, the largest first; -1 for other nodes."""
+    """Number clusters of at least `LEAST_SIZE` nodes, the largest first; -1 for other nodes."""
     _, first, place, counts = np.unique(
         labels, return_index=True, return_inverse=True, return_counts=True
     )
@@ -134,7 +134,14 @@ def _numbered(labels: NDArray[np.int64]) -> NDArray[np.int32]:
 def _jaccard(
     of: NDArray[np.int32], labels: NDArray[np.int64], kept: NDArray[np.bool_], n: int
 ) -> NDArray[np.float64]:
-    """Jaccard index of each of `n` clusters with its best match among the labels of kept nodes."""
+    """Return the Jaccard index of each of `n` clusters with its best match in a resample.
+
+    Args:
+        of: Cluster of each node; -1 if it is in none.
+        labels: Community of each node in the resample.
+        kept: Nodes of the resample.
+        n: Number of clusters.
+    """
     here = kept & (of >= 0)
     _, matched = np.unique(labels, return_inverse=True)
     mine = np.bincount(of[here], minlength=n)

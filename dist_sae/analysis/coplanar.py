@@ -1,10 +1,10 @@
-"""Groups of latents that lie in a plane through the origin and fire together in turn.
+"""Groups of latents in one plane through the origin, in which neighboring latents fire together.
 
-A dictionary that is trained on a ring around the origin covers it with few latents, of which
-neighbouring ones are active together. They are some 60 to 120 degrees apart, no nearer to each
-other than to latents of other features, but all lie in one plane. Three directions of several
-dozen dimensions lie in a plane by no chance. So for each latent the three-sided groups that it
-forms with its most coactive latents are looked at, in time linear in the latents. This is ours.
+A dictionary that is trained on a ring around the origin covers it with few latents, and neighbors
+on the ring are active together. They are some 60 to 120 degrees apart, so they are no nearer to
+each other than to latents of other features. But all of them lie in one plane, and in several dozen
+dimensions three directions do not lie in a plane by chance. So each latent is tested in triples
+with its most coactive latents, in time linear in the latents. The method is our own.
 """
 
 from collections.abc import Iterator
@@ -19,27 +19,28 @@ from dist_sae.analysis.links import Pairs
 from dist_sae.index.decoder import Decoder
 
 FLATNESS = 0.1
-"""Most of the least eigenvalue of the cosines of three latents in a plane: 0 if they lie in one
-exactly, 1 if they are at right angles. Three that are equally near have 1 - cosine."""
+"""Upper limit on the least eigenvalue of the 3 x 3 matrix of cosines of three latents in a plane.
+The eigenvalue is 0 if they lie in a plane exactly, 1 if they are orthogonal, and 1 - cosine if all
+cosines are equal and positive."""
 NEAR = 0.8
-"""Cosine of latents that are too near each other to span a plane with a third."""
-_MOSTLY = 0.5  # share of a direction in a plane, from which a mixed latent is the plane's
+"""Largest cosine of two latents of a triple. Nearer latents hardly span a plane."""
+_MOSTLY = 0.5  # least share of a mixed latent's direction that lies in the plane
 _SKETCH = 128  # dimensions that directions are projected to, if they have more
-_PRODUCTS = 2**24  # numbers of a block's sketches
+_PRODUCTS = 2**24  # numbers in a block of sketches, to bound memory
 
 
 def coplanar_groups(decoder: Decoder, pairs: Pairs, least: int, most: int) -> Groups:
-    """Groups of latents in a plane, in which each shares a plane with two that it is coactive with.
+    """Find groups of latents in a plane, from flat triples of a latent and two coactive ones.
 
-    Sets of three are of the same plane if they have two latents in common that span it. A latent
-    may be in several groups. A dictionary may have mixed one of a plane's latents with another
-    feature. So a group is also given with the latents that are mostly in its plane, and coactive
-    with two of it.
+    Triples are in the same plane if they share two latents that span it. A latent may be in several
+    groups. Training may have mixed one of a plane's latents with another feature. So each group is
+    also returned in a second version, if it differs: with the latents that lie mostly in its plane
+    and are coactive with two of its latents.
 
     Args:
-        decoder: Of the latents.
-        pairs: Those that fire on common rows.
-        least: Least latents of a group.
+        decoder: Decoder of the latents.
+        pairs: Pairs of latents that fire on common rows.
+        least: Fewest latents of a group.
         most: Most latents of a group.
     """
     sketches = sketch(decoder)
@@ -54,7 +55,7 @@ def coplanar_groups(decoder: Decoder, pairs: Pairs, least: int, most: int) -> Gr
     used, side = np.unique(np.where(spans, keys, first[:, None]), return_inverse=True)
     side = side.reshape(keys.shape)
     of, n_groups = components(len(used), side[:, [0, 0]].ravel(), side[:, [1, 2]].ravel())
-    members = np.unique(of[side[:, [0]]] * n + three)  # each latent of a group once
+    members = np.unique(of[side[:, [0]]] * n + three)  # without repeats
     group, latents = members // n, members % n
     sizes = np.bincount(group, minlength=n_groups)
     kept = (sizes >= least) & (sizes <= most)
@@ -64,7 +65,7 @@ def coplanar_groups(decoder: Decoder, pairs: Pairs, least: int, most: int) -> Gr
 
 
 def _with_mixed(flat: Groups, sketches: NDArray[np.float16], pairs: Pairs, most: int) -> Groups:
-    """Groups that have latents which are mostly, but not wholly in their plane: with these."""
+    """Extend groups by the latents that lie mostly in their plane; omit groups without any."""
     order = np.argsort(pairs.latent, kind="stable")
     others, starts = pairs.other[order], np.searchsorted(pairs.latent[order], flat.latents)
     stops = np.searchsorted(pairs.latent[order], flat.latents, side="right")
@@ -83,9 +84,10 @@ def _with_mixed(flat: Groups, sketches: NDArray[np.float16], pairs: Pairs, most:
 
 
 def sketch(decoder: Decoder) -> NDArray[np.float16]:
-    """Unit directions, projected at random if they have many dimensions.
+    """Return the unit directions, randomly projected if they have more than `_SKETCH` dimensions.
 
-    What lies in a plane does so after a projection, and what does not hardly ever does.
+    A linear projection preserves planes, and directions that are not in a plane hardly ever fall
+    into one.
     """
     d = decoder.d_out
     draw = torch.Generator().manual_seed(0)
@@ -97,10 +99,10 @@ def sketch(decoder: Decoder) -> NDArray[np.float16]:
 def _flat(
     sketches: NDArray[np.float16], pairs: Pairs
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
-    """Sets of a latent and two of its coactive ones that lie in a plane, and which sides span it.
+    """Yield flat triples of a latent and two coactive ones, and which of their sides span a plane.
 
-    Sides are those between the first and second latent, first and third, second and third. A side
-    between opposite latents spans no plane.
+    The sides of a triple are its latents 1 and 2, 1 and 3, 2 and 3. Two nearly opposite latents do
+    not span a plane.
     """
     order = np.argsort(pairs.latent, kind="stable")
     latents, starts, counts = np.unique(pairs.latent[order], return_index=True, return_counts=True)
@@ -112,7 +114,7 @@ def _flat(
         own, place = latents[here, None], np.arange(width)
         there = place < counts[here, None]
         listed = pairs.other[order[starts[here, None] + np.where(there, place, 0)]]
-        near = np.where(there, listed, own)  # too near itself to span a plane
+        near = np.where(there, listed, own)  # pads with the latent itself, which `NEAR` rejects
         rows = sketches[np.concatenate([own, near], axis=1)].astype(np.float32)
         cosines = rows @ rows.transpose(0, 2, 1)
         sides = cosines[:, 0, one + 1], cosines[:, 0, other + 1], cosines[:, one + 1, other + 1]
@@ -126,7 +128,7 @@ def _flat(
 def _least_eigenvalue(
     a: NDArray[np.float32], b: NDArray[np.float32], c: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Least eigenvalue of each symmetric 3 x 3 matrix with diagonal 1 and off-diagonals a, b, c."""
+    """Return the least eigenvalue of 3 x 3 matrices with diagonal 1 and off-diagonals a, b, c."""
     square = np.maximum((a * a + b * b + c * c) / 3, 1e-12)
     angle = np.arccos(np.clip(a * b * c / square**1.5, -1, 1)) / 3
     least: NDArray[np.float32] = 1 + 2 * np.sqrt(square) * np.cos(angle + 2 * np.pi / 3)

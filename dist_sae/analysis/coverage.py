@@ -28,41 +28,41 @@ from dist_sae.errors import ArgumentError
 from dist_sae.report.outcome import Findings
 
 LEAST_CONCEPTS = 20
-"""Concepts below which no curve is fitted."""
+"""Fewest concepts that a curve is fitted to."""
 
 
 class Covered(NamedTuple):
-    """Which concepts one dictionary has, and what is told of each."""
+    """Which concepts one dictionary has, with a table of them and comparisons with chance."""
 
     width: Width
     table: Mapping[str, Sequence[Any]]
-    """A value for each concept, by column."""
+    """Columns by name, with a value for each concept."""
     zipf: float | None
-    """Exponent of the rank-frequency curve of the alive latents."""
+    """Exponent of the rank-frequency curve of the alive latents. None if too few are alive."""
     beyond: Sequence[Beyond] = ()
-    """Comparisons with its rotated copy, and with the dictionary of `--control`."""
+    """Comparisons with the rotated copy, and with the dictionary of `--control`."""
     caveat: str = ""
-    """Why there is no comparison with chance."""
+    """Why the dictionary is not compared with chance. Empty if it is."""
 
     @property
     def is_nothing(self) -> bool:
-        """Whether a comparison shows no more words than the other dictionary has."""
+        """Whether the dictionary fails to have significantly more words in any comparison."""
         return any(not each.is_more for each in self.beyond)
 
 
 def frequencies(concepts: Sequence[Concept], words: WordRows, share: float) -> NDArray[np.float64]:
-    """How often each concept occurs, per row: counted in the index, or by the list's own counts.
+    """Return the occurrences of each concept per row, from the index or from the list's counts.
 
-    Counts of a list are of another corpus, of unknown size: they are scaled so that the list as a
-    whole is as frequent as in the rows of the index.
+    A list's counts come from another corpus of unknown size. They are scaled so that all words
+    together are as frequent as in the rows of the index.
 
     Args:
-        concepts: Words.
-        words: Where they stand.
+        concepts: Words to count.
+        words: Rows of the words.
         share: Share of the rows whose activations the index keeps.
 
     Raises:
-        ArgumentError: None of them occurs.
+        ArgumentError: None of the words occurs.
     """
     seen = np.bincount(words.concept[words.is_last], minlength=len(concepts))
     rows = int(words.starts[-1])
@@ -77,10 +77,10 @@ def frequencies(concepts: Sequence[Concept], words: WordRows, share: float) -> N
 
 
 def judged_words(frequency: NDArray[np.float64], matched: Matched) -> NDArray[np.bool_]:
-    """Words that occur often enough to be judged.
+    """Return a mask of the words that occur often enough to be judged.
 
     Raises:
-        ArgumentError: They are fewer than `LEAST_CONCEPTS`.
+        ArgumentError: Fewer than `LEAST_CONCEPTS` words occur often enough.
     """
     judged = matched.judged & (frequency > 0)
     if judged.sum() >= LEAST_CONCEPTS:
@@ -105,18 +105,18 @@ def cover_words(
     beyond: Sequence[Beyond] = (),
     caveat: str = "",
 ) -> Covered:
-    """Find which of a list of words have a latent in one dictionary.
+    """Find the words of a list that have a latent in one dictionary.
 
     Args:
-        name: Of the run.
-        firings: Of each latent.
-        trained_rows: Rows that it was trained on.
+        name: Name of the run.
+        firings: Firings of each latent.
+        trained_rows: Rows that the dictionary was trained on.
         concepts: Words.
-        frequency: Of each.
-        matched: Their latents.
-        least_f1: F1 from which on a latent counts as a word's own.
-        beyond: What it finds beside others.
-        caveat: Why it is not told what chance would find.
+        frequency: Frequency of each word.
+        matched: Latents that match the words.
+        least_f1: Lowest F1 at which a word counts as having its own latent.
+        beyond: Comparisons with other dictionaries.
+        caveat: Why the dictionary is not compared with chance.
 
     Raises:
         ArgumentError: Fewer than `LEAST_CONCEPTS` words occur often enough.
@@ -150,14 +150,14 @@ def cover_features(
     probabilities: NDArray[np.float64],
     latent_of: Mapping[int, int],
 ) -> Covered:
-    """Find which features of a synthetic world have a latent in one dictionary.
+    """Find the features of a synthetic world that have a latent in one dictionary.
 
     Args:
-        name: Of the run.
-        firings: Of each latent.
-        trained_rows: Rows that it was trained on.
-        probabilities: Of each feature, per row.
-        latent_of: Features that are matched, with their latents.
+        name: Name of the run.
+        firings: Firings of each latent.
+        trained_rows: Rows that the dictionary was trained on.
+        probabilities: Probability per row that each feature is active.
+        latent_of: Latent of each feature that is matched.
     """
     n = len(probabilities)
     recovered = np.isin(np.arange(n), list(latent_of))
@@ -176,12 +176,12 @@ def cover_features(
 
 
 def coverage(covered: Sequence[Covered], forecast: Sequence[float]) -> Findings:
-    """Say which concepts have a latent, and what that means for wider dictionaries.
+    """Report which concepts have a latent, and what that implies for wider dictionaries.
 
     Args:
         covered: Dictionaries, with the same concepts.
-        forecast: Frequencies of concepts, per row, for which a width is forecast. With fewer than
-            three widths there is no law to forecast by, which the caller has refused.
+        forecast: Frequencies of concepts, per row, for which a width is forecast. This needs three
+            widths, so the caller calls `check_widths` first.
     """
     widths = [each.width for each in covered]
     fitted = fit(widths, forecast)
@@ -210,10 +210,10 @@ def coverage(covered: Sequence[Covered], forecast: Sequence[float]) -> Findings:
 
 
 def check_widths(names: Sequence[str]) -> None:
-    """Refuse a forecast by fewer widths than a law needs.
+    """Refuse a forecast from fewer widths than a law needs.
 
     Raises:
-        ArgumentError: They are too few.
+        ArgumentError: There are too few widths.
     """
     if len(names) < LEAST_WIDTHS:
         raise ArgumentError(
@@ -223,7 +223,7 @@ def check_widths(names: Sequence[str]) -> None:
 
 
 def _falls(law: Law) -> bool:
-    """Whether wider dictionaries have rarer concepts, beyond what chance explains."""
+    """Return whether f50 falls with width: the exponent's interval is below zero."""
     return law.exponent.high is not None and law.exponent.high < 0
 
 
@@ -268,7 +268,7 @@ def _beside(name: str, found: Beyond) -> str:
 
 
 def _told(curve: Curve) -> bool:
-    """Whether more frequent words are recovered more often: the slope's interval is above zero."""
+    """Return whether frequent words are recovered more often: the slope's interval is above 0."""
     return curve.slope.low is not None and curve.slope.low > 0
 
 
@@ -371,7 +371,7 @@ def _concepts(covered: Covered) -> pa.Table:
 
 
 def shown(interval: Interval) -> str:
-    """A number with its interval, for a sentence."""
+    """Format a number with its interval, for a sentence."""
     if interval.value is None:
         return "unknown"
     if interval.low is None or interval.high is None:

@@ -8,11 +8,11 @@ from dist_sae.analysis.law import Fitted, Law, Width
 from dist_sae.report.charts import Line, Mark, render_lines
 
 _BINS = 8
-"""Groups of concepts, equal in number, whose shares a figure shows."""
+"""Number of equal groups of concepts whose shares a figure shows."""
 
 
 def figures(widths: Sequence[Width], fitted: Fitted, law: Law | None) -> list[str]:
-    """Draw the share of concepts that have a latent by frequency, and f50 by width."""
+    """Draw the share of concepts that have a latent, by frequency, and f50 by width."""
     shares = [_shares(width) for width in widths]
     pairs = list(zip(widths, shares, strict=True))
     level = Mark("half", 0.5)
@@ -50,7 +50,7 @@ def figures(widths: Sequence[Width], fitted: Fitted, law: Law | None) -> list[st
 
 
 def _shares(width: Width) -> tuple[list[float], list[float]]:
-    """Geometric mean frequency, and share recovered, of groups of judged concepts."""
+    """Return geometric mean frequencies and recovered shares of groups of judged concepts."""
     order = np.argsort(width.frequency[width.judged], kind="stable")
     x = np.log(width.frequency[width.judged])[order]
     y = width.recovered[width.judged][order]

@@ -1,4 +1,4 @@
-"""Measures what the reconstructions of one dictionary miss, and the parts of their error."""
+"""Measurements of what one dictionary's reconstructions miss, and of the parts of the error."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,25 +38,27 @@ _RESAMPLES = 1000
 
 
 class Tail(NamedTuple):
-    """Error of a sparse solver on some judged rows, as shares of their variance."""
+    """What a sparse solver cannot explain on some judged rows, as shares of their variance."""
 
     left: Span
-    """Share that no few decoder rows describe: the estimate, and the least and greatest end of 95 %
-    intervals (bootstrap over documents) at thresholds of .9, 1 and 1.1 times `pursuit`'s."""
+    """Share that no sparse sum of decoder rows describes. The interval runs from the lowest to the
+    highest end of the 95 % intervals (bootstrap over documents) at .9, 1 and 1.1 times the
+    threshold of `pursuit`."""
     unique: Span
-    """Share of the energy of the half of the alive latents with the least energy that the other
-    half does not describe as well: what the solver leaves more without them, over their energy.
-    The interval is of the three thresholds."""
+    """Share of unique energy in the half of the alive latents with the least energy: the share that
+    the other half cannot describe. It is the solver's extra error without these latents, over their
+    energy. The interval is the range over the three thresholds."""
     fvu: float
-    """Error of the encoder's reconstructions of the same rows."""
+    """FVU of the encoder's reconstructions of the same rows."""
     explained: float
     """Share of |x - b_dec|^2 that the solver explains."""
     chance: float
-    """The same share after a random rotation of the rows, which the decoder was not trained for."""
+    """The share that the solver explains after a random rotation of the rows: what a decoder that
+    was not trained on them would explain."""
     latents: float
-    """Latents that the solver uses on a row."""
+    """Mean number of latents that the solver uses on a row."""
     capped: float
-    """Share of the rows that use as many latents as the solver may."""
+    """Share of the rows on which the solver uses its maximum number of latents."""
     rows: int
 
     @property
@@ -80,37 +82,39 @@ class Study(NamedTuple):
     judged_documents: int
     linear: LinearPart
     densities: Floats
-    """Shares of rows on which the alive latents fire, the largest first."""
+    """Firing frequencies of the alive latents, the largest first."""
     energies: Floats
-    """Energies of the alive latents, the largest first; their sum is what the solver explains."""
+    """Energies of the alive latents, the largest first. With a tail, they are scaled to sum to the
+    share of the variance that the solver explains."""
     tail: Tail | None
-    """None for dictionaries that do not reconstruct what they read."""
+    """None for dictionaries that do not reconstruct their inputs."""
     losses: Mapping[str, float]
-    """Rise of the cross-entropy, in nats per token, by the whole error and by each part alone."""
+    """Rise of the cross-entropy, in nats per token, from the whole error and from each part alone.
+    Also the number of tokens."""
     left_out: tuple[str, ...]
-    """Parts that were not measured, each with the reason."""
+    """Measurements that were left out, each with the reason."""
 
     @property
     def frequency_law(self) -> Law | None:
-        """Power law of firing frequencies over their rank; None if too few latents are alive."""
+        """Power law of firing frequency by rank; None if too few latents are alive."""
         return fit_law(self.densities) if self.alive >= LEAST_ALIVE else None
 
     @property
     def energy_law(self) -> Law | None:
-        """Power law of energies over their rank; None if too few latents are alive, or no tail."""
+        """Power law of energy by rank; None without a tail or if too few latents are alive."""
         return fit_law(self.energies) if self.tail and self.alive >= LEAST_ALIVE else None
 
 
 def study(run: Run, fit_rows: int | None = None, *, losses: bool = True) -> Study:
-    """Measure what a run's newest dictionary misses. In bounded memory at any width.
+    """Measure what a run's newest dictionary misses, in bounded memory at any width.
 
-    The linear maps are fitted to training rows and judged on held-out ones. If the training rows
-    were deleted after use, every other held-out unit is fitted to.
+    The linear maps are fitted to training rows and judged on held-out rows. If the training rows
+    were deleted after use, the maps are fitted to every other held-out unit.
 
     Args:
-        run: Has a checkpoint and its latent index.
+        run: Run with a checkpoint and a latent index of it.
         fit_rows: Rows that the linear maps are fitted to; None takes 50 for each input dimension.
-        losses: Measure cross-entropies, if the activation set has a language model.
+        losses: Whether to measure cross-entropies, if the activation set has a language model.
 
     Raises:
         ConfigError: There are too few rows, or no checkpoint.
@@ -130,7 +134,7 @@ def study(run: Run, fit_rows: int | None = None, *, losses: bool = True) -> Stud
 
 
 def _split(store: ObjectStore, plan: Plan, run: Run) -> tuple[range, range]:
-    """Units to fit the maps to, and to judge them on."""
+    """Return the units to fit the maps to, and the units to judge them on."""
     heldout = plan.heldout_units
     if not len(heldout):
         raise ConfigError(
@@ -151,7 +155,7 @@ class _Measuring:
     """Measurements of one dictionary on the rows of its activation set."""
 
     def __init__(self, run: Run, trained: Trained, activations: ActivationSet) -> None:
-        self._run = run  # its section evaluate holds, not that of the checkpoint
+        self._run = run  # for its section `evaluate`, which may differ from the checkpoint's
         self._trained = trained
         self._pages = trained.pages
         self._activations = activations
@@ -228,7 +232,7 @@ class _Measuring:
     def _errors(
         self, units: range, limit: int, what: str
     ) -> Iterator[tuple[Rows, Inferred, Float[Tensor, "rows d_out"]]]:
-        """Yield rows, what is inferred of them, and x_hat - targets; notes their documents."""
+        """Yield rows, their inferred codes and x_hat - targets; collect their documents."""
         self._documents = []
         progress = logs.PacedProgress(what)
         rows = 0
@@ -297,13 +301,13 @@ class _Measuring:
         )
 
     def _offset(self, x: Tensor) -> Tensor:
-        """The part of x_hat that comes from no latent."""
+        """Return the part of x_hat that does not come from a latent."""
         pages = self._pages.pages()
         offset = next(iter(pages)).offset(x).detach().clone()
         return offset.expand_as(x)
 
     def _losses(self, linear: LinearPart) -> dict[str, float]:
-        """Rises of the cross-entropy; empty without a language model."""
+        """Measure the rises of the cross-entropy; empty without a language model."""
         run = self._run
         if not isinstance(run.model, HuggingFaceModel) or not run.evaluate.contexts:
             return {}
@@ -325,7 +329,7 @@ class _Measuring:
 
 
 class _Nonlinear:
-    """A dictionary without the linear part of its error: x_hat - e_linear."""
+    """The dictionary without the linear part of its error: x_hat - e_linear."""
 
     def __init__(self, pages: PagedDictionary, linear: LinearPart) -> None:
         self._pages, self._linear = pages, linear
@@ -336,7 +340,7 @@ class _Nonlinear:
 
 
 class _Linear:
-    """A dictionary with the linear part of its error alone: x + e_linear."""
+    """Inputs with only the linear part of the dictionary's error: x + e_linear."""
 
     def __init__(self, pages: PagedDictionary, linear: LinearPart) -> None:
         self._pages, self._linear = pages, linear
@@ -348,12 +352,12 @@ class _Linear:
 def unique_share(
     left: Float[Tensor, " strictness"], by_half: Float[Tensor, " strictness"], rarer: float
 ) -> Span:
-    """Share of unique energy, from 0 to 1: see `Tail.unique`.
+    """Return the share of unique energy, from 0 to 1: see `Tail.unique`.
 
     Args:
-        left: What the solver leaves, as a share of the variance.
-        by_half: What it leaves without the half with the least energy.
-        rarer: Share of that half in the energy of all.
+        left: The solver's error, as a share of the variance.
+        by_half: The solver's error without the half of the latents with the least energy.
+        rarer: That half's share of the energy of all latents.
     """
     found = ((by_half - left) / ((1 - left) * max(rarer, 1e-300))).clamp(0, 1)
     return Span(float(found[len(found) // 2]), float(found.min()), float(found.max()))
@@ -364,7 +368,13 @@ def left_over(
     total: Float[Tensor, " rows"],
     documents: Tensor,
 ) -> Span:
-    """Share of the variance that a pursuit leaves, with an interval: see `Tail.left`."""
+    """Return the share of the variance that a pursuit cannot explain: see `Tail.left`.
+
+    Args:
+        squares: Squared error of each row, for each threshold.
+        total: Squared distance of each row from the mean.
+        documents: Document of each row.
+    """
     _, which = torch.unique(documents, return_inverse=True)
     n = int(which.max()) + 1
     columns = torch.cat([squares, total[None]])

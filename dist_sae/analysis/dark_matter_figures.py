@@ -12,23 +12,24 @@ from dist_sae.analysis.seeds import Overlap
 from dist_sae.analysis.tail import Span
 from dist_sae.report.charts import Line, render_lines
 
-_PLACES = 256  # of a curve over ranks
+_PLACES = 256  # most points of a curve over ranks
 
 
 class Check(NamedTuple):
-    """A prediction of the tail of a dictionary that had no part in it."""
+    """A held-out test: a dictionary's tail as predicted from narrower ones, and as measured."""
 
     narrower: tuple[Study, ...]
-    """One: a floor, from its energies. Two: a forecast, from what the second gained."""
+    """One dictionary gives a floor, from its energies. Two give a forecast, from the gain between
+    them."""
     wider: Study
     predicted: Span
     measured: Span
 
     @property
     def verdict(self) -> str:
-        """Where the measured tail lies: `within`, `above` or `below` what is predicted.
+        """Where the measured tail is: `above` or `below` the predicted interval, or `within` it.
 
-        Within: the two intervals meet.
+        It is `within` if the two intervals overlap.
         """
         if self.measured.low > self.predicted.high:
             return "above"
@@ -36,7 +37,7 @@ class Check(NamedTuple):
 
 
 def rank_table(studies: Sequence[Study]) -> pa.Table:
-    """Frequencies and energies at some ranks."""
+    """Return a table of firing frequencies and energies at some ranks."""
     rows: dict[str, list[Any]] = {"run": [], "rank": [], "density": [], "energy": []}
     for study in studies:
         for rank in _places(study.alive):
@@ -49,7 +50,7 @@ def rank_table(studies: Sequence[Study]) -> pa.Table:
 
 
 def overlap_table(overlaps: Mapping[tuple[str, str], Overlap]) -> pa.Table:
-    """Share of latents with a partner, by tenth of firing frequency."""
+    """Return a table of the share of latents with a partner, by tenth of firing frequency."""
     kinds = {
         "run": pa.string(),
         "other": pa.string(),
@@ -76,7 +77,7 @@ def figures(
     checks: Sequence[Check],
     overlaps: Mapping[tuple[str, str], Overlap],
 ) -> Iterator[str]:
-    """Frequencies, energies, tails and overlaps; empty strings for those without points."""
+    """Draw frequencies, energies, tails and overlaps; yield "" for figures without points."""
     for what, title in (
         ("densities", "Firing frequency by rank"),
         ("energies", "Energy by rank, as a share of the variance"),
@@ -114,7 +115,7 @@ def figures(
 
 
 def _places(alive: int) -> list[int]:
-    """Ranks from 1 to the last, evenly spaced in their logarithm."""
+    """Return ranks from 1 to `alive`, evenly spaced in their logarithm."""
     if not alive:
         return []
     ranks = np.exp(np.linspace(0, math.log(alive), _PLACES)).round().astype(int)

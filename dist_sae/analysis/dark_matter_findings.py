@@ -1,4 +1,4 @@
-"""The findings of `dist-sae analyse dark-matter`, from the studies of one or more runs."""
+"""Findings of `dist-sae analyse dark-matter`, from the studies of one or more runs."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,15 +18,16 @@ from dist_sae.report.outcome import Findings
 _WIDER = (2, 4, 10)
 """Multiples of the alive latents for which the tail is predicted."""
 _WIDER_BY = 1.2
-"""Factor of alive latents from which another dictionary counts as wider."""
+"""Factor of alive latents above which another dictionary counts as wider."""
 _EXPLAINS = 0.05
-"""Share by which a decoder must explain more than its rotation, to have found anything."""
+"""Least extra share that a decoder must explain, compared with rotated rows, to have found
+anything."""
 _UNIQUE = 0.8
-"""Share of unique energy above which a latent stands for a feature that no other describes."""
+"""Share of unique energy above which latents stand for features that no other latent describes."""
 _PREDICTS = 0.01
-"""R^2 above which a linear map predicts anything."""
+"""Least R^2 at which a linear map predicts anything."""
 _AGREES = 0.8
-"""Share of the most frequent tenth with partners, below which two dictionaries disagree."""
+"""Share of the most frequent tenth with partners below which two dictionaries disagree."""
 _CAPPED = 0.05
 _SAME = 0.5
 """Correlation of error lengths above which two dictionaries fail on the same rows."""
@@ -41,11 +42,11 @@ WRONG_RECAPTURE = (
 def findings(
     studies: Sequence[Study], overlaps: Mapping[tuple[str, str], Overlap] | None = None
 ) -> Findings:
-    """Say what is known of the dark matter of some dictionaries.
+    """Report the dark matter of some dictionaries.
 
     Args:
-        studies: Of the runs.
-        overlaps: Latents that pairs of runs share, by their names.
+        studies: Studies of the runs.
+        overlaps: Latents that two runs share, by the names of the two.
     """
     overlaps = overlaps or {}
     checks = list(_checks(studies))
@@ -93,12 +94,12 @@ def findings(
 
 
 def says_nothing(study: Study) -> bool:
-    """True if the decoder explains no more than directions that know nothing of the rows."""
+    """Return whether the decoder explains no more than directions unrelated to the rows do."""
     return study.tail is not None and study.tail.explained - study.tail.chance < _EXPLAINS
 
 
 def _checks(studies: Sequence[Study]) -> Iterator[Check]:
-    """Predictions for each dictionary, from one or two narrower ones on the same rows."""
+    """Yield predictions for each dictionary, from one or two narrower ones on the same rows."""
     ordered = sorted((s for s in studies if s.tail and not says_nothing(s)), key=_alive)
     for place, one in enumerate(ordered):
         for other in ordered[place + 1 :]:
@@ -125,7 +126,7 @@ def _is_wider(other: Study, one: Study) -> bool:
 
 
 def _same_failures(studies: Sequence[Study]) -> Iterator[tuple[tuple[str, str], float]]:
-    """Correlation of the lengths of two dictionaries' errors, from one width to the next."""
+    """Yield correlations between the error lengths of each dictionary and the next wider one."""
     ordered = sorted(studies, key=_alive)
     for one, other in pairwise(ordered):
         if one.plan == other.plan and one.judged_rows == other.judged_rows > 1:
@@ -249,12 +250,12 @@ def _law_sentences(study: Study) -> Iterator[str]:
 
 
 def _tells_features(study: Study) -> bool:
-    """True if latents stand for features of their own, whose number a law can say something of."""
+    """Return whether latents stand for distinct features, so that a law can estimate how many."""
     return study.tail is not None and study.tail.unique.value > _UNIQUE
 
 
 def _floor(study: Study, times: int) -> Span | None:
-    """The tail with so many times the alive latents; None without a law."""
+    """Return the floor of the tail with `times` as many alive latents; None without a law."""
     law, tail = study.energy_law, study.tail
     if not law or not tail:
         return None

@@ -1,13 +1,13 @@
 """Linear and nonlinear parts of a dictionary's error (Engels et al. 2024, arXiv:2410.14670).
 
-The error e = x_hat - x is predicted from the inputs x by a linear map with a bias: its linear part.
-What no linear map predicts is the nonlinear part; without the linear part, x_hat would leave
+The linear part e_linear of the error e = x_hat - x is what a linear map with a bias predicts from
+the inputs x. The rest is the nonlinear part, with
 FVU_nonlinear = sum |e - e_linear|^2 / sum |x - mean|^2. The squared norm |e|^2 is predicted in the
-same way, as a number.
+same way, as one number.
 
-The maps are fitted to some rows by their second moments in fp64, which take d_in (d_in + d_out)
-numbers, and judged on other rows. They are ridge regressions, whose penalty generalised
-cross-validation chooses (Golub, Heath and Wahba 1979); 0 is among the choices.
+The maps are fitted to some rows through their second moments in fp64, d_in (d_in + d_out) numbers,
+and judged on other rows. They are ridge regressions. Generalized cross-validation chooses the
+penalty (Golub, Heath and Wahba 1979); 0 is among the choices.
 """
 
 from typing import NamedTuple
@@ -17,11 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 LEAST_ROWS = 10
-"""Fewest rows for each input dimension, with the penalty."""
+"""Fewest rows per input dimension that the maps are fitted to."""
 ENOUGH_ROWS = 50
-"""Rows for each input dimension above which the penalty hardly matters."""
+"""Rows per input dimension above which the penalty hardly matters."""
 _PENALTIES = (0.0, *(10.0**power for power in range(-6, 2)))
-"""Shares of the mean variance of the inputs."""
+"""Ridge penalties to choose from, as shares of the mean variance of the inputs."""
 _RESAMPLES = 1000
 
 
@@ -29,7 +29,8 @@ class Moments:
     """Second moments of inputs, errors and squared norms of errors, in fp64.
 
     Args:
-        centre: About the mean of the inputs: taken away first, so that sums do not cancel.
+        centre: Approximate mean of the inputs. Subtracting it first avoids cancellation in the
+            sums.
         d_out: Width of the errors.
     """
 
@@ -59,7 +60,7 @@ class Moments:
         """Fit the maps to the rows so far.
 
         Raises:
-            ValueError: There are fewer than `LEAST_ROWS` for each input dimension.
+            ValueError: There are fewer than `LEAST_ROWS` rows per input dimension.
         """
         n, d_in = self.rows, len(self._centre)
         if n < LEAST_ROWS * d_in:
@@ -88,19 +89,19 @@ class Moments:
 
 
 def _free(values: Tensor, inverse: Tensor) -> float:
-    """Effective number of parameters of a map for each output, with the bias."""
+    """Return a map's effective number of parameters per output, including the bias."""
     return float((values * inverse).sum()) + 1
 
 
 def _inverse(values: Tensor, penalty: float) -> Tensor:
-    """Inverse of penalised eigenvalues; 0 for those that are nothing but rounding."""
+    """Return the inverse of penalized eigenvalues; 0 for eigenvalues that are rounding errors."""
     penalised = values + penalty * values.mean()
     nothing = values <= values.max() * len(values) * torch.finfo(values.dtype).eps
     return torch.where(nothing, torch.zeros_like(values), 1 / penalised.clamp_min(1e-300))
 
 
 def _penalty(values: Tensor, along: Tensor, squares: float, n: int) -> float:
-    """The penalty with the least generalised cross-validation, of `_PENALTIES`."""
+    """Return the one of `_PENALTIES` with the least generalized cross-validation error."""
 
     def score(penalty: float) -> float:
         inverse = _inverse(values, penalty)
@@ -115,51 +116,52 @@ class LinearPart(NamedTuple):
     """Linear maps from inputs to errors, and to their squared norms."""
 
     weights: Float[Tensor, "d_in d_out_1"]
-    """The last column is of the squared norm."""
+    """Weights of both maps. The last column predicts the squared norm."""
     bias: Float[Tensor, " d_out_1"]
     means: Float[Tensor, " d_out_1"]
     """Mean errors and mean squared norm, over the rows that the maps are fitted to."""
     penalties: tuple[float, ...]
     """Ridge penalties of the two maps, as shares of the mean variance of the inputs."""
     free: tuple[float, ...]
-    """Effective number of parameters of the two maps for each of their outputs."""
+    """Effective number of parameters per output of the two maps."""
     rows: int
-    """Rows that the maps are fitted to."""
+    """Number of rows that the maps are fitted to."""
 
     @property
     def unspoilt(self) -> tuple[float, ...]:
-        """Share of what the two maps leave of other rows that the best maps would leave as well.
+        """Correction factors for the two maps' squared errors on rows that they were not fitted to.
 
-        Maps that are fitted to n rows leave about 1 / (1 - free / n) of it, since they also fit
-        the noise of these rows: 2 % too much with 50 rows for each parameter.
+        Maps that are fitted to n rows also fit the noise of these rows. So on other rows their
+        squared error is about 1 / (1 - free / n) times that of the best maps: 2 % too large with 50
+        rows per parameter.
         """
         return tuple(1 - free / self.rows for free in self.free)
 
     def predict(self, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out_1"]:
-        """Predicted errors, and in the last column their squared norms, in fp64."""
+        """Predict the errors and, in the last column, their squared norms, in fp64."""
         return x.double() @ self.weights + self.bias
 
     def linear_error(self, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out"]:
-        """The linear part of the errors, in the precision of the inputs."""
+        """Return the linear part of the errors, in the precision of the inputs."""
         return self.predict(x)[:, :-1].to(x.dtype)
 
 
 class Parts(NamedTuple):
-    """How well the best linear maps predict, from rows that the fitted ones have not seen."""
+    """How well the best linear maps predict errors, estimated on rows that none was fitted to."""
 
     numbers: dict[str, float]
     intervals: dict[str, list[float]]
-    """95 %, from a bootstrap over documents; empty if there is one."""
+    """95 % intervals, from a bootstrap over documents. Empty if there is only one document."""
     norms: Float[Tensor, " rows"]
-    """Length of each row's error, in units of the root of the mean |x - mean|^2."""
+    """Length of each row's error, relative to the root mean square of |x - mean|."""
 
 
 class Judge:
-    """Sums over the rows that judge the maps.
+    """Judges linear maps by sums over rows that they were not fitted to.
 
     Args:
         linear: The maps.
-        mean: Mean of the targets over the data set, in their scale.
+        mean: Mean of the targets over the data set, in the scale of the targets.
     """
 
     def __init__(self, linear: LinearPart, mean: Float[Tensor, " d_out"]) -> None:
@@ -193,10 +195,10 @@ class Judge:
         self._by_row.append(torch.stack(columns, 1))
 
     def result(self, documents: Int[Tensor, " rows"]) -> Parts:
-        """Numbers of all rows so far.
+        """Return the results for all rows so far.
 
-        A share is taken of the squares about the mean of the rows that the maps are fitted to, so
-        that a map which predicts nothing has 0, or a little less.
+        R^2 is relative to the squares about the means of the rows that the maps were fitted to. So
+        a map that predicts nothing has an R^2 of 0, or a little less.
 
         Args:
             documents: Document of each row.
@@ -232,5 +234,5 @@ def _shares(sums: Float[Tensor, "*draws columns"]) -> dict[str, Tensor]:
 
 
 def _r2(rest: Tensor, about: Tensor) -> Tensor:
-    """1 - rest / about; 0 where nothing varies."""
+    """Return R^2 = 1 - rest / about; 0 where nothing varies."""
     return torch.where(about > 0, 1 - rest / about.clamp_min(1e-300), 0.0)

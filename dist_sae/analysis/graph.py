@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from dist_sae.errors import ConfigError
 from dist_sae.index.query import Index
 
-_STEP = 0.05  # by which the least cosine rises for the latents of a group that is too large
+_STEP = 0.05  # step by which the least cosine rises, to split groups that are too large
 
 
 class Edges(NamedTuple):
-    """Undirected edges between latents, each once, sorted by both ends."""
+    """Undirected edges between latents, each listed once, sorted by `one`, then `other`."""
 
     one: NDArray[np.int64]
     """The lower latent."""
@@ -22,10 +22,10 @@ class Edges(NamedTuple):
     """The higher latent."""
     weight: NDArray[np.float32]
     mutual: NDArray[np.bool_]
-    """Whether each end lists the other among its nearest."""
+    """Whether both ends list each other among their nearest latents."""
 
     def where(self, kept: NDArray[np.bool_]) -> "Edges":
-        """Some of the edges."""
+        """Return the edges where `kept` is true."""
         return Edges(self.one[kept], self.other[kept], self.weight[kept], self.mutual[kept])
 
 
@@ -35,13 +35,13 @@ class Groups(NamedTuple):
     latents: NDArray[np.int64]
     """Members of the first group, ascending, then those of the second, and so on."""
     sizes: NDArray[np.int64]
-    """Latents of each group."""
+    """Number of latents of each group."""
     too_many: int
-    """Latents that were left out because their group is too large."""
+    """Number of latents that were left out because their group is too large."""
 
 
 def nearest_edges(index: Index, least_cosine: float) -> Edges:
-    """The graph of nearest decoder directions, with cosines of at least `least_cosine`.
+    """Return the graph of nearest decoder directions, with cosines of at least `least_cosine`.
 
     Raises:
         ConfigError: The index has no nearest latents.
@@ -58,7 +58,7 @@ def nearest_edges(index: Index, least_cosine: float) -> Edges:
 def listed_nearest(
     index: Index,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]:
-    """Yield latent, near latent and cosine as the index lists them, bucket by bucket.
+    """Yield latents, their nearest latents and the cosines as the index lists them, per bucket.
 
     Raises:
         ConfigError: The index has no nearest latents.
@@ -82,7 +82,7 @@ def _flat(lists: pa.ListArray) -> NDArray[np.int64]:
 
 
 def _joined(keys: NDArray[np.int64], weights: NDArray[np.float32], n: int) -> Edges:
-    """Edges from both directions' keys, each `lower * n + higher`."""
+    """Merge directed edges into undirected ones, by the key `lower * n + higher`."""
     order = np.argsort(keys, kind="stable")
     keys, weights = keys[order], weights[order]
     first = np.flatnonzero(np.diff(keys, prepend=-1))
@@ -93,15 +93,15 @@ def _joined(keys: NDArray[np.int64], weights: NDArray[np.float32], n: int) -> Ed
 def components(
     n: int, one: NDArray[np.int64], other: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], int]:
-    """Connected components of an undirected graph, by hooking and pointer jumping.
+    """Find the connected components of an undirected graph, by hooking and pointer jumping.
 
     Args:
-        n: Nodes.
-        one: An end of each edge.
-        other: The other end.
+        n: Number of nodes.
+        one: One end of each edge.
+        other: The other end of each edge.
 
     Returns:
-        Component of each node, [n], in the order of their lowest nodes; number of components.
+        Component of each node, [n], numbered by lowest node; number of components.
     """
     root = np.arange(n)
     while True:
@@ -119,15 +119,15 @@ def components(
 
 
 def find_groups(edges: Edges, n_latents: int, least: int, most: int) -> Groups:
-    """Connected components of the mutual edges, none larger than `most` latents.
+    """Find connected components of the mutual edges, with at most `most` latents each.
 
-    The latents of a larger component are joined again with higher and higher least cosines, until
-    what they form is small enough.
+    Larger components are split: their weakest edges are removed, with a rising least cosine, until
+    all parts are small enough.
 
     Args:
         edges: Graph of the latents.
-        n_latents: Its nodes.
-        least: Least latents of a group.
+        n_latents: Number of nodes of the graph.
+        least: Fewest latents of a group.
         most: Most latents of a group.
     """
     of = np.full(n_latents, -1, np.int32)
@@ -156,7 +156,7 @@ def find_groups(edges: Edges, n_latents: int, least: int, most: int) -> Groups:
 
 
 def together(parts: Sequence[Groups]) -> Groups:
-    """The groups of several searches, equal ones once."""
+    """Merge the groups of several searches, without duplicates."""
     lists: dict[bytes, NDArray[np.int64]] = {}
     for part in parts:
         if len(part.sizes):

@@ -1,4 +1,4 @@
-"""Parents and children among latents by the rows on which they fire, and absorbed latents."""
+"""Parents and children among latents, by the rows on which they fire, and absorbed latents."""
 
 from typing import NamedTuple
 
@@ -10,16 +10,16 @@ from dist_sae.analysis.links import Links
 INCLUDED = 0.9
 """Least share of a child's rows on which its parent fires."""
 LEAST_ROWS = 10
-"""Least common rows of a parent and a child."""
+"""Fewest common rows of a parent and a child."""
 ABSORBED_COSINE = 0.5
 """Least cosine of an absorbed latent with the denser one."""
 ABSORBED = 0.1
-"""Most share of its rows on which the denser one fires."""
-_DENSER = 2.0  # how much denser a parent is, at least
+"""Largest share of an absorbed latent's rows on which the denser one fires."""
+_DENSER = 2.0  # least ratio of a parent's density to its child's
 
 
 class Parents(NamedTuple):
-    """Children with a parent, ascending."""
+    """Latents that have a parent, ascending, with their parents."""
 
     child: NDArray[np.int64]
     parent: NDArray[np.int64]
@@ -29,22 +29,22 @@ class Parents(NamedTuple):
 
 
 class Absorbed(NamedTuple):
-    """Latents that seem to have taken over a part of a denser one."""
+    """Pairs in which a latent seems to have taken over a part of a denser one."""
 
     latent: NDArray[np.int64]
     by: NDArray[np.int64]
-    """The denser latent, which is silent where the other fires."""
+    """The denser latent, which hardly ever fires where `latent` does."""
     cosine: NDArray[np.float32]
     overlap: NDArray[np.float64]
-    """At most this share of its rows has the denser one active."""
+    """Upper bound on the share of the rows of `latent` on which the denser one fires."""
 
 
 def find_parents(links: Links, firings: NDArray[np.float64]) -> Parents:
-    """Children on at least nine tenths of whose rows a latent twice as dense fires.
+    """Find latents for which a latent at least twice as dense fires on nine tenths of their rows.
 
     Args:
-        links: Of some latents; their parents are found.
-        firings: Rows on which each fires, of the same rows.
+        links: All links of the latents whose parents are looked for.
+        firings: Number of rows on which each latent fires, among the rows that links count.
     """
     share = np.minimum(1.0, links.rows / np.maximum(firings[links.one], 1))
     kept = (share >= INCLUDED) & (links.rows >= LEAST_ROWS)
@@ -58,18 +58,18 @@ def find_parents(links: Links, firings: NDArray[np.float64]) -> Parents:
 def find_absorbed(
     links: Links, firings: NDArray[np.float64], n_rows: int, most_pairs: int
 ) -> Absorbed:
-    """Latents near a denser one that does not fire on their rows.
+    """Find latents near a denser one that hardly fires on their rows.
 
-    A latent for a general feature that is silent where a special one fires, whose decoder row
-    contains the general direction, is what feature absorption leaves. Two features that exclude
-    each other and look alike leave the same, so these are candidates.
+    This is the trace of feature absorption: a latent for a general feature is silent where the
+    latent for a special one fires, and the special decoder row contains the general direction. Two
+    similar features that exclude each other have the same trace, so the results are candidates.
 
     Args:
-        links: Of some latents, among which are those that are found.
-        firings: Rows on which each fires.
-        n_rows: All rows.
-        most_pairs: Coactive latents that are kept for a latent. One that is not listed has no
-            larger phi than those that are; this bounds its common rows.
+        links: All links of the latents to search.
+        firings: Number of rows on which each latent fires.
+        n_rows: Number of rows in total.
+        most_pairs: Most coactive latents that the index lists for a latent. The phi of an unlisted
+            one is not above theirs, which bounds its common rows.
     """
     kept = links.cosine >= ABSORBED_COSINE
     kept &= firings[links.one] >= LEAST_ROWS
@@ -82,7 +82,8 @@ def find_absorbed(
     least = np.full(len(listed), np.inf)
     np.minimum.at(least, of, links.phi[links.rows > 0])
     bound = least[latent - first] * np.sqrt(own * firings[by]) + own * firings[by] / n_rows
-    bound = np.where(listed[latent - first] >= most_pairs, bound, 1.0)  # a pair has two rows
+    # the index lists pairs with two or more common rows; if its list has room, others have 0 or 1
+    bound = np.where(listed[latent - first] >= most_pairs, bound, 1.0)
     overlap = np.where(counts > 0, counts, np.maximum(bound, 1.0)) / own
     silent = overlap <= ABSORBED
     cosine = links.cosine[kept]

@@ -1,4 +1,4 @@
-"""Judges: whether a passage of text has a concept; and labels that somebody else gave."""
+"""Judges, which decide whether a passage of text has a concept, and files of labels."""
 
 import json
 import re
@@ -10,15 +10,15 @@ from dist_sae.analysis.words import LISTS, read_lists
 from dist_sae.errors import ArgumentError
 
 HAS = 2
-"""Level from which on a passage has the concept: 0 not at all, 1 hardly, 2 clearly, 3 throughout;
-judges by pattern give 0 or 3, classifiers the quarter in which the chance of their label lies."""
+"""Lowest level at which a passage has the concept. Level 0 is not at all, 1 hardly, 2 clearly, 3
+throughout. Judges by pattern give 0 or 3, classifiers the quarter of their label's probability."""
 LEVELS = range(4)
 LLM = "llm:"
-"""Beginning of a judge that asks a language model; see `asked`."""
+"""Prefix of a judge that asks a language model; see `asked`."""
 
 
 class Key(NamedTuple):
-    """A passage."""
+    """The identity of a passage."""
 
     document: int
     position: int
@@ -26,26 +26,26 @@ class Key(NamedTuple):
 
 
 class Label(NamedTuple):
-    """Line of a file about a passage that was drawn."""
+    """A drawn passage's level and chance of being drawn, as in a line of a labels file."""
 
     level: int | None
-    """None if nobody has judged it."""
+    """None if the passage has not been judged."""
     chance: float
-    """Chance with which it was drawn."""
+    """Probability with which the passage was drawn."""
     in_filter: bool
 
 
 class Judge(NamedTuple):
-    """Tells whether passages have a concept."""
+    """A judge of whether passages have a concept."""
 
     text: str
     """Name of the judge, as the user gave it."""
     levels: Callable[[Sequence[str]], list[int]]
-    """Levels of texts."""
+    """Function that returns the level of each text."""
     labels: Mapping[Key, Label] | None = None
-    """Labels that are known already; their passages are then the whole sample."""
+    """Known labels. If given, their passages are the whole sample."""
     caveat: str = ""
-    """Sentence on the limits of these labels, printed with the answer."""
+    """Sentence on the limits of these labels, printed with the results."""
 
 
 def open_judge(text: str) -> Judge:
@@ -57,8 +57,8 @@ def open_judge(text: str) -> Judge:
             `model:FOLDER` or `model:FOLDER#LABEL`, a classifier of texts.
 
     Raises:
-        ArgumentError: It is none of them, or cannot be read.
-        ModelError: The classifier cannot be loaded, or has no such label.
+        ArgumentError: The judge is not one of these, or its pattern or file cannot be read.
+        ModelError: The classifier cannot be loaded, or does not have the label.
     """
     kind, _, rest = text.partition(":")
     if kind == "re" and rest:
@@ -85,14 +85,14 @@ def open_judge(text: str) -> Judge:
 
 
 def quarter(chance: float) -> int:
-    """The quarter in which a chance lies, from 0 to 3: from .5 on a passage has the concept."""
+    """Return the quarter of a probability, from 0 to 3. From .5 a passage has the concept."""
     return min(LEVELS[-1], int(len(LEVELS) * chance))
 
 
 def write_sample(path: str, drawn: Iterable[tuple[Key, Label, str]]) -> int:
-    """Write passages to be judged elsewhere, as lines of JSON; returns their number.
+    """Write passages to be judged elsewhere, as lines of JSON, and return their number.
 
-    Lines are in random order if `drawn` is, so that whoever labels may stop at any line.
+    The lines are in the order of `drawn`. If that is random, labeling may stop at any line.
     """
     n = 0
     with Path(path).open("w") as file:
@@ -104,7 +104,7 @@ def write_sample(path: str, drawn: Iterable[tuple[Key, Label, str]]) -> int:
 
 
 def _any_word(words: Iterable[str]) -> re.Pattern[str]:
-    """Any of these words; those in lower case in any case, as in `words.read_lists`."""
+    """Compile a pattern for any of these words. Lowercase words match in any case."""
     parts = [f"(?i:{word})" if word == word.lower() else word for word in words]
     return re.compile(rf"(?<![^\W_])(?:{'|'.join(parts)})(?![^\W_])")
 

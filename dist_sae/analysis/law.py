@@ -1,12 +1,12 @@
 """The law of missing features: which concepts have a latent, by frequency and width.
 
-The chance that a concept has a latent of its own is taken as a logistic function of its log
-frequency. `f50` is the frequency at which it is one half. Over several widths f50 falls with the
-number of alive latents as a power: an ideal dictionary of n latents has the n most frequent
-features, so where frequencies fall as rank^-s the power is -s, and f50 * alive is constant only
-where s is 1.
+The probability that a concept has its own latent is modeled as a logistic function of its log
+frequency. `f50` is the frequency at which the probability is one half. Over several widths, f50
+falls as a power of the number of alive latents. An ideal dictionary of n latents has the n most
+frequent features. So if frequencies fall as rank^-s, the power is -s, and f50 * alive is constant
+only if s is 1.
 
-Source: the measurement by frequency is that of Templeton et al. 2024, "Scaling Monosemanticity"
+Source: the measurement by frequency is from Templeton et al. 2024, "Scaling Monosemanticity"
 (missing features); fit, power, intervals and forecast are a reconstruction and our own.
 """
 
@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 REPLICATES = 1000
-_RIDGE = 1e-2  # on the standardised slope: concepts that a frequency separates have a finite one
+_RIDGE = 1e-2  # keeps the standardized slope finite if a frequency separates the concepts
 _STEPS, _CONVERGED = 40, 1e-6  # of Newton's method
 _LARGEST_LOG = 700  # of a float64
 LEAST_WIDTHS = 3
-"""Widths below which no power is fitted."""
+"""Fewest widths that a power is fitted to."""
 ENOUGH_FIRINGS = 2000
-"""Firings from which on a feature is found as well as the width allows, in worlds of known
-features: with fewer, f50 falls by training on."""
+"""Firings in training after which a feature is found as well as the width allows, as measured in
+synthetic worlds. With fewer, f50 still falls with more training."""
 
 
 class Width(NamedTuple):
@@ -34,21 +34,21 @@ class Width(NamedTuple):
     name: str
     n_latents: int
     alive: int
-    """Latents that fire at least once on the rows of the index."""
+    """Number of latents that fire at least once on the rows of the index."""
     trained_rows: int
     frequency: NDArray[np.float64]
-    """Occurrences of each concept per row; the same concepts for each dictionary."""
+    """Occurrences of each concept per row. The concepts are the same for all dictionaries."""
     judged: NDArray[np.bool_]
-    """Concepts that are judged."""
+    """Whether each concept is judged."""
     recovered: NDArray[np.bool_]
-    """Concepts that have a latent."""
+    """Whether each concept has a latent."""
 
 
 class Interval(NamedTuple):
-    """A number with the range that holds 95 % of its bootstrap replicates."""
+    """A number with the range of 95 % of its bootstrap replicates."""
 
     value: float | None
-    """None if it cannot be told."""
+    """None if it cannot be estimated."""
     low: float | None
     high: float | None
 
@@ -58,24 +58,24 @@ class Curve(NamedTuple):
 
     f50: Interval
     f50_alive: Interval
-    """f50 * alive latents."""
+    """Product of f50 and the number of alive latents."""
     slope: Interval
     """Change of the log odds from one decade of frequency to the next."""
     firings: float | None
-    """Firings of a concept of frequency f50 in training."""
+    """Occurrences in training of a concept of frequency f50."""
 
 
 class Forecast(NamedTuple):
-    """Alive latents at which half of the concepts of a frequency have one, and rows to train it."""
+    """Alive latents and training rows needed for half of the concepts of one frequency."""
 
     frequency: float
     latents: Interval
     rows: float
-    """Rows in which such a concept fires `ENOUGH_FIRINGS` times."""
+    """Number of rows in which a concept of this frequency fires `ENOUGH_FIRINGS` times."""
 
 
 class Law(NamedTuple):
-    """f50 over several widths: f50 = scale * alive^exponent."""
+    """The law of f50 over several widths: f50 = scale * alive^exponent."""
 
     exponent: Interval
     scale: float
@@ -89,18 +89,18 @@ class Fitted(NamedTuple):
 
     curves: Sequence[Curve]
     law: Law | None
-    """None with fewer than three widths that have an f50."""
+    """None if fewer than three widths have an f50."""
 
 
 def logistic(
     x: NDArray[np.float64], y: NDArray[np.bool_], weights: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Slopes and intercepts of the log odds of y, for several weightings at once.
+    """Fit slopes and intercepts of the log odds of y, for several weightings at once.
 
     Args:
-        x: [n], not all equal.
-        y: [n].
-        weights: [replicates, n].
+        x: Predictor, [n]. Values must not all be equal.
+        y: Outcome, [n].
+        weights: Weights of each replicate, [replicates, n].
     """
     mean, spread = x.mean(), x.std()
     z = (x - mean) / spread
@@ -125,13 +125,13 @@ def logistic(
 def fit(widths: Sequence[Width], frequencies: Sequence[float] = (), seed: int = 0) -> Fitted:
     """Fit the curve of each dictionary, and their law.
 
-    Replicates draw concepts, the same for all widths, so that what concepts have in common over
-    widths is in the interval of the exponent.
+    A bootstrap replicate draws the same concepts for all widths. So the interval of the exponent
+    accounts for correlations between widths.
 
     Args:
         widths: Dictionaries.
-        frequencies: Of concepts to forecast a width for, per row.
-        seed: Of the replicates.
+        frequencies: Frequencies of concepts, per row, to forecast a width for.
+        seed: Seed of the replicates.
     """
     n = len(widths[0].frequency)
     weights = resampled(n, seed)
@@ -159,7 +159,7 @@ def fit(widths: Sequence[Width], frequencies: Sequence[float] = (), seed: int = 
 def _replicates(
     width: Width, weights: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Log f50 and slope of each weighting; NaN where frequency does not tell what is recovered."""
+    """Fit log f50 and slope for each weighting; log f50 is NaN where it cannot be estimated."""
     of, y = weights[:, width.judged], width.recovered[width.judged]
     x = np.log(width.frequency[width.judged])
     if not len(x) or x.min() == x.max():
@@ -193,10 +193,10 @@ def _law(
 
 
 def resampled(n: int, seed: int) -> NDArray[np.float64]:
-    """How often each of n things is drawn: once in what was measured, then in each replicate.
+    """Return how often each of n items is drawn: once in the sample, then in each replicate.
 
     Returns:
-        [1 + `REPLICATES`, n]; each row sums to n.
+        Counts, [1 + `REPLICATES`, n]; each row sums to n.
     """
     drawn = np.random.default_rng(seed).integers(0, n, (REPLICATES, n))
     drawn += n * np.arange(REPLICATES)[:, None]
@@ -205,11 +205,11 @@ def resampled(n: int, seed: int) -> NDArray[np.float64]:
 
 
 def interval(replicates: NDArray[np.float64]) -> Interval:
-    """The first value, and the 2.5 % and 97.5 % quantiles of the others.
+    """Return the first value, with the 2.5 % and 97.5 % quantiles of the others.
 
-    A bound is None if too many replicates have no value for it to be told.
+    The bounds are None if more than 5 % of the replicates have no value.
     """
-    value, others = replicates[0], np.sort(replicates[1:])  # NaN comes last
+    value, others = replicates[0], np.sort(replicates[1:])
     if not math.isfinite(value):
         return Interval(None, None, None)
     known = others[np.isfinite(others)]

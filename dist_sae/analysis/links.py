@@ -1,8 +1,8 @@
 """Links between latents, by decoder direction and by common rows, in bounded memory.
 
-What the index lists of a latent is sorted on disk by both of its ends, so a part of the latents has
-all of its links in memory at a time. Only the graph itself stays there: 8 bytes for each direction
-of a link.
+The links that the index lists are sorted on disk by both of their ends. Then one part of the
+latents at a time has all of its links in memory. Only the graph itself stays in memory: 8 bytes for
+each direction of a link.
 """
 
 import math
@@ -17,7 +17,7 @@ from dist_sae.analysis.spool import Spool
 from dist_sae.index.query import Index
 
 PART_LATENTS = 2**17
-"""Latents whose links are joined at a time, of at most 168 MB."""
+"""Number of latents whose links are joined at a time, with at most 168 MB."""
 
 _RECORD = np.dtype(
     [("one", "<i4"), ("other", "<i4"), ("cosine", "<f4"), ("phi", "<f4"), ("rows", "<i4")]
@@ -25,39 +25,39 @@ _RECORD = np.dtype(
 
 
 class Graph(NamedTuple):
-    """An undirected graph of the latents that have links: the rows of a symmetric sparse matrix."""
+    """An undirected graph of the latents with links, as a symmetric sparse matrix in CSR form."""
 
     n: int
-    """All latents."""
+    """Number of all latents."""
     nodes: NDArray[np.int32]
-    """Latents with links, ascending. The others are numbered by their place here."""
+    """Latents with links, ascending. A node's number is its position here."""
     starts: NDArray[np.int64]
-    """First link of each node, and last of all the number of links; each is counted twice."""
+    """First link of each node, followed by the number of links. Each link is counted twice."""
     others: NDArray[np.int32]
     """Node at the other end of each link."""
     weight: NDArray[np.float32]
 
 
 class Links(NamedTuple):
-    """The links of some latents, by both ends."""
+    """The links of some latents, sorted by `one`, then `other`."""
 
     one: NDArray[np.int64]
     other: NDArray[np.int64]
     cosine: NDArray[np.float32]
     """Cosine of the decoder rows; 0 if they are not near."""
     phi: NDArray[np.float32]
-    """Correlation of the two activities; 0 unless they fire together more often than by chance."""
+    """Correlation of the two firing indicators; 0 unless they are coactive beyond chance."""
     rows: NDArray[np.int64]
-    """Common rows, if `one` lists the other as coactive; else 0."""
+    """Number of common rows, if the index lists `other` as coactive with `one`; else 0."""
 
     @property
     def weight(self) -> NDArray[np.float32]:
-        """Cosine + phi."""
+        """Weight of each link, cosine + phi."""
         return self.cosine + self.phi
 
 
 def by_chance(n_latents: int, d: int) -> float:
-    """Cosine that no two of n random directions are expected to reach: sqrt(4 ln n / d)."""
+    """Return the cosine that no two of n random directions should reach: sqrt(4 ln n / d)."""
     return math.sqrt(4 * math.log(max(2, n_latents)) / d)
 
 
@@ -66,18 +66,18 @@ def find_links(
 ) -> Iterator[Links]:
     """Yield the links of the latents, part by part.
 
-    Latents are linked if their decoder directions are near and both fire (the direction of one that
-    never fires is where it was left), or if they fire on more common rows than chance gives to any
-    pair.
+    Latents are linked if their decoder directions are near and both fire, or if they fire on more
+    common rows than any pair should by chance. The direction of a latent that never fires means
+    nothing, because training no longer moves it.
 
     Args:
-        index: Has nearest latents, and counts pairs.
-        least_cosine: Of near directions.
-        firings: Rows on which each latent fires, among the index's `pair_rows`.
-        spooled: Gets the number of bytes on disk.
+        index: Index with nearest latents and coactive pairs.
+        least_cosine: Least cosine of near directions.
+        firings: Number of rows on which each latent fires, among the index's `pair_rows`.
+        spooled: List to which the number of bytes on disk is appended.
 
     Raises:
-        ConfigError: The index has no nearest latents, or counts no pairs.
+        ConfigError: The index has no nearest latents or no coactive pairs.
         StoreFullError: The folder of temporary files has no space.
     """
     n_parts = -(-index.n_latents // PART_LATENTS)
@@ -93,27 +93,27 @@ def find_links(
 
 
 class Pairs(NamedTuple):
-    """Pairs of latents that fire together more often than by chance, mostly in both orders."""
+    """Pairs of latents that fire together beyond chance, most of them in both orders."""
 
     latent: NDArray[np.int64]
     other: NDArray[np.int64]
-    """A latent that is listed as coactive with it."""
+    """A latent that the index lists as coactive with `latent`."""
 
     def among(self, edges: Edges, n: int) -> NDArray[np.bool_]:
-        """Mask of the edges between n latents that join one of these pairs."""
+        """Return a mask of the edges between n latents that join one of these pairs."""
         keys = np.minimum(self.latent, self.other) * n + np.maximum(self.latent, self.other)
         return np.isin(edges.one * n + edges.other, keys)
 
 
 def coactive_pairs(index: Index, firings: NDArray[np.float64]) -> Pairs:
-    """Find the pairs that fire on more common rows than chance gives to any pair.
+    """Find the pairs that fire on more common rows than any pair should by chance.
 
     Args:
-        index: Counts pairs.
-        firings: Rows on which each latent fires, among the index's `pair_rows`.
+        index: Index with coactive pairs.
+        firings: Number of rows on which each latent fires, among the index's `pair_rows`.
 
     Raises:
-        ConfigError: The index counts no pairs.
+        ConfigError: The index has no coactive pairs.
     """
     columns = zip(*_coactive(index, firings), strict=True)
     one, other, *_ = (np.concatenate(column) for column in columns)
@@ -121,10 +121,10 @@ def coactive_pairs(index: Index, firings: NDArray[np.float64]) -> Pairs:
 
 
 def _coactive(index: Index, firings: NDArray[np.float64]) -> Iterator[tuple[NDArray[Any], ...]]:
-    """Yield latent, other, common rows and phi of the pairs that fire together beyond chance.
+    """Yield latent, other, common rows and phi of pairs that fire together beyond chance.
 
-    One bucket at a time. By the Chernoff bound of a Poisson tail, in nats, no pair of independent
-    latents is expected to have so many common rows.
+    Each item has the pairs of one bucket. By the Chernoff bound of a Poisson tail, in nats, no pair
+    of independent latents is expected to have as many common rows.
     """
     for bucket in range(index.manifest.n_buckets):
         table = index.bucket_pairs(bucket)
@@ -145,7 +145,7 @@ def _add(
     name: str,
     rows: NDArray[np.int64] | None,
 ) -> None:
-    """Add links to the parts of both ends; rows to that of the end that lists them."""
+    """Add links to the parts of both ends, and `rows` only to the part of `one`."""
     for here, there, listed in ((one, other, rows), (other, one, None)):
         records = np.zeros(len(one), _RECORD)
         records["one"], records["other"], records[name] = here, there, value
@@ -155,7 +155,7 @@ def _add(
 
 
 def _joined(records: NDArray[np.void], n: int) -> Links:
-    """One link of all records with the same ends."""
+    """Merge records with the same ends into one link."""
     keys = records["one"].astype(np.int64) * n + records["other"]
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
@@ -170,10 +170,10 @@ def _joined(records: NDArray[np.void], n: int) -> Links:
 
 
 class GraphBuilder:
-    """Builds a graph of links that come part by part.
+    """Builds a graph from links that are added part by part.
 
     Args:
-        n: All latents.
+        n: Number of all latents.
     """
 
     def __init__(self, n: int) -> None:
@@ -189,7 +189,7 @@ class GraphBuilder:
         self._weights.append(links.weight)
 
     def graph(self) -> Graph:
-        """The graph; nothing can be added afterwards."""
+        """Build the graph. Nothing can be added afterwards."""
         nodes = np.flatnonzero(self._degrees).astype(np.int32)
         starts = np.concatenate([[0], self._degrees[nodes].cumsum(dtype=np.int64)])
         number = np.full(len(self._degrees), -1, np.int32)
@@ -198,7 +198,7 @@ class GraphBuilder:
         self._others.reverse()
         self._weights.reverse()
         at = 0
-        while self._others:  # part by part, so that all is not there twice
+        while self._others:  # frees each part after its copy, so memory does not double
             part, weights = self._others.pop(), self._weights.pop()
             others[at : at + len(part)], weight[at : at + len(part)] = number[part], weights
             at += len(part)

@@ -1,7 +1,7 @@
 """Multidimensional features: groups of latents that reconstruct a manifold, such as a ring.
 
-A reconstruction of the method of Engels et al. 2024 (arXiv:2405.14860), see `planes`, with the
-tests that Olah (2024) names for a multidimensional feature, see `shape`.
+This reconstructs the method of Engels et al. 2024 (arXiv:2405.14860), see `planes`, with the tests
+for a multidimensional feature that Olah (2024) lists, see `shape`.
 """
 
 import heapq
@@ -25,11 +25,11 @@ from dist_sae.report.charts import Cloud, render_cloud
 from dist_sae.report.outcome import Findings
 
 COACTIVE_COSINE = 0.3
-"""Least cosine of latents that are joined if they are coactive too."""
+"""Least cosine of latents that are joined if they are also coactive."""
 _DRAWN = 5
-_KEPT = 50  # best rings whose points are kept until it is known which ones are repeated
-_NAMED = 8  # latents of a ring that are named
-_REPEATED = 0.5  # share of a group's latents in a better one, above which it is left out
+_KEPT = 50  # best rings whose points stay in memory until repeated groups are removed
+_NAMED = 8  # most latents of a ring that are named
+_REPEATED = 0.5  # share of a group's latents in one better group, above which it is left out
 
 
 class Settings(NamedTuple):
@@ -40,15 +40,15 @@ class Settings(NamedTuple):
     least_latents: int = 3
     most_latents: int = 100
     rows: int = 2000
-    """Most rows of a group that are looked at."""
+    """Most rows of a group that are used."""
 
 
 def find_manifolds(indexed: Indexed, settings: Settings) -> Findings:
     """Search an index for multidimensional features.
 
     Args:
-        indexed: Its index has nearest latents, coactive pairs and postings.
-        settings: What is searched for.
+        indexed: Dictionary whose index has nearest latents, coactive pairs and postings.
+        settings: Limits of the search.
 
     Raises:
         ConfigError: The index has no nearest latents, no coactive pairs, no postings, or too few
@@ -119,7 +119,11 @@ def find_manifolds(indexed: Indexed, settings: Settings) -> Findings:
 
 
 def _without_repeats(found: list[Measured]) -> list[Measured]:
-    """Groups, the best first, without those that a better one has more than half of."""
+    """Return the groups without those that share more than half of their latents with a better one.
+
+    Args:
+        found: Groups, the best first.
+    """
     kept = list[Measured]()
     groups_of = defaultdict[int, list[int]](list)
     for each in found:
@@ -215,7 +219,7 @@ def _table(found: list[Measured], labels: Mapping[int, str]) -> pa.Table:
 
 
 def _drawn(shape: Shape, labels: Mapping[int, str]) -> str:
-    """A ring's points, coloured by the latent that is most active."""
+    """Draw a ring's points, colored by the most active latent."""
     each = shape.measured
     clouds = []
     for place in np.unique(shape.leading).tolist():

@@ -1,4 +1,4 @@
-"""A map of a dictionary: clusters of latents, their parents and children, and places in a plane."""
+"""The map of a dictionary: clusters of latents, parents and children, and places in a plane."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,17 +20,17 @@ from dist_sae.report.map_page import Label, MapPage, render_map
 from dist_sae.report.outcome import Findings
 
 LEAST_ROWS = 1000
-"""Least rows on which coactive latents were counted."""
+"""Fewest rows on which coactive latents must have been counted."""
 _LATENT_TOKENS, _CLUSTER_TOKENS = 3, 5
-_DRAWN = 4000  # latents in the report's figure; the page has all
-_LABELS = 2000  # most labels of a level on the page, those of the largest clusters
+_DRAWN = 4000  # latents in the report's figure; the page shows all
+_LABELS = 2000  # most cluster labels of a level on the page; the largest clusters have them
 
 
 class Settings(NamedTuple):
-    """How the map is made."""
+    """Settings of the map."""
 
     resamples: int = 10
-    """Resamples from which the stability of clusters is found."""
+    """Number of resamples from which the stability of clusters is computed."""
     seed: int = 0
 
 
@@ -39,24 +39,24 @@ class _Named(NamedTuple):
 
     latents: pa.ListArray
     clusters: list[list[list[str]]]
-    """By level."""
+    """Tokens of each cluster, by level."""
 
 
 def make_map(run: str, indexed: Indexed, settings: Settings) -> Findings:
-    """Make the map of an index.
+    """Compute the map of a dictionary.
 
     Args:
         run: Name of the run, for the page.
-        indexed: Its index has nearest latents and coactive pairs.
-        settings: How it is made.
+        indexed: Dictionary whose index has nearest latents and coactive pairs.
+        settings: Settings of the map.
 
     Raises:
-        ConfigError: The index has no nearest latents, no pairs, or too few rows; or scikit-network
-            is not installed.
+        ConfigError: The index has no nearest latents, no coactive pairs, or too few rows; or
+            scikit-network is not installed.
     """
     index = indexed.latents
     n, chance = index.n_latents, by_chance(index.n_latents, indexed.decoder.d_out)
-    index.bucket_pairs(0)  # an error now rather than after the rows were counted
+    index.bucket_pairs(0)  # raises if there are no pairs, before the check of their rows
     if index.pair_rows < LEAST_ROWS:
         raise ConfigError(
             f"{index.place}: counts coactive latents on {index.pair_rows:,} rows, and a map needs "
@@ -94,7 +94,7 @@ def make_map(run: str, indexed: Indexed, settings: Settings) -> Findings:
         "never_fire": int((density == 0).sum()),
         "pair_rows": index.pair_rows,
         "least_cosine": chance,
-        "near_edges": near // 2,  # both ends have each
+        "near_edges": near // 2,  # each edge is listed at both ends
         "coactive_pairs": coactive,
         "linked": n_linked,
         "levels": [_level_numbers(level) for level in levels],
@@ -128,7 +128,7 @@ def make_map(run: str, indexed: Indexed, settings: Settings) -> Findings:
 
 
 def _cluster_tokens(level: Level, tokens: NDArray[np.int32]) -> list[list[int]]:
-    """Tokens that are more frequent among a cluster's latents than elsewhere.
+    """Find the tokens that are more frequent in each cluster than in all clusters.
 
     They are ranked by (latents with the token) x ln (its share in the cluster / its share in all).
     """
@@ -215,7 +215,7 @@ def _parent_of(n: int, parents: Parents) -> NDArray[np.int32]:
 
 
 def _lists(tokens: NDArray[np.int32], texts: Mapping[int, str]) -> pa.ListArray:
-    """Texts of the tokens of each latent, which are those from 0 on."""
+    """Return the texts of each latent's tokens. Negative tokens are padding."""
     numbers = sorted(texts)
     kept = tokens >= 0
     places = pa.array(np.searchsorted(numbers, tokens[kept]))
@@ -226,7 +226,7 @@ def _lists(tokens: NDArray[np.int32], texts: Mapping[int, str]) -> pa.ListArray:
 
 
 def _labels(level: Level, places: Places, names: Sequence[Sequence[str]]) -> list[Label]:
-    """Labels of the largest clusters, at the middle of their latents."""
+    """Return labels for the largest clusters, at the median place of their latents."""
     n = min(_LABELS, len(level.sizes))
     middles = _middles(level, places)
     return [
@@ -242,7 +242,7 @@ def _labels(level: Level, places: Places, names: Sequence[Sequence[str]]) -> lis
 
 
 def _middles(level: Level, places: Places) -> Places:
-    """Median place of each cluster."""
+    """Return the median place of each cluster."""
     order = np.argsort(level.of, kind="stable")[np.count_nonzero(level.of < 0) :]
     parts = np.split(places[order], level.sizes.cumsum()[:-1]) if len(level.sizes) else []
     return np.array([np.median(part, axis=0) for part in parts], np.float32).reshape(-1, 2)
@@ -270,7 +270,7 @@ def _latents_table(
 def _clusters_table(
     levels: Sequence[Level], named: _Named, density: NDArray[np.float64], places: Places
 ) -> pa.Table:
-    """A line for each cluster of each level, with the coarser cluster that has most of it."""
+    """Return a row for each cluster of each level, with the coarser cluster that has most of it."""
     parts = []
     for i, level in enumerate(levels):
         inside = level.of >= 0
@@ -300,7 +300,7 @@ def _majority(level: Level, coarser: Level) -> list[int | None]:
         level.of[both].astype(np.int64) * width + coarser.of[both], return_counts=True
     )
     found: list[int | None] = [None] * len(level.sizes)
-    for at in np.argsort(counts, kind="stable"):  # the largest last
+    for at in np.argsort(counts, kind="stable"):  # the largest last, so it overwrites the others
         found[keys[at] // width] = int(keys[at] % width)
     return found
 
@@ -313,7 +313,7 @@ def _absorbed_table(absorbed: Absorbed, named: _Named) -> pa.Table:
 
 
 def _drawn(places: Places, level: Level, names: Sequence[Sequence[str]], n_linked: int) -> str:
-    """The latents, or some of them by chance, coloured by the coarsest cluster."""
+    """Draw the latents, or a random sample of them, colored by their coarsest cluster."""
     chosen = np.random.default_rng(0).permutation(len(places))[:_DRAWN]
     clouds = []
     for cluster in np.unique(level.of[chosen]).tolist():

@@ -1,4 +1,4 @@
-"""The map of a dictionary, from `dist-sae analyse map`: places and clusters of latents."""
+"""The stored map of a dictionary, from `dist-sae analyse map`: places and clusters of latents."""
 
 import logging
 from functools import cached_property
@@ -16,23 +16,24 @@ from dist_sae.storage import ObjectStore
 logger = logging.getLogger(__name__)
 
 _SIDE = 200  # of the small map
-_DRAWN, _DRAWN_NEAR = 1500, 300  # latents on it: by chance, and of the latent's cluster
-_TOKENS = 4  # that name a cluster
+_DRAWN, _DRAWN_NEAR = 1500, 300  # latents on the small map: random ones, and of the same cluster
+_TOKENS = 4  # most tokens in the name of a cluster
 
 
 class Cluster(NamedTuple):
     """A cluster of latents."""
 
     key: str
-    """Level and number, as lists are asked for it: 0.12."""
+    """Level and number of the cluster, by which a list of latents selects it: 0.12."""
     name: str
-    """Tokens that are more frequent among its latents than elsewhere."""
+    """Tokens that are more frequent among the cluster's latents than elsewhere."""
     size: int
-    """Latents."""
+    """Number of latents."""
     density: float
-    """Sum of its latents' densities."""
+    """Sum of the densities of the cluster's latents."""
     stability: float | None
-    """Mean Jaccard index with its best match in resamples; None if no resample has it."""
+    """Mean Jaccard index with the best match in resamples; None if no resample has two of its
+    latents."""
 
 
 class Map:
@@ -41,7 +42,7 @@ class Map:
     Args:
         store: The store of runs.
         run: Name of the run.
-        outcome: Outcome of `dist-sae analyse map`.
+        outcome: Stored outcome of `dist-sae analyse map`.
 
     Raises:
         CorruptObjectError: A table is damaged.
@@ -66,7 +67,7 @@ class Map:
 
     @property
     def levels(self) -> list[NDArray[np.int32]]:
-        """Cluster of each latent, -1 for none, by level from coarse to fine."""
+        """Cluster of each latent, by level from coarse to fine; -1 if it is in none."""
         return self._levels
 
     @property
@@ -75,25 +76,25 @@ class Map:
         return self._clusters
 
     def clusters_of(self, latent: int) -> list[Cluster]:
-        """The clusters that a latent is in, from coarse to fine."""
+        """Return the clusters that a latent is in, from coarse to fine."""
         pairs = zip(self._levels, self._clusters, strict=True)
         return [clusters[of[latent]] for of, clusters in pairs if of[latent] >= 0]
 
     def parent(self, latent: int) -> int | None:
-        """The latent that fires on at least 90 % of its rows, if there is one."""
+        """Return the parent, which fires on at least 90 % of the latent's rows, if there is one."""
         parent = int(self._parent[latent])
         return parent if parent >= 0 else None
 
     def page(self) -> str:
-        """The whole map as a page, which shows the latent whose number is its address's fragment.
+        """Read the HTML page of the whole map. A latent's number as URL fragment selects it.
 
         Raises:
-            ObjectNotFoundError: It is gone.
+            ObjectNotFoundError: The page is gone.
         """
         return self._store.get(self._page).decode()
 
     def small(self, latent: int) -> Markup:
-        """A small map with a latent and the smallest cluster that it is in, as SVG."""
+        """Draw a small map with a latent and the finest cluster that it is in, as SVG."""
         near = np.zeros(0, np.int64)
         for of in self._levels:
             near = np.flatnonzero(of == of[latent]) if of[latent] >= 0 else near
@@ -112,10 +113,10 @@ class Map:
 
 
 def open_map(store: ObjectStore, index: Index, run: str) -> Map | None:
-    """Open the map of a run; None, which is logged, if there is none of the index's checkpoint.
+    """Open the map of a run. Without one of the index's checkpoint, log that and return None.
 
     Raises:
-        CorruptObjectError: It is damaged.
+        CorruptObjectError: The map is damaged.
     """
     outcome = read_outcome(store, run, "map")
     if outcome is None:
@@ -136,5 +137,5 @@ def _cluster(line: dict[str, Any]) -> Cluster:
 
 
 def _path(places: NDArray[np.int32]) -> str:
-    """Points of a path that is drawn with round ends."""
+    """Return an SVG path of points: zero-length segments, which round line caps make visible."""
     return "".join(f"M{x} {y}h0" for x, y in places.tolist())

@@ -1,8 +1,8 @@
-"""Which latent stands for which word: F1 on documents that did not choose it.
+"""Matching of latents with words, by F1 on documents that did not choose the match.
 
-Units of the index are dealt to two halves in turn; a document lies in one unit, so no document is
-in both. In the first half every latent gets the words that it may stand for, and for each the
-threshold with the largest F1. In the second half that F1 is measured.
+The units of the index are dealt alternately to two halves. A document is in one unit, so no
+document is in both halves. In the first half, each latent is matched with a word and a threshold
+that maximize F1. In the second half, the F1 of that match is measured.
 """
 
 import math
@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from dist_sae.analysis.words import Rows, WordRows
 
 LEAST_OCCURRENCES = 5
-"""Occurrences of a word in either half below which it is not judged."""
+"""Fewest occurrences in each half with which a word is judged."""
 _LEAST_F1 = 0.3
-"""F1 in the first half below which a pair is forgotten."""
+"""Least F1 of a match in the first half."""
 
 
 class Postings(Rows, Protocol):
-    """What matching reads of a latent index; see `index.query.Index`."""
+    """The part of a latent index that matching reads; see `index.query.Index`."""
 
     def bucket_postings(self, bucket: int) -> Iterator[pa.Table]:
         """Yield all activations of a bucket's latents, by latent, unit and row."""
@@ -34,34 +34,34 @@ class Postings(Rows, Protocol):
 
 
 class Match(NamedTuple):
-    """The latent that stands for a word best. The last three are measured in the second half."""
+    """A word's best latent. The last three fields are measured in the second half."""
 
     concept: int
     latent: int
     threshold: float
-    """Activation from which on the latent is taken to say the word."""
+    """Least activation that predicts the word."""
     f1_chosen: float
-    """F1 in the first half, which chose latent and threshold."""
+    """F1 in the first half, by which latent and threshold were chosen."""
     f1: float
     precision: float
     recall: float
 
 
 class Matched(NamedTuple):
-    """Words with the latents that stand for them."""
+    """Words with the latents that match them."""
 
     occurrences: NDArray[np.int64]
-    """Of each concept in either half, [2, concepts]."""
+    """Occurrences of each concept in each half, [2, concepts]."""
     matches: dict[int, Match]
-    """By concept, where some latent reaches an F1 of .3 in the first half."""
+    """Matches by concept. A match has an F1 of at least .3 in the first half."""
 
     @property
     def judged(self) -> NDArray[np.bool_]:
-        """Concepts that occur often enough in both halves."""
+        """Mask of the concepts that occur often enough in both halves."""
         return np.asarray(self.occurrences.min(0) >= LEAST_OCCURRENCES)
 
     def recovered(self, least_f1: float) -> NDArray[np.bool_]:
-        """Concepts with a latent of their own, of at least this F1 in the second half."""
+        """Return a mask of the concepts whose match has at least this F1 in the second half."""
         found = np.zeros(self.occurrences.shape[1], np.bool_)
         for concept, match in self.matches.items():
             found[concept] = match.f1 >= least_f1
@@ -69,16 +69,16 @@ class Matched(NamedTuple):
 
 
 def match_words(index: Postings, words: WordRows, n_concepts: int) -> Matched:
-    """Match words and latents, one word to a latent.
+    """Match words with latents, at most one word to a latent.
 
-    One pass over the postings counts on how many of a word's rows each latent fires, which bounds
-    its F1; the latents that may reach .3, at most `6 L0` for each word, are read once more. Both
-    passes are linear in the postings. In memory are a bucket's counts and a latent's postings.
+    A first pass over the postings counts on how many of a word's rows each latent fires, which
+    bounds its F1. The latents that may reach .3, at most `6 L0` for each word, are read again. Both
+    passes are linear in the postings. A bucket's counts and a latent's postings are in memory.
 
     Args:
         index: The index, with postings.
-        words: Where the words stand.
-        n_concepts: Their number.
+        words: Rows of the words.
+        n_concepts: Number of words.
     """
     is_second = second_half(words, words.rows)
     at = words.is_last
@@ -100,7 +100,7 @@ def match_words(index: Postings, words: WordRows, n_concepts: int) -> Matched:
 
 
 def second_half(words: WordRows, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Whether rows, counted over the index, lie in the second half."""
+    """Return whether rows, numbered over the whole index, are in the second half."""
     unit = np.searchsorted(words.starts, rows, side="right") - 1
     return np.asarray(unit % 2 == 1)
 
@@ -112,7 +112,7 @@ def _candidates(
     chosen: NDArray[np.bool_],
     occurrences: NDArray[np.int64],
 ) -> Iterator[tuple[int, list[int]]]:
-    """Latents of a bucket with the concepts that they may stand for, by their hits."""
+    """Yield latents of a bucket with the concepts for which their hits allow the least F1."""
     n = len(occurrences)
     row_numbers = _RowNumbers(index, words)
     keys, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
@@ -125,7 +125,7 @@ def _candidates(
         counts.append(found[1])
     pairs, of_pair = np.unique(np.concatenate(keys), return_inverse=True)
     hits = np.bincount(of_pair, np.concatenate(counts), len(pairs))
-    # with h hits of m, F1 is at most 2 h / (h + m), reached if it fires nowhere else
+    # with h hits of m occurrences F1 is at most 2 h / (h + m), if the latent fires nowhere else
     able = pairs[hits >= _LEAST_F1 / (2 - _LEAST_F1) * occurrences[pairs % n]]
     latents, first = np.unique(able // n, return_index=True)
     ends = [*first[1:].tolist(), len(able)][: len(first)]
@@ -140,7 +140,7 @@ def _best_word(
     occurrences: NDArray[np.int64],
     concepts: Sequence[int],
 ) -> Match | None:
-    """The concept for which a latent has the largest F1 in the first half; None below .3."""
+    """Find the concept for which a latent has the largest F1 in the first half; None below .3."""
     postings = pa.concat_tables(index.postings(latent))
     rows, acts = _RowNumbers(index, words).of(postings), postings["act"].to_numpy()
     place, is_hit = _hits(words, rows)
@@ -150,7 +150,7 @@ def _best_word(
     falling = [np.sort(acts[is_second == half])[::-1] for half in (False, True)]
 
     def counts(number: int, half: int, thresholds: NDArray[np.float32]) -> list[NDArray[np.int64]]:
-        """Hits and false alarms from each threshold on."""
+        """Count hits and false alarms at each threshold."""
         of_half = (concept == number) & (is_second == bool(half))
         hits = _from(np.sort(acts[of_half & is_last])[::-1], thresholds)
         other_tokens = _from(np.sort(acts[of_half & ~is_last])[::-1], thresholds)
@@ -158,7 +158,7 @@ def _best_word(
 
     found: Match | None = None
     for number in concepts:
-        # the best threshold is the activation of a hit: a lower one adds false alarms alone
+        # the best threshold is the activation of a hit, since lower ones only add false alarms
         thresholds = np.unique(acts[(concept == number) & is_last & ~is_second])
         hits, false = counts(number, 0, thresholds)
         f1 = 2 * hits / (hits + false + occurrences[0, number])
@@ -179,7 +179,7 @@ def _best_word(
 
 
 class _RowNumbers:
-    """Numbers of rows, counted over the index."""
+    """Converts a posting's unit and row to a row number over the whole index."""
 
     def __init__(self, index: Rows, words: WordRows) -> None:
         units = np.asarray(index.manifest.units)
@@ -194,7 +194,7 @@ class _RowNumbers:
 
 
 def _hits(words: WordRows, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """For each row its place in `words`, and whether a word stands there."""
+    """Return the position of each row in `words`, and whether a word occupies the row."""
     if not len(words.rows):
         return np.zeros(len(rows), np.int64), np.zeros(len(rows), np.bool_)
     place = np.searchsorted(words.rows, rows).clip(max=len(words.rows) - 1)
@@ -202,6 +202,6 @@ def _hits(words: WordRows, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], 
 
 
 def _from(falling: NDArray[np.float32], thresholds: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Numbers of activations of at least each threshold."""
+    """Count the activations that reach each threshold."""
     found: NDArray[np.int64] = np.searchsorted(-falling, -thresholds, side="right")
     return found

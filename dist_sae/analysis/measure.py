@@ -1,4 +1,4 @@
-"""Measures of a group's reconstructions: whether they are one feature, and whether it is a ring."""
+"""Measures of a group's reconstructions: whether they are one feature, and whether a ring."""
 
 from typing import NamedTuple
 
@@ -17,71 +17,74 @@ from dist_sae.analysis.shape import (
 )
 
 LEAST_ROWS = 300
-"""Least rows on which a group is active; the bias of a separability is 0.2 bits at 300 rows."""
+"""Fewest rows on which a group must be active. At 300 rows, the histogram biases separability by
+0.2 bits."""
 RING_SCORE = 0.5
-"""Least score of a ring. A circle has 0.9 with 5 % of noise in its radius and 0.6 with 10 %, two
-features that exclude each other 0.5, independent ones 0."""
+"""Least score of a ring. A circle with 5 % of noise in its radius scores 0.9 and with 10 % 0.6. Two
+features that exclude each other score 0.5, independent ones 0."""
 RING_SHARE = 0.75
 """Least share of a group's variance in the plane of a ring."""
 RING_SURPLUS = 0.5
-"""Least surplus of that share, see `surplus`."""
+"""Least surplus of a ring, see `surplus`."""
 RING_TOGETHER = 0.1
-"""Least share of a ring's rows on which two or more of its latents are active. Latents that are
-active one at a time are points, whatever is between them."""
+"""Least share of a ring's rows on which two or more of its latents are active. If only one latent
+is active at a time, the group is separate points, not a ring."""
 RING_SPREAD = 0.5
-"""Most spread of a ring's radii, standard deviation / mean. Rays of all lengths have 0.6. Circles
-whose intensity varies by 25 % have 0.35 to 0.40 in dictionaries that were trained with TopK, and
-0.41 to 0.49 with BatchTopK, whose latents fire weakly on more rows."""
+"""Largest spread of a ring's radii, standard deviation / mean. Rays of all lengths have 0.6.
+Circles whose intensity varies by 25 % have 0.35 to 0.40 in dictionaries trained with TopK. With
+BatchTopK, whose latents fire weakly on more rows, they have 0.41 to 0.49."""
 RING_SPREAD_AHEAD = 0.2
-"""Most spread of a ring before the origin, where intensity is divided out and only the shape is
-left. Circles of five or more latents have 0.16 at most in simulations. Three features that add up
-in pairs, with one or more latents each, fill the sides of a triangle and have 0.25 or more."""
+"""Largest spread of a ring on one side of the origin, where intensity is divided out and only the
+shape remains. Circles of five or more latents have at most 0.16 in simulations. Three features that
+add up in pairs, with one or more latents each, fill the sides of a triangle and have 0.25 or
+more."""
 DEPENDENT = 0.1
-"""Least separability, in bits, of points around the origin whose intensity is divided out. A ring
-whose intensity varies by 25 % has 0.2; two independent coordinates have less than 0.05, whatever
-they are, but in directions would be as separable as a ring."""
+"""Least separability, in bits, of points around the origin for their intensity to be divided out.
+A ring whose intensity varies by 25 % has 0.2. Two independent coordinates always have less than
+0.05, but their directions would be as separable as a ring."""
 PERSPECTIVE = "perspective"
-"""The view of points on one side of the origin, whose intensity is divided out."""
-_BESIDE = 0.2  # of the largest activation, from which another latent is active together with it
+"""View of points on one side of the origin, whose intensity is divided out."""
+_BESIDE = 0.2  # share of the largest activation from which a second latent counts as active
 _LEAST_SPREAD = 1e-6  # below it, all points are on one line through the origin
 _NULL_DRAWS = 39
 _P = 0.05
 _PLANES = 4
-_LEAST_PLANE = 1e-3  # share of the variance below which a plane is left out
+_LEAST_PLANE = 1e-3  # least share of the variance of a plane's second axis
 _DRAWN_POINTS = 400
 
 
 class Measured(NamedTuple):
-    """Measures of a group's reconstructions. None: there is too little to measure it."""
+    """Measures of a group's reconstructions. A measure is None if there is too little data."""
 
     group: int
     latents: list[int]
     rows: int
-    """Rows that were looked at, those on which the group is hardly active left out."""
+    """Number of rows used, without those on which the group is hardly active."""
     view: str
-    """How the points are seen: in "perspective" if they lie on one side of the origin, as
-    "directions" if they lie around it in a plane of dependent coordinates, else "as they are"."""
+    """How intensity was removed from the points. "perspective": they are on one side of the origin.
+    "directions": they are around it, in a plane of dependent coordinates. Else "as they are"."""
     strength: float
-    """The largest product of a plane's score and surplus. Groups are ranked by it, and the measures
-    that follow are of this plane."""
+    """Largest product of a plane's score and surplus. Groups are ranked by it. The measures of a
+    plane below are of this plane."""
     score: float
     separability: float
-    """In bits."""
+    """Separability of the plane, in bits."""
     mixture: float
     plane: int
-    """First principal component of the plane, from 1; the next is its other axis."""
+    """First principal component of the plane, from 1. The next component is its other axis."""
     plane_share: float
-    """Share of the variance."""
+    """Share of the variance in the plane."""
     surplus: float
-    """See `surplus`."""
+    """Surplus of that share, see `surplus`."""
     leaders: float
-    """1 / sum of squared shares of the rows on which each latent is the most active one."""
+    """Effective number of latents that lead: 1 / sum of squared shares of the rows on which each
+    latent is the most active one."""
     spread: float
-    """Standard deviation / mean of the distances from the centre."""
+    """Standard deviation / mean of the distances from the center."""
     p_value: float | None
-    """p-value of the separability against shuffled coordinates; None if the score is below 0.5."""
+    """p-value of the separability against shuffled coordinates. None if the score is below 0.5."""
     participation: float
-    """Number of principal components among which the variance lies."""
+    """Effective number of principal components that share the variance."""
     two_nn: float | None
     """Intrinsic dimension of the directions."""
     together: float
@@ -92,7 +95,7 @@ class Measured(NamedTuple):
 
     @property
     def is_ring(self) -> bool:
-        """Whether the group passes all limits of a ring, the constants `RING_...` above."""
+        """Whether the group passes all limits of a ring: the constants `RING_...` above."""
         most = RING_SPREAD_AHEAD if self.view == PERSPECTIVE else RING_SPREAD
         return (
             self.score >= RING_SCORE
@@ -111,27 +114,28 @@ class Shape(NamedTuple):
     measured: Measured
     points: Points
     leading: NDArray[np.int64]
-    """Place in `latents` of the latent that is most active at each point."""
+    """Position in `latents` of the most active latent at each point."""
 
 
 def surplus(share: float, leaders: float, *, ahead: bool) -> float:
-    """How much more of the variance a plane has than it would if the latents excluded each other.
+    """Return how much more variance a plane has than if the latents excluded each other.
 
-    n such latents, at right angles and alike otherwise, are the corners of a simplex, and the best
-    plane has 2 / n of what they are about the origin, 2 / (n - 1) of it about their mean. 0 is as
-    much as that or less, 1 is all. Three latents always lie in a plane, as a triangle.
+    n equal, orthogonal latents that exclude each other are the corners of a simplex. Their best
+    plane has 2 / n of the sum of squares about the origin, or 2 / (n - 1) of it about the mean. The
+    result is 0 if the plane has at most that share, and 1 if it has all the variance. Three latents
+    always lie in a plane, as a triangle.
 
     Args:
         share: The plane's share of the variance.
         leaders: Effective number of latents that lead.
-        ahead: Whether the variance is about a mean before the origin.
+        ahead: Whether the points are on one side of the origin, with the variance about their mean.
     """
     by_chance = 2 / max(2.0, leaders - ahead)
     return max(0.0, (share - by_chance) / (1 - by_chance)) if by_chance < 1 else 0.0
 
 
 def measure(group: Reconstructed) -> Shape | None:
-    """Measure a group; None if it is too seldom active, or only varies along one line."""
+    """Measure a group; return None if it is active too rarely or only varies along one line."""
     points = group.points()
     rows = strong(points)
     points, codes = points[rows], group.codes[rows]
@@ -187,7 +191,11 @@ def measure(group: Reconstructed) -> Shape | None:
 
 
 def _without_intensity(points: Points) -> tuple[str, Points, NDArray[np.bool_]]:
-    """Remove intensity from points where they allow it: how, the new points, which they are."""
+    """Remove intensity from points where possible.
+
+    Returns:
+        Name of the view (see `Measured.view`), new points, mask of the points that are kept.
+    """
     if (found := in_perspective(points)) is not None:
         return PERSPECTIVE, *found
     every = np.ones(len(points), np.bool_)

@@ -11,15 +11,15 @@ from dist_sae.models import Tokenizer
 
 
 def frequent_tokens(index: Index, n: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """The tokens that are most frequent among each latent's largest activations.
+    """Find the tokens that are most frequent among each latent's largest activations.
 
     Args:
-        index: Has the examples.
-        n: Tokens of a latent.
+        index: Index with examples.
+        n: Most tokens of a latent.
 
     Returns:
-        Tokens, [n_latents, n], the most frequent first and of equally frequent ones the lower, -1
-        where there are fewer; how many of the largest activations are on the first of them.
+        Tokens, [n_latents, n], the most frequent first, ties by lower token number, padded with -1;
+        how many of each latent's largest activations are on its first token, [n_latents].
     """
     tokens = np.full((index.n_latents, n), -1, np.int32)
     counts = np.zeros(index.n_latents, np.int32)
@@ -39,13 +39,13 @@ def frequent_tokens(index: Index, n: int) -> tuple[NDArray[np.int32], NDArray[np
 
 
 def distinct(texts: Sequence[str]) -> list[str]:
-    """Texts without spaces around them, those that differ in more than case once."""
+    """Strip texts, and remove those that repeat another one except for case."""
     named = [text.strip() or repr(text) for text in texts]
     return list({text.lower(): text for text in reversed(named)}.values())[::-1]
 
 
 def token_names(tokenizer: Tokenizer | None) -> Callable[[Iterable[int]], list[str]]:
-    """A function that names tokens by their text, or by number if there is no tokenizer."""
+    """Return a function that names tokens by text, or by number if there is no tokenizer."""
     known: dict[int, str] = {}
 
     def name(tokens: Iterable[int]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What an analysis of one index reads: the newest checkpoint, its index and names of tokens."""
+"""Input of an analysis of one index: the newest checkpoint, its index and names of tokens."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -21,7 +21,7 @@ class Indexed(NamedTuple):
     latents: Index
     decoder: Decoder
     name: Callable[[Iterable[int]], list[str]]
-    """Names tokens, leaving out those below 0."""
+    """Function that names tokens. It skips negative ones, which are padding."""
 
 
 def open_indexed(run: Run) -> Indexed:
@@ -38,7 +38,7 @@ def open_indexed(run: Run) -> Indexed:
 
 
 def _tokenizer(subject: Subject) -> Tokenizer | None:
-    """The tokenizer of the model; None, which is logged, if it cannot be read."""
+    """Load the model's tokenizer. If it cannot be read, log a warning and return None."""
     try:
         return subject.tokenizer()
     except (CorpusError, ModelError, PlanMismatchError, StoreError) as error:

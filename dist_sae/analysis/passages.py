@@ -1,9 +1,9 @@
-"""Passages of the corpus, drawn in two stages, judged, and with the activations of latents.
+"""Passages of the corpus, drawn in two stages, with judged levels and activations of latents.
 
-First stage: a cheap filter. Passages that it passes are all kept, of the others a random share.
-Second stage: what is kept is judged. A passage counts one over the chance with which it was kept
-(Horvitz and Thompson 1952), so that what the filter misses is missed in the sample only as often as
-its share says, and no estimate depends on the filter being good.
+First stage: a cheap filter. All passages that it passes are kept, and a random share of the others.
+Second stage: the kept passages are judged. Each is weighted by one over the probability with which
+it was kept (Horvitz and Thompson 1952). So passages that the filter misses are represented, and
+estimates are unbiased even if the filter is bad.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,12 +21,12 @@ from dist_sae.index.codes import below, chances
 SHARES = (0.0, 0.1, 0.5)
 """Thresholds of a latent, as shares of its largest activation."""
 PEERS = 99
-"""Other latents that a latent is compared with."""
-_DRAW = 7  # purpose of the random numbers, apart from the index's own
+"""Number of other latents that a latent is compared with."""
+_DRAW = 7  # purpose number of the seeded draw, different from those of the index
 
 
 class Latents(Rows, Protocol):
-    """What is read of a latent index; see `index.query.Index`."""
+    """The part of a latent index that is read here; see `index.query.Index`."""
 
     def postings(self, latent: int) -> Iterator[pa.Table]:
         """Yield all activations of a latent."""
@@ -34,29 +34,29 @@ class Latents(Rows, Protocol):
 
 
 class Sampling(NamedTuple):
-    """How passages are made and drawn."""
+    """How the corpus is cut into passages, and how they are drawn."""
 
     tokens: int = 32
-    """Tokens of a passage; 1 judges tokens."""
+    """Tokens of a passage. With 1, single tokens are judged."""
     filter: Judge | None = None
-    """The cheap filter; None keeps every passage, and nothing is estimated from a part."""
+    """The cheap filter. None keeps every passage, so there is no sampling."""
     share: float = 1.0
-    """Share of the passages that are kept although the filter does not pass them."""
+    """Share of the passages that are kept of those that the filter does not pass."""
     seed: int = 0
 
 
 class Judged(NamedTuple):
-    """Passages that were judged, with the largest activation of a latent on each."""
+    """Judged passages, with the largest activation of one latent on each."""
 
     document: NDArray[np.int64]
     level: NDArray[np.int8]
     act: NDArray[np.float32]
-    """0 where the latent does not fire."""
+    """Largest activation on each passage; 0 where the latent does not fire."""
     weight: NDArray[np.float64]
-    """One over the chance with which the passage was kept."""
+    """One over the probability with which each passage was kept."""
     in_filter: NDArray[np.bool_]
     peers: NDArray[np.float64] = np.zeros(0)
-    """The largest F1 over `SHARES` of other latents, for the same passages and concept."""
+    """Best F1 over `SHARES` of each other latent, on the same passages and concept."""
 
 
 class _Passages(NamedTuple):
@@ -65,7 +65,7 @@ class _Passages(NamedTuple):
     keys: list[Key]
     texts: list[str]
     of_row: NDArray[np.int64]
-    """The passage of each row."""
+    """Passage of each row."""
 
 
 def judge_passages(
@@ -77,18 +77,18 @@ def judge_passages(
 ) -> list[Judged]:
     """Judge passages for each pair of a latent and a judge, in one pass over the rows.
 
-    In memory are the postings of these latents and of the peers, one unit's text, and a line for
-    each judged passage.
+    Memory contains the postings of these latents and of the peers, one unit's text, and an entry
+    for each judged passage.
 
     Args:
         index: The index, with all postings.
         tokens: Texts of the model's tokens.
-        asks: Latents, each with the judge of what it may stand for.
-        sampling: How passages are drawn; judges with labels have their own sample.
+        asks: Latents, each with a judge of its concept.
+        sampling: How passages are drawn. Judges with labels have their own sample instead.
         peers: Other latents, to compare with.
 
     Raises:
-        ArgumentError: Labels are of passages that do not exist.
+        ArgumentError: Some labeled passages do not exist, or one side of the filter has no label.
     """
     firings = {latent: _Firings(index, latent) for latent in {*peers, *(ask[0] for ask in asks)}}
     scores = [_Scores([firings[peer].most for peer in peers]) for _ in asks]
@@ -178,7 +178,7 @@ def _passages_of(rows: pa.Table, tokens: TokenTexts, length: int) -> _Passages:
 
 
 def _drawn(passages: _Passages, sampling: Sampling, unit: int) -> dict[int, Label]:
-    """Passages of a unit that are kept, with their chances."""
+    """Draw the passages of a unit that are kept, by position in the unit."""
     n = len(passages.keys)
     if sampling.filter is None:
         return dict.fromkeys(range(n), Label(None, 1.0, in_filter=True))
@@ -194,13 +194,13 @@ def _drawn(passages: _Passages, sampling: Sampling, unit: int) -> dict[int, Labe
 
 
 def _judged_shares(judge: Judge) -> dict[bool, float]:
-    """Share of the drawn passages that were judged, inside and outside the filter.
+    """Return the share of the drawn passages that were judged, inside and outside the filter.
 
-    Whoever judges may stop early, since passages come in random order; what was judged then stands
-    for the rest.
+    Judging may stop early because passages are in random order. The judged ones then represent the
+    rest.
 
     Raises:
-        ArgumentError: None outside the filter was judged.
+        ArgumentError: No passage inside the filter was judged, or none outside.
     """
     found = {}
     for inside in (True, False):
@@ -219,7 +219,7 @@ def _judged_shares(judge: Judge) -> dict[bool, float]:
 def _labelled(
     passages: _Passages, labels: Mapping[Key, Label], judged_share: Mapping[bool, float]
 ) -> dict[int, Label]:
-    """Passages of a unit with a label."""
+    """Return the labels of a unit's passages that have a level, by position in the unit."""
     found = {}
     for place, key in enumerate(passages.keys):
         label = labels.get(key)
@@ -240,11 +240,11 @@ class _Firings:
 
     @property
     def most(self) -> float:
-        """The largest activation of all; 0 if the latent never fires."""
+        """Largest activation on any row; 0 if the latent never fires."""
         return float(self._act.max(initial=0))
 
     def largest(self, unit: int, of_row: NDArray[np.int64], n: int) -> NDArray[np.float32]:
-        """The largest activation in each of a unit's `n` passages."""
+        """Return the largest activation in each of a unit's `n` passages."""
         start, stop = np.searchsorted(self._unit, [unit, unit + 1])
         found = np.zeros(n, np.float32)
         np.maximum.at(found, of_row[self._row[start:stop]], self._act[start:stop])
@@ -255,7 +255,7 @@ class _Scores:
     """F1 of several latents for one concept, from sums over units.
 
     Args:
-        most: The largest activation of each.
+        most: Largest activation of each latent.
     """
 
     def __init__(self, most: Sequence[float]) -> None:

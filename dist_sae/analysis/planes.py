@@ -1,8 +1,9 @@
-"""Whether points in a plane are one two-dimensional feature: separability and mixture.
+"""Tests of whether points in a plane are one two-dimensional feature: separability and mixture.
 
-After Engels et al. 2024 (arXiv:2405.14860), with three changes. The separability is free of the
-histogram's bias. The mixture index is the maximum over a grid of all lines, not what one gradient
-descent finds, so that it is somewhat higher. A null with shuffled coordinates is drawn.
+They follow Engels et al. 2024 (arXiv:2405.14860), with three changes. The histogram's bias is
+subtracted from the separability. The mixture index is the maximum over a grid of all lines, so it
+is somewhat higher than what one gradient descent finds. A null with shuffled coordinates gives a
+p-value.
 """
 
 import math
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 BINS = 10
 """Bins of the histogram along each axis."""
 EPSILON = 0.1
-"""Half width of the line that the mixture index counts points on, in root mean squares."""
+"""Half width of the line that the mixture index counts points on, relative to the root mean square
+of the distances from the line."""
 MIXTURE_POINTS = 1000
 """Most points that the mixture index is computed from."""
 _ANGLES = np.linspace(0, np.pi / 2, 25, endpoint=False)  # a quarter turn only swaps the axes
@@ -26,29 +28,29 @@ Points = NDArray[np.float64]
 
 
 class Plane(NamedTuple):
-    """Measures of the points of a plane."""
+    """Measures of points in a plane."""
 
     separability: float
-    """Bits; about 1.2 for a circle, 0 for independent coordinates."""
+    """Separability in bits: about 1.2 for a circle, 0 for independent coordinates."""
     mixture: float
     """Largest share of the points that lie on one line."""
 
     @property
     def score(self) -> float:
-        """(1 - mixture) x separability: high for a feature that is neither two nor on a line."""
+        """(1 - mixture) x separability. High for a feature that is neither two nor on a line."""
         return (1 - self.mixture) * self.separability
 
 
 def measure_plane(points: Points) -> Plane:
-    """Measure points, at least two of which differ."""
+    """Measure points, of which at least two differ."""
     return Plane(separability(points), mixture(points[:MIXTURE_POINTS]))
 
 
 def separability(points: Points) -> float:
-    """Least mutual information of the coordinates over all rotations, in bits.
+    """Return the least mutual information of the coordinates over all rotations, in bits.
 
-    It is estimated with a histogram, whose bias (bins - 1)^2 / (2 n ln 2) is subtracted. A result
-    below zero is zero.
+    It is estimated with a histogram, whose bias (bins - 1)^2 / (2 n ln 2) is subtracted. Negative
+    results become zero.
     """
     cells = np.arange(len(_ANGLES))[:, None] * BINS**2
     c, s = np.cos(_ANGLES)[:, None], np.sin(_ANGLES)[:, None]
@@ -67,9 +69,9 @@ def separability(points: Points) -> float:
 
 
 def mixture(points: Points) -> float:
-    """Largest share of points z with |z| <= epsilon x rms(z), over all z = a . y + b.
+    """Return the largest share of points y with |z| <= epsilon x rms(z), over all z = a . y + b.
 
-    A mixture of two features that never fire together has half of its points on a line.
+    If the points mix two features that never fire together, half of them are on a line.
     """
     heights = np.cos(_DIRECTIONS)[:, None] * points[:, 0]
     heights = np.sort(heights + np.sin(_DIRECTIONS)[:, None] * points[:, 1], axis=1)
@@ -84,7 +86,13 @@ def mixture(points: Points) -> float:
 
 
 def null_share(points: Points, draws: int, generator: np.random.Generator) -> float:
-    """p-value of the separability: how often shuffled coordinates reach it, itself counted."""
+    """Return the p-value of the separability: how often it is reached, counting the points too.
+
+    Args:
+        points: Points to test.
+        draws: Number of draws with shuffled coordinates.
+        generator: Random generator of the draws.
+    """
     reached, observed = 1, separability(points)
     for _ in range(draws):
         shuffled = np.stack([points[:, 0], generator.permutation(points[:, 1])], axis=1)

@@ -1,4 +1,4 @@
-"""Places of latents on a map: linked ones near each other, in time linear in the links."""
+"""Places of latents on a map, with linked latents near each other, in time linear in the links."""
 
 import math
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from dist_sae.analysis.links import Graph
 
 EPOCHS = 120
-"""Passes over the links."""
+"""Number of passes over the links."""
 PIECE_NODES = 2**16
-"""Nodes that are moved at a time; their links take about 50 MB."""
-_OTHERS = 5  # weight of the push from others, against the mean pull of a node's edges
-_DRAWS = 10  # random others of each node, per pass
+"""Number of nodes that are moved at a time. Their links take about 50 MB."""
+_OTHERS = 5  # weight of the repulsion from other nodes, relative to the mean pull of the links
+_DRAWS = 10  # random other nodes that repel a node, per pass
 _MOST_STEP = 4.0
-_LEAST_INSIDE = 0.5  # share of the area that latents with links have at least
+_LEAST_INSIDE = 0.5  # least share of the area for latents with links
 _GOLDEN = math.pi * (3 - math.sqrt(5))
 
 Places = NDArray[np.float32]
@@ -25,20 +25,20 @@ Places = NDArray[np.float32]
 def place(graph: Graph, levels: Sequence[NDArray[np.int32]], seed: int) -> Places:
     """Place latents in a plane, [n, 2], in a circle of about radius 1.
 
-    Clusters first get disks within those of the coarser clusters, and nodes places in the finest.
-    Then linked nodes attract and random others repel each other, as in LargeVis and UMAP with a
-    Student kernel, all at once in each pass. Latents without links are put
-    around the rest.
+    First, each cluster gets a disk inside the disk of its coarser cluster, and each node a place in
+    the finest disk. Then linked nodes attract each other and random nodes repel each other, as in
+    LargeVis and UMAP with a Student kernel. Each pass moves all nodes at once. Latents without
+    links are placed around the others.
 
     Args:
-        graph: The nodes and their edges.
-        levels: Cluster of each node, -1 for none, from coarse to fine.
-        seed: Of the random order and of the others.
+        graph: The nodes and their links.
+        levels: Cluster of each latent, -1 for none, from coarse to fine.
+        seed: Seed of the random order and of the repelling nodes.
     """
     places = np.zeros((graph.n, 2), np.float32)
     nodes = graph.nodes
     draw = np.random.default_rng(seed)
-    # as much area for each latent, linked or not, but at least half of all for those with links
+    # the same area for every latent, but at least half of the total for those with links
     inside = max(_LEAST_INSIDE, len(nodes) / graph.n) if len(nodes) else 0.0
     if len(nodes):
         first = _in_disks([level[nodes] for level in levels], draw)
@@ -58,14 +58,14 @@ def place(graph: Graph, levels: Sequence[NDArray[np.int32]], seed: int) -> Place
 
 
 def _compressed(places: Places) -> Places:
-    """Points beyond the unit circle are drawn in, so that a few do not shrink the map."""
+    """Pull points beyond the unit circle in, so that a few outliers do not shrink the map."""
     radii = np.linalg.norm(places, axis=1, keepdims=True)
     drawn: Places = np.where(radii > 1, (1 + 0.05 * np.tanh(radii - 1)) / np.maximum(radii, 1), 1)
     return places * drawn
 
 
 def _in_disks(levels: Sequence[NDArray[np.int32]], draw: np.random.Generator) -> Places:
-    """Places by clusters within clusters, each in a sunflower of disks by size."""
+    """Place nodes by nested clusters, each a sunflower of disks, the largest in the middle."""
     n = len(levels[0])
     places, radius = np.zeros((n, 2), np.float32), np.ones(n)
     within = np.zeros(n, np.int64)
@@ -95,7 +95,7 @@ def _in_disks(levels: Sequence[NDArray[np.int32]], draw: np.random.Generator) ->
 
 
 def _relaxed(places: Places, graph: Graph, draw: np.random.Generator) -> Places:
-    """Places of nodes after attraction along links and repulsion from random others."""
+    """Move nodes by attraction along links and repulsion from random other nodes."""
     n = len(places)
     pieces = [slice(start, min(start + PIECE_NODES, n)) for start in range(0, n, PIECE_NODES)]
     scale = 2 / graph.weight.max()
@@ -114,7 +114,7 @@ def _relaxed(places: Places, graph: Graph, draw: np.random.Generator) -> Places:
 
 
 def _pull(places: Places, graph: Graph, piece: slice, scale: np.float32) -> Places:
-    """Mean pull of the links of consecutive nodes."""
+    """Return the mean pull of the links on each of some consecutive nodes."""
     starts = graph.starts[piece.start : piece.stop + 1]
     degrees = np.diff(starts)
     links = slice(starts[0], starts[-1])

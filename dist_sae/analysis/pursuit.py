@@ -1,12 +1,12 @@
-"""What a decoder could explain at best: a sparse solver in place of the encoder.
+"""What a decoder can explain at best, by a sparse solver in place of the encoder.
 
-Orthogonal matching pursuit (Pati et al. 1993) with activations of at least 0. Each turn adds the
-latent whose decoder direction is nearest to what is left of the row, and fits the activations of
-all latents so far again. A row stops where the cosine of the nearest direction is what chance
-gives, sqrt(2 ln(latents) / width): the largest of as many random directions. So the number of
-latents is not fixed as the encoder's is, no encoder errs, and what is left is what the decoder
-lacks. That the threshold says this is tested on a world with known features; it is our choice, and
-not from a published method.
+The solver is orthogonal matching pursuit (Pati et al. 1993) with activations of at least 0. Each
+turn adds the latent whose decoder direction is nearest to the row's residual, and fits the
+activations of all its latents again. A row stops when the cosine of the nearest direction is no
+higher than chance: sqrt(2 ln(latents) / width), the largest among as many random directions. So the
+number of latents is not limited as the encoder's is, there are no encoder errors, and the residual
+is what the decoder lacks. The threshold is our choice, not from a published method; a test checks
+it on a world with known features.
 """
 
 import math
@@ -19,34 +19,34 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 STRICTNESS = (0.9, 1.0, 1.1)
-"""Multiples of the threshold; the middle one is the estimate, the others its sensitivity."""
+"""Multiples of the threshold. The middle one gives the estimate, the others its sensitivity."""
 _MOST_LATENTS = 256
-_BYTES = 2**28  # of the decoder rows that the rows use
+_BYTES = 2**28  # most bytes of the decoder rows that the rows use
 _PIECE_LATENTS = 2048
 _SWEEPS = 3
 
 Parts = Callable[[], Iterable[Float[Tensor, "some d"]]]
-"""Gives the parts of the decoder in order, each soon overwritten."""
+"""Function that yields the parts of the decoder in order. The next part may overwrite one."""
 
 
 class Left(NamedTuple):
-    """What a pursuit leaves of each row, for each of `STRICTNESS`."""
+    """Residuals of a pursuit, for each of `STRICTNESS` and each row."""
 
     squares: Float[Tensor, "strictness rows"]
-    """Squared length of what is left."""
+    """Squared length of the residual."""
     latents: Float[Tensor, "strictness rows"]
-    """Latents used."""
+    """Number of latents used."""
     most: int
-    """Most latents of a row."""
+    """Most latents that a row may use."""
 
 
 def most_latents(l0: float) -> int:
-    """The most latents that a row may use: four times those of the encoder, 8 to 256."""
+    """Return the most latents that a row may use: four times the encoder's L0, from 8 to 256."""
     return min(_MOST_LATENTS, max(8, math.ceil(4 * l0)))
 
 
 def affordable_rows(l0: float, d: int) -> int:
-    """Number of rows whose pursuit needs no more than a quarter of a GiB."""
+    """Return how many rows' decoder rows fit into a quarter of a GiB."""
     return max(1, _BYTES // (4 * d * most_latents(l0)))
 
 
@@ -54,16 +54,15 @@ def affordable_rows(l0: float, d: int) -> int:
 def pursue(
     y: Float[Tensor, "rows d"], parts: Parts, usable: Bool[Tensor, " latents"], most: int
 ) -> Left:
-    """Explain rows with as few latents as chance allows.
+    """Explain rows sparsely, with latents whose cosines are above chance.
 
-    The decoder is read once for its lengths and once for every latent of a row, `most` times at
-    most.
+    The decoder is read once for its lengths, and once in each of up to `most` turns.
 
     Args:
-        y: Rows, without the part that comes from no latent.
+        y: Rows, without the offset that does not come from a latent.
         parts: The decoder.
-        usable: Latents that can be used. The threshold is that of all, so that what some of them
-            leave can be compared with what all leave.
+        usable: Latents that may be used. The threshold counts all latents, so that residuals for
+            some of them are comparable with those for all.
         most: Most latents of a row.
     """
     n, d = y.shape
@@ -100,7 +99,7 @@ def pursue(
 
 
 def _scales(parts: Parts, usable: Tensor) -> Tensor:
-    """One over the length of each decoder row; 0 for latents that cannot be used."""
+    """Return one over the length of each decoder row; 0 for latents that cannot be used."""
     norms = torch.cat(
         [piece.norm(dim=1) for part in parts() for piece in torch.split(part, _PIECE_LATENTS)]
     )
@@ -110,7 +109,7 @@ def _scales(parts: Parts, usable: Tensor) -> Tensor:
 def _nearest(
     rows: Tensor, taken: Tensor, scales: Tensor, parts: Parts
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosine, number and direction of the latent nearest to each row that it does not use yet."""
+    """Return cosine, number and direction of each row's nearest latent that it does not use yet."""
     scaled = normalize(rows, dim=1)
     best = torch.full((len(rows),), -2.0)
     which = torch.full((len(rows),), -1)
@@ -132,7 +131,7 @@ def _nearest(
 
 
 def _fit(atoms: Tensor, y: Tensor, acts: Tensor) -> Tensor:
-    """Activations of at least 0 with about the least error, by coordinate descent from `acts`."""
+    """Fit activations of at least 0 to about the least error, by coordinate descent from `acts`."""
     gram = atoms @ atoms.transpose(1, 2)
     along = torch.einsum("rkd,rd->rk", atoms, y)
     acts = acts.clone()

@@ -1,4 +1,4 @@
-"""Reconstructions of groups of latents over an index's rows, group by group in bounded memory."""
+"""Reconstructions by groups of latents on an index's rows, group by group in bounded memory."""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -13,26 +13,26 @@ from dist_sae.index.codes import below, chances
 from dist_sae.index.decoder import Decoder
 from dist_sae.index.query import Index
 
-_PART_BYTES = 2**28  # of records in memory at a time
+_PART_BYTES = 2**28  # bytes of records in memory at a time
 _MOST_PARTS = 4096
-_PURPOSE = 3  # of the chances by which rows are chosen; the index has used 0 to 2
-_SPARE = 3  # times as many rows are read as are used, because latents fire on the same rows
+_PURPOSE = 3  # purpose number of the seeded choice of rows; the index uses 0 to 2
+_SPARE = 3  # factor of rows to read, because several latents fire on the same rows
 
 _ENTRY = np.dtype([("slot", "<i4"), ("row", "<u8"), ("act", "<f4")])
 
 
 class Reconstructed(NamedTuple):
-    """A group's activations on rows on which any of its latents fires, chosen by chance."""
+    """A group's activations on a random sample of the rows on which any of its latents fires."""
 
     group: int
     latents: NDArray[np.int64]
     codes: NDArray[np.float64]
     """Activations, [rows, latents]."""
     gram: NDArray[np.float64]
-    """Products of the latents' decoder rows, [latents, latents]."""
+    """Dot products of the latents' decoder rows, [latents, latents]."""
 
     def points(self) -> NDArray[np.float64]:
-        """Sums of the activations times the decoder rows, [rows, d], in a basis of their span."""
+        """Return activations times decoder rows, [rows, d], in a basis of the rows' span."""
         squares, axes = np.linalg.eigh(self.gram)
         kept = squares > 1e-9 * squares[-1]
         points: NDArray[np.float64] = self.codes @ (axes[:, kept] * np.sqrt(squares[kept]))
@@ -42,16 +42,16 @@ class Reconstructed(NamedTuple):
 def reconstruct(
     index: Index, decoder: Decoder, groups: Groups, most_rows: int, spooled: list[int]
 ) -> Iterator[Reconstructed]:
-    """Yield the groups with activations on at most `most_rows` rows.
+    """Yield the groups with their activations on at most `most_rows` rows each.
 
-    Postings and decoder are read once; what belongs to a group is sorted by group on disk.
+    Postings and decoder are read once, and sorted by group on disk.
 
     Args:
-        index: With postings.
-        decoder: Of the same checkpoint.
-        groups: Of its latents.
-        most_rows: Rows of a group.
-        spooled: Gets the number of bytes on disk.
+        index: Index with postings.
+        decoder: Decoder of the same checkpoint.
+        groups: Groups of the latents.
+        most_rows: Most rows of a group.
+        spooled: List to which the number of bytes on disk is appended.
     """
     n_groups = len(groups.sizes)
     if not n_groups:
@@ -74,7 +74,7 @@ def reconstruct(
         for table in chain.from_iterable(map(index.bucket_postings, buckets)):
             here, slots = slots_of(table["latent"].to_numpy())
             unit, row = (table[c].to_numpy()[here] for c in ("unit", "row"))
-            chance = chances(index.manifest.seed, _PURPOSE, unit, row)  # no two rows have the same
+            chance = chances(index.manifest.seed, _PURPOSE, unit, row)  # unique, so it names a row
             kept = chance <= bounds[group_of[slots]]
             records = np.empty(int(kept.sum()), _ENTRY)
             records["slot"], records["row"] = slots[kept], chance[kept]
@@ -92,14 +92,14 @@ def reconstruct(
 
 
 class _Slots:
-    """Places of latents in the list of all groups' latents: none, one, or several."""
+    """The slots of a latent: its positions in the list of all groups' latents, if any."""
 
     def __init__(self, latents: NDArray[np.int64], n_latents: int) -> None:
         self._slots = np.argsort(latents, kind="stable")
         self._starts = np.searchsorted(latents[self._slots], np.arange(n_latents + 1))
 
     def __call__(self, latents: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Index of a latent in `latents`, and its place, for every place of every latent."""
+        """Return an index into `latents` and a slot, for every slot of every latent."""
         starts = self._starts[latents]
         counts = self._starts[latents + 1] - starts
         here = np.repeat(np.arange(len(latents)), counts)

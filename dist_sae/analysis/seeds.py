@@ -1,10 +1,10 @@
-"""Latents that two dictionaries share, by how often they fire.
+"""Latents that two dictionaries share, by firing frequency.
 
-Two latents are partners if each is the nearest of the other by decoder direction, and both the
-decoder and the encoder directions have a cosine above .7. Published numbers pair the latents by the
-best assignment of all (Paulo and Belrose 2025, arXiv:2501.16615); mutual neighbours can be found
-among millions, never pair a latent twice, and are a little fewer. Looked at are 4,096 alive
-latents, evenly spaced in the order of their frequency; of fewer, all.
+Two latents are partners if they are mutual nearest neighbors by decoder direction, and the cosines
+of both decoder and encoder directions are above .7. Published numbers pair latents by the best
+overall assignment (Paulo and Belrose 2025, arXiv:2501.16615). Mutual neighbors are slightly fewer,
+but can be found among millions and never pair a latent twice. The share is measured on 4,096 alive
+latents, evenly spaced in order of frequency, or on all if there are fewer.
 """
 
 import math
@@ -39,26 +39,27 @@ class Overlap(NamedTuple):
     shares: tuple[float, ...]
     """Share of each tenth with a partner."""
     intervals: tuple[tuple[float, float], ...]
-    """95 % of each (Wilson 1927)."""
+    """95 % interval of each share (Wilson 1927)."""
     recapture: float
-    """What capture-recapture would take for the number of features (Lincoln-Petersen): alive
-    latents of both, multiplied, over partners. Wrong here: see `dark_matter`."""
+    """Capture-recapture estimate of the number of features (Lincoln-Petersen): the product of both
+    numbers of alive latents, over the number of partners. It is wrong here: see
+    `dark_matter_findings.WRONG_RECAPTURE`."""
 
     @property
     def share(self) -> float:
-        """Share of all."""
+        """Share of the latents looked at that have a partner."""
         return self.partners / self.looked_at
 
 
 @torch.no_grad()
 def find_overlap(one: Run, other: Run) -> Overlap:
-    """Find the partners of one run's latents in another's newest dictionary.
+    """Find the partners of one run's latents in another run's newest dictionary.
 
-    The dictionaries are read twice each, part by part.
+    The decoders and encoders are read part by part.
 
     Raises:
-        ConfigError: They cannot be compared, or one has no checkpoint.
-        NoIndexError: One has no latent index of its newest checkpoint.
+        ConfigError: The dictionaries cannot be compared, or a run has no checkpoint.
+        NoIndexError: A run has no latent index of its newest checkpoint.
     """
     for run in (one, other):
         if not run.sae.has_latent_rows:
@@ -93,10 +94,10 @@ def overlap_by_frequency(
     """Count partners by frequency.
 
     Args:
-        densities: Of the latents looked at, rising.
-        found: Which have a partner.
-        alive: Alive latents of their dictionary.
-        others_alive: Alive latents of the other.
+        densities: Densities of the latents looked at, ascending.
+        found: Whether each of them has a partner.
+        alive: Number of alive latents of their dictionary.
+        others_alive: Number of alive latents of the other dictionary.
     """
     tenths = [t for t in np.array_split(np.arange(len(found)), TENTHS) if len(t)]
     shares = [float(found[t].mean()) for t in tenths]
@@ -124,7 +125,7 @@ def _alive(trained: Trained) -> NDArray[np.float64]:
 
 
 def _encoder_directions(trained: Trained) -> Iterator[Float[Tensor, "some d_in"]]:
-    """Parts of the encoder in the scale of the model, with rows of unit length."""
+    """Yield parts of the encoder in the scale of the model, with rows of unit length."""
     normalisers = trained.normalisers
     scales = torch.cat(
         [
@@ -137,7 +138,7 @@ def _encoder_directions(trained: Trained) -> Iterator[Float[Tensor, "some d_in"]
 
 
 def _rows(parts: Iterator[Tensor], latents: Tensor) -> Tensor:
-    """Rows of some latents, in any order."""
+    """Collect the rows of some latents, which may be in any order."""
     rows, first = torch.empty(0), 0
     for part in parts:
         if not len(rows):
@@ -149,7 +150,7 @@ def _rows(parts: Iterator[Tensor], latents: Tensor) -> Tensor:
 
 
 def _nearest(rows: Tensor, trained: Trained) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosine, number and direction of the latent nearest to each row by its decoder."""
+    """Return cosine, number and direction of the nearest decoder row to each of `rows`."""
     best = torch.full((len(rows),), -2.0)
     which = torch.zeros(len(rows), dtype=torch.int64)
     directions, first = torch.zeros_like(rows), 0

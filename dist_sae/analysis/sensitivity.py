@@ -1,16 +1,17 @@
-"""Sensitivity: does a latent fire wherever its concept is, and only there?
+"""Sensitivity of a latent: does it fire wherever its concept is present, and only there?
 
 For passages i with weight w_i, concept c_i in {0, 1} and largest activation F_i:
 
     sensitivity(t) = sum w c [F > t] / sum w c
     precision(t)   = sum w c [F > t] / sum w [F > t]
 
-Weights are one over the chance with which a passage was drawn (Horvitz and Thompson 1952), so the
-filter that found most of the passages does not bias them. Intervals draw documents, not passages.
+A weight is one over the probability with which a passage was drawn (Horvitz and Thompson 1952), so
+the filter that found most of the passages does not bias the estimates. The bootstrap for intervals
+resamples documents, not passages.
 
-Source: the question and the use of a filtered data set are those of "Measuring feature sensitivity
-using dataset filtering" (Turner, Jermyn, Batson 2024), of which this is a reconstruction; weights,
-random stratum and intervals are ours.
+Source: the question and the filtered data set are from "Measuring feature sensitivity using dataset
+filtering" (Turner, Jermyn, Batson 2024), which this reconstructs; weights, random stratum and
+intervals are our own.
 """
 
 import math
@@ -29,13 +30,13 @@ from dist_sae.report.charts import Line, render_lines
 from dist_sae.report.outcome import Findings
 
 LEAST_PASSAGES = 10
-"""Passages with the concept, and without, below which nothing is estimated."""
+"""Fewest passages with the concept, and fewest without it, for an estimate."""
 LEAST_PEERS = 19
-"""Other latents below which it is not told whether a latent stands out among them."""
+"""Fewest other latents among which a latent can be judged to stand out."""
 _AS_GOOD = 0.05
-"""Share of the other latents that may be as good as one that stands out."""
+"""Largest share of latents that do as well as one that stands out, itself included."""
 _GROUPS = 2000
-"""Documents are joined to this many groups at most, which are drawn whole."""
+"""Most groups of documents, which the bootstrap draws as a whole."""
 _CURVE = tuple(step / 20 for step in range(20))
 
 
@@ -43,14 +44,14 @@ class AtThreshold(NamedTuple):
     """Estimates for one threshold."""
 
     share: float
-    """The threshold, as a share of the largest activation; the latent has to exceed it."""
+    """Threshold as a share of the largest activation. The latent fires if it exceeds it."""
     sensitivity: Interval
     precision: Interval
     f1: Interval
 
 
 class Measured(NamedTuple):
-    """What is estimated of a latent and a concept."""
+    """Estimates of how well a latent detects a concept."""
 
     latent: int
     judge: str
@@ -58,35 +59,37 @@ class Measured(NamedTuple):
     with_concept: int
     at: Sequence[AtThreshold]
     naive: Sequence[AtThreshold] | None
-    """The same from the filter's passages alone, each counted once; None without a filter."""
+    """Estimates like `at` from the filter's passages alone, each counted once. None without a
+    filter."""
     auroc: Interval
-    """Chance that a passage with the concept has the larger activation of two; .5 says nothing."""
+    """Probability that, of a passage with and one without the concept, the first has the larger
+    activation. At .5 the latent does not detect the concept."""
     filter_recall: Interval | None
-    """Share of the passages with the concept that the filter passes."""
+    """Share of the passages with the concept that the filter passes. None without a filter."""
     outside: int | None
-    """Drawn passages outside the filter with the concept; None without a filter."""
+    """Number of drawn passages with the concept outside the filter. None without a filter."""
     means: Sequence[float | None]
-    """Mean activation on passages of each level."""
+    """Mean activation on passages of each level. None for a level without passages."""
     curve: Sequence[tuple[float, float]]
-    """Share of the largest activation, and sensitivity."""
+    """Thresholds, as shares of the largest activation, and the sensitivity at each."""
     peers: int
-    """Other latents, drawn at random, that were measured on the same passages."""
+    """Number of other latents, drawn at random, that were measured on the same passages."""
     as_good: int
-    """Peers whose best F1 over all thresholds is at least this latent's best."""
+    """Number of peers whose best F1 over all thresholds is at least this latent's best."""
 
 
 def measure(latent: int, judge: str, largest: float, judged: Judged, seed: int = 0) -> Measured:
-    """Estimate what a latent says of a concept.
+    """Estimate how well a latent detects a concept.
 
     Args:
-        latent: Its number.
+        latent: Number of the latent.
         judge: Name of the judge.
-        largest: The latent's largest activation, on any row.
-        judged: Passages.
-        seed: Of the bootstrap.
+        largest: The latent's largest activation on any row.
+        judged: Judged passages.
+        seed: Seed of the bootstrap.
 
     Raises:
-        ArgumentError: Too few passages have the concept, or lack it.
+        ArgumentError: Too few passages have the concept, or too few lack it.
     """
     has = judged.level >= HAS
     n, positives = len(has), int(has.sum())
@@ -100,19 +103,19 @@ def measure(latent: int, judge: str, largest: float, judged: Judged, seed: int =
     draws = resampled(groups, seed)
 
     def total(values: NDArray[Any]) -> NDArray[np.float64]:
-        """The sum over the sample, then over each of its replicates."""
+        """Return the sum over the sample, then over each of its replicates."""
         return np.asarray(draws @ np.bincount(group, values, groups))
 
     weight = judged.weight
     outside = ~judged.in_filter
     found = float(weight @ has)
-    # no replicate has a concept outside the filter that no drawn passage has; by the rule of three
-    # there are at most 3 / chance of them (Hanley and Lippman-Hand 1983)
+    # if no drawn passage outside the filter has the concept, no replicate has one either; by the
+    # rule of three there are at most 3 / chance such passages (Hanley and Lippman-Hand 1983)
     unseen = 3 * float(weight[outside].mean()) if outside.any() and not has[outside].any() else 0.0
     seen = found / (found + unseen)
 
     def of_concept(replicates: NDArray[np.float64], seen: float) -> Interval:
-        """A share of the passages with the concept, of which a share was seen."""
+        """Return a share of the concept's passages, with an interval that allows for unseen ones."""
         value, low, high = interval(replicates)
         return Interval(value, low and low * seen, high and 1 - (1 - high) * seen)
 
@@ -155,11 +158,11 @@ def measure(latent: int, judge: str, largest: float, judged: Judged, seed: int =
 
 
 def sensitivity(measured: Sequence[Measured], caveats: Sequence[str] = ()) -> Findings:
-    """Say what was measured.
+    """Report the estimates.
 
     Args:
-        measured: Latents and concepts.
-        caveats: Of the judges.
+        measured: Estimates for pairs of a latent and a concept.
+        caveats: Caveats of the judges.
     """
     return Findings(
         numbers={
@@ -183,7 +186,7 @@ def sensitivity(measured: Sequence[Measured], caveats: Sequence[str] = ()) -> Fi
 def _auroc(
     act: NDArray[np.float32], has: NDArray[np.bool_], weight: NDArray[np.float64]
 ) -> tuple[float, NDArray[np.float64]]:
-    """Weighted area under the ROC curve, and each passage's influence on it (they sum to 0).
+    """Return the weighted area under the ROC curve, and each passage's influence (sum 0).
 
     Source: DeLong, DeLong and Clarke-Pearson 1988, with weights.
     """
@@ -222,12 +225,12 @@ def _sentences(measured: Measured) -> list[str]:
 
 
 def tells(measured: Measured) -> bool:
-    """Whether activations are larger where the concept is, beyond chance."""
+    """Return whether activations are larger where the concept is present, beyond chance."""
     return measured.auroc.low is not None and measured.auroc.low > 1 / 2
 
 
 def stands_out(measured: Measured) -> bool:
-    """Whether few random latents do as well on the concept; True if too few were tried."""
+    """Return whether few random latents do as well on the concept; True if too few were tried."""
     if measured.peers < LEAST_PEERS:
         return True
     return (1 + measured.as_good) / (1 + measured.peers) <= _AS_GOOD
@@ -305,7 +308,7 @@ def _table(measured: Sequence[Measured]) -> pa.Table:
 
 
 def shown(found: Interval) -> str:
-    """A share with its interval, for a sentence."""
+    """Format a share with its interval, for a sentence."""
     if found.value is None or math.isnan(found.value):
         return "unknown"
     if found.low is None or found.high is None:

@@ -1,4 +1,4 @@
-"""Shape of a group's reconstructions: dimension, and whether parts add and intensities scale."""
+"""Shape of a group's reconstructions: dimension, composition of latents, scaling by intensity."""
 
 from typing import NamedTuple
 
@@ -8,14 +8,14 @@ from numpy.typing import NDArray
 Float = NDArray[np.float64]
 
 LEAST_POINTS = 50
-"""Least distinct directions from which a dimension is estimated."""
+"""Fewest distinct directions from which a dimension is estimated."""
 LEAST_PAIR_ROWS = 20
-"""Least rows with both latents, with each alone, and with neither, to test their sum."""
+"""Fewest rows with both latents, with each alone, and with neither, to test whether they add up."""
 _DIRECTIONS = 500  # most directions whose distances are computed
 _FARTHEST = 0.1  # share of the directions with the largest ratios, which TwoNN leaves out
 _NORM_BINS = 10
-_SIDE = 0.3  # cosine to the mean direction below which perspective would stretch a point
-_AHEAD = 0.95  # share of the points on one side from which they are seen in perspective
+_SIDE = 0.3  # least cosine to the mean direction; perspective would stretch points below it
+_AHEAD = 0.95  # least share of the points on one side of the origin for a perspective view
 _FAINT = 0.3
 _PAIRS = 50  # most pairs of latents whose sum is tested
 
@@ -24,18 +24,22 @@ class Spectrum(NamedTuple):
     """Principal components of points."""
 
     coordinates: Float
-    """Of the centred points, [n, components], by falling variance."""
+    """Coordinates of the centered points, [n, components], by decreasing variance."""
     shares: Float
     """Share of the variance in each component."""
 
     @property
     def participation(self) -> float:
-        """1 / sum of squared shares: number of components among which the variance lies."""
+        """Effective number of components that share the variance: 1 / sum of squared shares."""
         return float(1 / (self.shares**2).sum())
 
 
 def spectrum(points: Float) -> Spectrum:
-    """Principal components of points that differ, [n, d]; those without variance are left out."""
+    """Return the principal components that have variance, of points that are not all equal.
+
+    Args:
+        points: Points, [n, d].
+    """
     centred = points - points.mean(0)
     variances, axes = np.linalg.eigh(centred.T @ centred)
     variances, axes = variances[::-1], axes[:, ::-1]
@@ -44,14 +48,14 @@ def spectrum(points: Float) -> Spectrum:
 
 
 def strong(points: Float) -> NDArray[np.bool_]:
-    """The points that hold nearly all of the energy, [n].
+    """Return a mask of the strong points, which have nearly all of the energy, [n].
 
-    A dictionary with a fixed number of latents for each row also uses them, weakly, where their
-    feature is not present. A point counts from 0.3 times the length above which the points have
-    half of the sum of squares.
+    A dictionary with a fixed number of latents per row also uses latents weakly where their feature
+    is absent. So points shorter than 0.3 times a reference length are dropped. The points above the
+    reference length have half of the sum of squares.
 
     Args:
-        points: [n, d].
+        points: Points, [n, d].
     """
     lengths = np.linalg.norm(points, axis=1)
     falling = np.sort(lengths)[::-1]
@@ -62,17 +66,18 @@ def strong(points: Float) -> NDArray[np.bool_]:
 
 
 def in_perspective(points: Float) -> tuple[Float, NDArray[np.bool_]] | None:
-    """Points without their intensity, if they lie on one side of the origin.
+    """Remove the intensity of points by perspective, if they are on one side of the origin.
 
-    A feature's intensity r multiplies its point, and would be the largest component of all others.
-    With the mean direction c, points y become y / (y . c) - c, in which r cancels.
+    A feature's intensity r multiplies its point, and would otherwise be the largest principal
+    component. With the mean direction c, points y become y / (y . c) - c, in which r cancels.
 
     Args:
-        points: [n, d].
+        points: Points, [n, d].
 
     Returns:
-        The points in perspective, and which of them are kept, [n]: those not too far from the mean
-        direction. None if points lie all around the origin, as on a ring whose centre it is.
+        The points in perspective, and a mask of the points that are kept, [n], because they are
+        near enough to the mean direction. None if the points surround the origin, as on a ring
+        centered there.
     """
     directions = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-30)
     mean = directions.mean(0)
@@ -84,13 +89,13 @@ def in_perspective(points: Float) -> tuple[Float, NDArray[np.bool_]] | None:
 
 
 def two_nn(points: Float) -> float | None:
-    """Intrinsic dimension of directions by the distances to the two nearest neighbours.
+    """Estimate the intrinsic dimension of directions from their two nearest neighbors (TwoNN).
 
-    With ratios r of the second distance to the first, it is (their number) / (sum of ln r). The
-    largest tenth of the ratios is left out, and the sum is completed by the law of the rest.
+    With ratios r of the second distance to the first, it is (number of ratios) / (sum of ln r). The
+    largest tenth of the ratios is treated as censored, because it is unreliable.
 
     Args:
-        points: [n, d]; their directions are looked at, equal ones once.
+        points: Points, [n, d]. Only their distinct directions are used.
 
     Returns:
         None if there are fewer than `LEAST_POINTS` distinct directions.
@@ -115,10 +120,10 @@ def two_nn(points: Float) -> float | None:
 
 
 def scaling(points: Float) -> float | None:
-    """Share of the variance of a point's direction that its length explains.
+    """Return the share of the variance of the points' directions that their lengths explain.
 
-    It is near 0 where intensity only scales a point, and high for a code of magnitudes in which the
-    direction turns with the length. The lengths are cut into tenths.
+    It is near 0 if intensity only scales a point. It is high if the direction turns with the
+    length, as in a code of magnitudes. The lengths are cut into tenths.
 
     Returns:
         None if all directions are equal.
@@ -141,19 +146,19 @@ def scaling(points: Float) -> float | None:
 
 
 def composition(codes: Float, gram: Float) -> float | None:
-    """Whether the latents of a group add up, as separate features do.
+    """Measure how well the latents of a group add up, as separate features do.
 
     For latents A and B, the mean reconstruction on rows with both is predicted by
 
         (mean with A but not B) + (mean with B but not A) - (mean with neither).
 
-    1 - (squared error) / (squared length), summed over the pairs with most rows, is near 1 for
-    separate features. It is well below 1 where the latents are points of one manifold, between
-    which the dictionary interpolates.
+    The result is 1 - (squared error) / (squared length), summed over the pairs with the most common
+    rows. It is near 1 for separate features, and well below 1 if the latents are points of one
+    manifold, between which the dictionary interpolates.
 
     Args:
         codes: Activations, [rows, latents].
-        gram: Products of the decoder rows, [latents, latents].
+        gram: Dot products of the decoder rows, [latents, latents].
 
     Returns:
         None if no pair has `LEAST_PAIR_ROWS` rows of each kind.

@@ -1,4 +1,4 @@
-"""Records that are sorted into parts on disk, so that each part fits into memory."""
+"""Temporary files that sort records into parts, so that each part fits into memory."""
 
 import tempfile
 from pathlib import Path
@@ -15,8 +15,8 @@ class Spool:
     """Records in parts, in a temporary folder that is deleted at the end.
 
     Args:
-        dtype: Of a record.
-        n_parts: Number of parts; each is a file.
+        dtype: Type of a record.
+        n_parts: Number of parts. Each part is one file.
     """
 
     def __init__(self, dtype: np.dtype[Any], n_parts: int) -> None:
@@ -24,7 +24,7 @@ class Spool:
         self._n_parts = n_parts
         self._folder = tempfile.TemporaryDirectory(prefix="dist-sae-")
         self.bytes = 0
-        """Bytes written."""
+        """Number of bytes written."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""What analyses are made of: a run's newest checkpoint with its latent index."""
+"""The subject of an analysis: a run's newest checkpoint with its latent index."""
 
 from dataclasses import dataclass
 
@@ -17,22 +17,22 @@ class Subject:
     """A trained dictionary with its index."""
 
     run: Run
-    """Settings that it was trained with."""
+    """Settings that the dictionary was trained with."""
     checkpoint: Checkpoint
     index: Index
 
     @property
     def trained_rows(self) -> int:
-        """Rows that it was trained on, those of the runs that it continues among them."""
+        """Number of rows that the dictionary was trained on, including runs that it continues."""
         before = Lineage.from_scalars(self.checkpoint.scalars).rows
         return before + self.checkpoint.step * self.run.train.batch_rows
 
     def tokenizer(self) -> Tokenizer:
-        """Load the tokenizer of the model, as the plan has it.
+        """Load the tokenizer of the model, as recorded in the plan.
 
         Raises:
-            ModelError: It cannot be read.
-            PlanMismatchError: The activation set has no plan, or one of other settings.
+            ModelError: The tokenizer cannot be read.
+            PlanMismatchError: The activation set has no plan, or a plan with other settings.
         """
         plan = load_plan(open_store(self.run.store.activations, self.run.store.s3), self.run)
         return build_tokenizer(as_planned(self.run, plan))
@@ -43,7 +43,7 @@ def open_subject(run: Run) -> Subject:
 
     Raises:
         ConfigError: There is no checkpoint yet.
-        NoIndexError: There is no complete index of it.
+        NoIndexError: The checkpoint has no complete index.
         PlanMismatchError: The run was trained with other settings.
     """
     store = open_store(run.store.runs, run.store.s3)

@@ -1,10 +1,10 @@
 """The tail: energy of the features that a dictionary is too narrow for, by a power law.
 
-The energy of a latent is its part of the variance, Var(f) |d|^2, which is about p E[f^2 | on] |d|^2
-for a rare one. Energies over their rank follow a power law where frequencies do (Zipf), and its
-continuation says what wider dictionaries can still gain. It does not say what is left in the end:
-with an exponent of at most 1 the sum has no limit, so the energy that is left now is measured
-(`pursuit`), and only the gain comes from the law.
+The energy of a latent is its part of the variance, Var(f) |d|^2. For a rare latent this is about
+p E[f^2 | on] |d|^2. Energies by rank follow a power law if frequencies do (Zipf). Extrapolating the
+law shows what wider dictionaries can still gain. It does not show the total, because with an
+exponent of at most 1 the sum diverges. So the energy that is missing now is measured (`pursuit`),
+and only the gain comes from the law.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,14 +18,14 @@ from dist_sae.index.layout import HISTOGRAM_BARS
 
 Floats = NDArray[np.float64]
 
-_FLAT = 1e-9  # exponents this near to 1 have the logarithm as their integral
+_FLAT = 1e-9  # for exponents this near to 1 the integral is the logarithm
 LEAST_ALIVE = 64
 """Fewest alive latents that a law is fitted to."""
 _WINDOWS = ((1 / 16, 1 / 2), (1 / 16, 1 / 4), (1 / 8, 1 / 2), (1 / 4, 1 / 2), (1 / 8, 3 / 4))
-"""Ranks that lines are fitted to, as shares of the alive latents; the first is the estimate. The
-most frequent latents follow no law, and the last ones are at the frontier: mixed, or not trained
-yet."""
-_PLACES = 32  # of a window, evenly spaced in the logarithm of the rank
+"""Windows of ranks that lines are fitted to, as shares of the alive latents. The first gives the
+estimate. Windows exclude the most frequent latents, which follow no law, and the rarest, which are
+mixed or not trained yet."""
+_PLACES = 32  # ranks of a window, evenly spaced in the logarithm
 COLUMNS = ("density", "mean", "max", "histogram", "decoder_norm")
 """Columns of the index's table of latents that `energies` needs."""
 
@@ -43,35 +43,35 @@ class Span(NamedTuple):
 
 
 class Law(NamedTuple):
-    """A power law, value = level * rank^-exponent, as several lines that fit about as well."""
+    """A power law, value = level * rank^-exponent, as several lines that fit about equally well."""
 
     levels: Floats
     exponents: Floats
-    """Of each line; the first is the estimate."""
+    """Exponent of each line. The first is the estimate."""
 
     @property
     def exponent(self) -> Span:
-        """The exponent, and the least and greatest of all lines."""
+        """The exponent, with the lowest and highest over all lines."""
         return _span(self.exponents)
 
     def between(self, first: float, last: float) -> Span:
-        """Sum of the values of the ranks above `first`, up to `last`."""
+        """Return the sum of the values of the ranks after `first`, up to `last`."""
         return _span(self.levels * _integral(self.exponents, first + 0.5, last + 0.5))
 
     def rank_of(self, first: float, total: Span) -> Span:
-        """The rank at which the values beyond `first` have come to a total; may be infinite.
+        """Return the rank at which the values after `first` sum to a total; may be infinite.
 
-        The interval is of all lines, with the least and with the greatest total.
+        The interval covers all lines, with the lowest and the highest total.
         """
         ends = [_last(self.levels, self.exponents, first + 0.5, t) - 0.5 for t in total]
         return Span(float(ends[0][0]), float(ends[1].min()), float(ends[2].max()))
 
 
 def energies(table: pa.Table) -> tuple[Floats, Floats]:
-    """Density and energy of each latent of an index, in the scale of the checkpoint.
+    """Return density and energy of each latent of an index, in the scale of the checkpoint.
 
-    The index has no E[f^2 | on]. It is estimated from the histogram, with activations spread
-    evenly within a bar, and with the mean, which is exact.
+    The index does not store E[f^2 | on]. It is estimated from the histogram, with activations
+    spread evenly within a bar, and corrected by the mean, which is exact.
 
     Args:
         table: `COLUMNS` of the table of latents.
@@ -92,14 +92,14 @@ def energies(table: pa.Table) -> tuple[Floats, Floats]:
 
 
 def fit_law(values: Sequence[float] | Floats) -> Law:
-    """Fit a power law to values of alive latents over their rank, the largest first.
+    """Fit a power law to values of alive latents by rank, the largest first.
 
-    Each line is a least-squares fit of log(value) to log(rank). The lines are of several windows of
-    ranks, each also with its slope changed by two standard errors, so the interval has both the
-    scatter about a line and the bend of the curve. It is no confidence interval.
+    Each line is a least-squares fit of log(value) to log(rank). Lines are fitted to several windows
+    of ranks, and repeated with slopes changed by two standard errors. So the interval covers both
+    the scatter about a line and the bend of the curve, but is not a confidence interval.
 
     Raises:
-        ValueError: There are fewer than `LEAST_ALIVE`.
+        ValueError: There are fewer than `LEAST_ALIVE` values.
     """
     ordered = np.sort(np.asarray(values, dtype=np.float64))[::-1]
     if len(ordered) < LEAST_ALIVE:
@@ -110,16 +110,16 @@ def fit_law(values: Sequence[float] | Floats) -> Law:
 
 
 def exponent_of(firings: NDArray[np.int64]) -> float | None:
-    """Exponent s of the rank-frequency curve of the alive latents, frequency ~ rank^-s.
+    """Return the exponent s of the alive latents' rank-frequency curve, frequency ~ rank^-s.
 
-    None if too few are alive for a law.
+    It is None if too few latents are alive for a law.
     """
     alive = firings[firings > 0].astype(np.float64)
     return fit_law(alive).exponent.value if len(alive) >= LEAST_ALIVE else None
 
 
 def _lines(ordered: Floats, start: float, stop: float) -> Iterator[tuple[float, float]]:
-    """(Logarithm of the level, exponent) of the line of a window, and of two steeper or flatter."""
+    """Yield (log level, exponent) of a window's line, and of a flatter and a steeper one."""
     first, last = max(1.0, start * len(ordered)), stop * len(ordered)
     ranks = np.unique(np.round(np.geomspace(first, last, _PLACES)).astype(int))
     x, y = np.log(ranks), np.log(np.maximum(ordered[ranks - 1], 1e-300))
@@ -132,7 +132,7 @@ def _lines(ordered: Floats, start: float, stop: float) -> Iterator[tuple[float, 
 
 
 def _integral(exponents: Floats, first: float, last: float) -> Floats:
-    """Integral of x^-exponent from `first` to `last`; midpoints make it a sum over ranks."""
+    """Integrate x^-exponent from `first` to `last`. With half ranks this approximates a sum."""
     power = 1 - exponents
     flat = np.abs(power) < _FLAT
     safe = np.where(flat, 1.0, power)
@@ -140,7 +140,7 @@ def _integral(exponents: Floats, first: float, last: float) -> Floats:
 
 
 def _last(levels: Floats, exponents: Floats, first: float, total: float) -> Floats:
-    """The bound at which `_integral` has come to a total; infinite if it never does."""
+    """Return the bound at which level x `_integral` reaches a total; infinite if it never does."""
     power = 1 - exponents
     flat = np.abs(power) < _FLAT
     safe = np.where(flat, 1.0, power)
@@ -155,14 +155,14 @@ def _span(values: Floats) -> Span:
 
 
 def floor(tail: Span, unique: Span, law: Law, alive: int, wider: int) -> Span:
-    """The tail that a wider dictionary would leave at least, as a share of the variance.
+    """Predict the least tail of a wider dictionary, as a share of the variance.
 
     Args:
-        tail: What the pursuit leaves now, as a share of the variance.
-        unique: Share of the energy of further latents that those before do not describe as well.
-        law: Of the energies, as shares of the variance.
-        alive: Alive latents now.
-        wider: Alive latents of the other.
+        tail: The measured tail, as a share of the variance.
+        unique: Share of unique energy in additional latents, see `dark_matter.Tail.unique`.
+        law: Law of the energies, as shares of the variance.
+        alive: Number of alive latents of the measured dictionary.
+        wider: Number of alive latents of the wider dictionary.
     """
     gain = law.between(alive, wider)
     return Span(
@@ -173,15 +173,15 @@ def floor(tail: Span, unique: Span, law: Law, alive: int, wider: int) -> Span:
 
 
 def forecast(tails: tuple[Span, Span], law: Law, alive: tuple[int, int, int]) -> Span:
-    """The tail of a third dictionary of a sweep, from two narrower ones.
+    """Predict the tail of a third dictionary of a sweep, from two narrower ones.
 
-    The law says how the gain falls with the rank; its level comes from the gain between the two.
-    The interval has that of the second's tail.
+    The law gives how the gain falls with the rank. Its level comes from the gain between the two
+    narrower dictionaries. The interval includes the interval of the second tail.
 
     Args:
-        tails: Of the narrower two.
-        law: Of the energies of the second.
-        alive: Alive latents of the three, rising.
+        tails: Tails of the two narrower dictionaries.
+        law: Law of the energies of the second dictionary.
+        alive: Numbers of alive latents of the three, ascending.
     """
     first, second, third = (a + 0.5 for a in alive)
     ratios = _integral(law.exponents, second, third) / _integral(law.exponents, first, second)

@@ -1,4 +1,4 @@
-"""Matching with the features of a synthetic world, which are known."""
+"""Matching of latents with the known features of a synthetic world."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 LEAST_COSINE = 0.9
-"""Cosine above which a latent is a feature."""
+"""Cosine above which a latent matches a feature."""
 
 
 def match_features(
@@ -17,15 +17,15 @@ def match_features(
 ) -> dict[int, int]:
     """Pair features and latents one to one, the nearest first.
 
-    Compares every latent with every feature, a part of the decoder at a time: for worlds, whose
-    features are few. Pairs below `LEAST_COSINE` are not kept.
+    Every latent is compared with every feature, a part of the decoder at a time. This is fast
+    enough because worlds have few features. Pairs below `LEAST_COSINE` are dropped.
 
     Args:
         features: Unit directions.
         parts: First latent and unit directions of each part of the decoder.
 
     Returns:
-        The latent of each feature that has one.
+        Latents by feature, for the features that have one.
     """
     found: list[NDArray[np.float64]] = []
     for first, rows in parts:

@@ -1,7 +1,7 @@
-"""Lists of words, and where their words stand in the rows of an index.
+"""Lists of words, and the rows of an index at which the words occur.
 
-A word is a run of letters and digits: of one token, or of several that follow one another in a
-document. It stands at the row of its last token, the first at which all of it is known.
+A word is a run of letters and digits: one token, or several consecutive tokens of a document. It
+occurs at the row of its last token, the first row at which the whole word is known.
 """
 
 import re
@@ -24,54 +24,55 @@ LISTS = ("elements", "cities", "animals", "foods")
 CORPUS = "corpus"
 """Category of words that are chosen from the corpus itself."""
 _LEAST_SPACED = (
-    0.02  # share of a text's tokens that begin with a space, in any language with spaces
+    0.02  # least share of tokens that begin or end with a space, in any language with spaces
 )
 
 
 class Rows(Protocol):
-    """What analyses read of a latent index; see `index.query.Index`."""
+    """The part of a latent index with its rows; see `index.query.Index`."""
 
     manifest: IndexManifest
 
     def origins(self, unit: int) -> pa.Table:
-        """Token, position and document of a unit's rows."""
+        """Read token, position and document of a unit's rows."""
         ...
 
     def has_postings(self, unit: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Whether the activations on each of these rows of a unit are kept."""
+        """Return whether the index stores the activations on each of these rows of a unit."""
         ...
 
 
 class Concept(NamedTuple):
-    """A word that is looked for."""
+    """A word to search for."""
 
     word: str
-    """Found in any case if it is written in lower case, else only as it is written."""
+    """The word. A lowercase word matches in any case, others only as written."""
     category: str
     times: float | None = None
-    """How often it occurs in some large corpus, if the list says so."""
+    """Number of occurrences in some large corpus, if the list gives it."""
 
 
 class WordRows(NamedTuple):
-    """Rows of the index on which a word of a list stands, ascending."""
+    """Rows of the index with a token of a listed word, ascending."""
 
     rows: NDArray[np.int64]
-    """Number of the row, counted over all units of the index."""
+    """Row numbers, counted over all units of the index."""
     concept: NDArray[np.int32]
     is_last: NDArray[np.bool_]
-    """Whether the word stands there; false for the rows of its other tokens."""
+    """Whether the row has the word's last token, at which the word occurs."""
     starts: NDArray[np.int64]
-    """Number of the first row of each unit, and last of all the number of rows."""
+    """Number of the first row of each unit, followed by the number of all rows."""
 
 
 def read_lists(names: Iterable[str]) -> list[Concept]:
     """Read lists of words: names of `LISTS`, or files.
 
-    A file has a word on each line, and behind a tab how often it occurs, on each line or on none.
-    Empty lines and those that begin with # are left out. A word of two lists belongs to the first.
+    A file has one word per line. A tab and a count of occurrences may follow, on every line or on
+    none. Empty lines and lines that begin with # are skipped. A word in two lists belongs to the
+    first.
 
     Raises:
-        ArgumentError: A file cannot be read, or a line is not a word.
+        ArgumentError: A file cannot be read or is not a valid list, or only some lists have counts.
     """
     found: dict[str, Concept] = {}
     for name in names:
@@ -122,11 +123,11 @@ def _read_list(name: str) -> list[Concept]:
 def find_words(index: Rows, tokenizer: Tokenizer, concepts: Sequence[Concept]) -> WordRows:
     """Find the words of a list in the rows of an index, in one pass over the rows' tokens.
 
-    Words at rows without postings are left out, and so are words whose first tokens are not in the
-    index (rows that the activation set excludes).
+    Rows without postings are left out. So are words whose first tokens are not in the index,
+    because the activation set excludes their rows.
 
     Raises:
-        ArgumentError: The tokenizer does not show where words begin.
+        ArgumentError: The tokens do not show where words begin.
     """
     look_up, tokens = _look_up(concepts), TokenTexts(tokenizer, concepts)
     rows, found, last, starts = [], [], [], [0]
@@ -153,20 +154,20 @@ def find_words(index: Rows, tokenizer: Tokenizer, concepts: Sequence[Concept]) -
 def corpus_words(
     index: Rows, tokenizer: Tokenizer, n: int, least: int, seed: int = 0
 ) -> list[Concept]:
-    """Choose words of the corpus itself, evenly over their log frequency.
+    """Choose words of the corpus itself, evenly over log frequency.
 
-    Only words of one token that consist of letters are counted, which bounds memory by the
-    tokenizer's vocabulary; upper and lower case are one word.
+    Only words of one token and of letters alone are counted, so the tokenizer's vocabulary bounds
+    the memory. Case is ignored.
 
     Args:
         index: The index whose rows are counted.
-        tokenizer: Of the model.
-        n: Words to choose; fewer if there are not as many.
-        least: Occurrences that a word must have.
-        seed: Of the choice.
+        tokenizer: Tokenizer of the model.
+        n: Most words to choose.
+        least: Fewest occurrences of a word.
+        seed: Seed of the choice.
 
     Raises:
-        ArgumentError: The tokenizer does not show where words begin.
+        ArgumentError: The tokens do not show where words begin.
     """
     counts: Counter[str] = Counter()
     tokens = TokenTexts(tokenizer, [])
@@ -179,7 +180,7 @@ def corpus_words(
     tokens.check()
     able = sorted(word for word, count in counts.items() if count >= least)
     logs = np.log([counts[word] for word in able])
-    # of as many equal steps of log frequency as words are wanted, one of each while there are any
+    # cut the log frequency into n equal steps, and take words from the steps round-robin
     shuffled = np.random.default_rng(seed).permutation(len(able))
     step = ((logs - logs.min()) / (np.ptp(logs) or 1) * n).astype(int) if able else logs
     turn = np.zeros(len(able), np.int64)
@@ -192,7 +193,7 @@ def corpus_words(
 
 
 class TokenTexts:
-    """Texts of tokens; each is decoded once."""
+    """The texts of tokens, with a cache so that each token is decoded once."""
 
     def __init__(self, tokenizer: Tokenizer, concepts: Sequence[Concept]) -> None:
         self._tokenizer = tokenizer
@@ -201,7 +202,7 @@ class TokenTexts:
         self._seen = self._spaced = 0
 
     def texts(self, tokens: NDArray[np.int32]) -> tuple[list[str], NDArray[np.int64]]:
-        """Text of each distinct token, and for each token the place of its text."""
+        """Return the texts of the distinct tokens, and for each token the position of its text."""
         distinct, place, counts = np.unique(tokens, return_inverse=True, return_counts=True)
         for token in distinct.tolist():
             if token not in self._known:
@@ -213,7 +214,7 @@ class TokenTexts:
         return texts, place
 
     def may_begin(self, text: str) -> bool:
-        """Whether a word of the list may begin with this text."""
+        """Return whether a word of the list may begin with this text."""
         return _bare(text).lower() in self._stems
 
     def check(self) -> None:
@@ -224,21 +225,21 @@ class TokenTexts:
 
 
 class _Segments(NamedTuple):
-    """The words of a unit, as ranges of its rows in the order of its documents."""
+    """The words of a unit, as ranges of its rows sorted by document and position."""
 
     order: NDArray[np.int64]
-    """Row at each place of the order."""
+    """Rows of the unit in sorted order."""
     texts: list[str]
     """Texts of the unit's distinct tokens."""
     place: NDArray[np.int64]
-    """At each place, the token's text."""
+    """Index into `texts` of each row's token, in sorted order."""
     first: NDArray[np.int64]
-    """First place of each word."""
+    """Start of each word in the sorted order."""
     stop: NDArray[np.int64]
 
     @property
     def of_one(self) -> NDArray[np.bool_]:
-        """Words of one token."""
+        """Mask of the words of one token."""
         return np.asarray(self.stop == self.first + 1)
 
 
@@ -255,7 +256,7 @@ def _segments(rows: pa.Table, tokens: "TokenTexts") -> _Segments:
     goes_on[1:] &= ends[:-1]
     first = np.flatnonzero(~goes_on)
     stop = np.append(first[1:], len(order))[: len(first)]
-    # where the row before is missing, the text may be the rest of a word
+    # drop a text that continues a missing row, because it may be the rest of a word
     whole = ~begins[first] | follows[first] | (position[first] == 0)
     return _Segments(order, texts, place, first[whole], stop[whole])
 
@@ -266,7 +267,7 @@ _Found = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
 def _words_of(
     rows: pa.Table, tokens: TokenTexts, look_up: Callable[[str], int]
 ) -> Iterator[_Found]:
-    """Rows, concept, whether the word stands there: first of words of one token, then of others."""
+    """Yield rows, concepts and `is_last` of the listed words, those of one token first."""
     order, texts, place, first, stop = parts = _segments(rows, tokens)
     of_one = parts.of_one
     concept = np.array([look_up(text) for text in texts], np.int64)[place[first[of_one]]]
@@ -282,7 +283,7 @@ def _words_of(
 
 
 def _look_up(concepts: Sequence[Concept]) -> Callable[[str], int]:
-    """Number of the concept that a text is; -1 if it is none."""
+    """Return a function that maps a text to the number of its concept; -1 if it has none."""
     exact = {concept.word: number for number, concept in enumerate(concepts)}
 
     def find(text: str) -> int:
@@ -293,5 +294,5 @@ def _look_up(concepts: Sequence[Concept]) -> Callable[[str], int]:
 
 
 def _bare(text: str) -> str:
-    """A text without what is neither letter nor digit at its ends."""
+    """Strip everything but letters and digits from both ends of a text."""
     return re.sub(r"^[\W_]+|[\W_]+$", "", text)

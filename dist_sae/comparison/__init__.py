@@ -1,1 +1,1 @@
-"""Runs beside one another: what differs between them, their numbers, their latents."""
+"""Comparison of several runs: their settings, numbers and latents."""

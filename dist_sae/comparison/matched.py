@@ -1,9 +1,9 @@
-"""Latents that two dictionaries have in common: near copies, by how often they fire.
+"""Latents that two dictionaries have in common: near copies, by firing frequency.
 
 A latent has a near copy in another dictionary if the cosine of its decoder row with some row there
-is above .9, as in `duplicate_share`. Rows are compared in the scale of the model, so that the
-constant scales of sites, which each run measures for itself, play no part. Looked at are 4,096
-latents, evenly spaced in the order of their frequency; of fewer, all.
+is above .9, as in `duplicate_share`. Rows are compared in the scale of the model, because each run
+measures its own constant scales of sites. The share is measured on 4,096 latents, evenly spaced in
+order of frequency, or on all if there are fewer.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,24 +32,24 @@ class Matched(NamedTuple):
 
     share: float
     by_decade: dict[int, float]
-    """Shares of latents with a near copy, by decade of density: decade d holds the latents with a
-    density from 10^d to 10^(d+1). Empty if the first run has no latent index."""
+    """Shares of latents with a near copy, by decade of density. Decade d is densities from 10^d to
+    10^(d+1). Empty if the first run has no latent index."""
 
 
 class _Chosen(NamedTuple):
     rows: Float[Tensor, "chosen d_out"]
-    """Unit decoder rows."""
+    """Decoder rows, scaled to unit length."""
     densities: Float[NDArray[np.float64], " chosen"] | None
 
 
 @torch.no_grad()
 def match(one: Run, other: Run) -> Matched:
-    """Find near copies of the latents of one run's newest dictionary in another's.
+    """Find near copies of one run's latents in another run, in their newest dictionaries.
 
     Raises:
-        ConfigError: They cannot be compared, or one has no checkpoint.
+        ConfigError: The dictionaries cannot be compared, or a run has no checkpoint.
         PlanMismatchError: A run file differs from the run that was trained with it.
-        CorruptObjectError: A checkpoint, or the index of the first, is damaged.
+        CorruptObjectError: A checkpoint, or the index of the first run, is damaged.
     """
     check_matched(one, other)
     chosen = use_newest(one, _choose)
@@ -65,10 +65,10 @@ def match(one: Run, other: Run) -> Matched:
 
 
 def check_matched(one: Run, other: Run) -> None:
-    """Make sure that latents of two runs can be matched.
+    """Check that latents of two runs can be matched.
 
     Raises:
-        ConfigError: They cannot.
+        ConfigError: The latents cannot be matched.
     """
     for run in (one, other):
         if not run.sae.has_latent_rows:
@@ -79,7 +79,7 @@ def check_matched(one: Run, other: Run) -> None:
 
 
 def use_newest(run: Run, use: Callable[[Trained], Result]) -> Result:
-    """Call `use` with a run's newest dictionary: `use_trained`.
+    """Call `use` with a run's newest dictionary; see `use_trained`.
 
     Raises:
         ConfigError: The run has no checkpoint.
@@ -106,7 +106,7 @@ def _choose(trained: Trained) -> _Chosen:
 
 
 def _nearest(rows: Tensor, trained: Trained) -> Float[Tensor, " chosen"]:
-    """The highest cosine of each row with a decoder row."""
+    """Return the highest cosine of each row with a decoder row."""
     cosines = torch.full((len(rows),), -1.0)
     for part in decoder_directions(trained):
         for piece in torch.split(part, DUPLICATES_CHUNK_LATENTS):
@@ -115,14 +115,14 @@ def _nearest(rows: Tensor, trained: Trained) -> Float[Tensor, " chosen"]:
 
 
 def decoder_directions(trained: Trained) -> Iterator[Float[Tensor, "some d_out"]]:
-    """Parts of the decoder in the scale of the model, with rows of unit length."""
+    """Yield parts of the decoder in the scale of the model, with rows of unit length."""
     scales = scales_of_targets(trained.normalisers)
     for part in trained.pages.parts("W_dec"):
         yield normalize(part / scales, dim=1)
 
 
 def scales_of_targets(normalisers: SiteNormalisers) -> Float[Tensor, " d_out"]:
-    """The scale of each column of the targets, by which decoder rows are divided."""
+    """Return the scale of each column of the targets, by which decoder rows are divided."""
     scales = torch.empty(normalisers.widths.d_out)
     for site, columns in normalisers.columns.items():
         scales[columns] = normalisers.of[site].scale
@@ -130,7 +130,7 @@ def scales_of_targets(normalisers: SiteNormalisers) -> Float[Tensor, " d_out"]:
 
 
 def densities_of(trained: Trained) -> Float[NDArray[np.float64], " n_latents"] | None:
-    """Densities from the index, the share of rows each latent fires on; None if there is none."""
+    """Read each latent's density, the share of rows it fires on; None if there is no index."""
     run = trained.run
     try:
         index = index_of(open_store(run.store.runs, run.store.s3), run.name, trained.checkpoint)

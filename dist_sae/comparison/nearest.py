@@ -1,4 +1,4 @@
-"""Latents of another run that are nearest to one, and the rows that both fire on."""
+"""Nearest latents in another run, and the rows on which two latents both fire."""
 
 from functools import cached_property
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from dist_sae.storage import open_store
 
 
 class Shared(NamedTuple):
-    """Rows on which a latent of either run fires, counted on the units that both indexes have."""
+    """Numbers of rows on which a latent of each run fires, in the units that both indexes have."""
 
     one: int
     other: int
@@ -29,15 +29,15 @@ class Shared(NamedTuple):
 
 
 class Other:
-    """Another run, whose latents are compared with those of a run.
+    """Another run, whose latents are compared with the latents of a run.
 
     Args:
         one: The run.
-        index: Its index.
-        other: The other run; it writes the same sites of the same model.
+        index: Index of the run.
+        other: The other run. It must write the same sites of the same model.
 
     Raises:
-        ConfigError: They cannot be compared, or a checkpoint that was indexed is gone.
+        ConfigError: The runs cannot be compared, or a checkpoint that was indexed is gone.
         NoIndexError: The other run has no complete index.
     """
 
@@ -45,7 +45,7 @@ class Other:
         check_matched(one, other)
         self.name = other.name
         self.explorer = Explorer(other, None, Style())
-        """Asks the other run's index."""
+        """Explorer of the other run's index."""
         self._indexes = index, self.explorer.index
         self._rows = _Directions(one, index), _Directions(other, self.explorer.index)
         widths = [rows.decoder.d_out for rows in self._rows]
@@ -56,11 +56,10 @@ class Other:
             )
 
     def nearest(self, latent: int, n: int) -> list[tuple[Near, list[str]]]:
-        """The `n` latents of the other run with the largest cosine of decoder rows.
+        """Return the `n` latents of the other run with the largest cosine of decoder rows.
 
-        Each comes with some tokens that it fires on.
-
-        Reads the other decoder, part by part if it takes more than half of `evaluate.memory_bytes`.
+        Each comes with some tokens that it fires on. The other decoder is read part by part if it
+        takes more than half of `evaluate.memory_bytes`; else it stays in memory.
 
         Raises:
             CorruptObjectError: A checkpoint is damaged.
@@ -72,7 +71,10 @@ class Other:
         ]
 
     def shared(self, latent: int, other: int) -> Shared | None:
-        """On how many rows both fire; None if not all activations are kept on the same rows."""
+        """Count the rows on which each and both fire; None unless both store all activations.
+
+        The indexes must also have the same plan.
+        """
         one, two = (index.manifest for index in self._indexes)
         if one.plan != two.plan or min(one.postings_share, two.postings_share) < 1:
             return None
@@ -106,12 +108,12 @@ class _Directions:
         self._fits = 2 * n_bytes <= run.evaluate.memory_bytes
 
     def of(self, latent: int) -> Float[Tensor, " d_out"]:
-        """Direction of one latent."""
+        """Return the direction of one latent."""
         ((_, rows),) = self.decoder.parts(range(latent, latent + 1))
         return normalize(rows / self._scales, dim=1)[0]
 
     def nearest(self, direction: Float[Tensor, " d_out"], n: int) -> list[Near]:
-        """The latents with the largest cosine to a direction."""
+        """Return the latents with the largest cosine to a direction."""
         if self._fits:
             cosines = self._all @ direction
         else:

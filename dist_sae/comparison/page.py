@@ -1,4 +1,4 @@
-"""One HTML page about several runs: `comparison.html` filled in."""
+"""The HTML page that compares several runs, from the template `comparison.html`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,8 +24,8 @@ def render_comparison(
 
     Args:
         compared: The runs.
-        found: For runs by label: which latents of the first run have a near copy in it.
-        outcomes: Outcomes of `dist-sae analyse` for these runs together.
+        found: For runs by label, which latents of the first run have a near copy there.
+        outcomes: Stored outcomes of `dist-sae analyse` for several of these runs together.
     """
     return render_template(
         "comparison.html",

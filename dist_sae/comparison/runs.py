@@ -20,32 +20,33 @@ NUMBERS = {
     "duplicate_share": "Duplicates",
     "rows_per_second": "Rows/s in training",
 }
-"""Columns of the table and their headings. The evaluation gives all but the first two and the
-last."""
+"""Columns of the table with their headings. All but the first two and the last come from the
+evaluation."""
 _HELD_OUT = ("plan", "rows", "site")
-"""Two evaluations with equal values here measured the same rows."""
+"""Keys of an evaluation that decide its rows. Evaluations with equal values measure the same
+rows."""
 
 
 class Compared(NamedTuple):
-    """A run beside others."""
+    """One of the compared runs."""
 
     label: str
-    """Its name; where several have it, with the store of runs before it."""
+    """Name of the run. If several runs have the same name, the store of runs comes before it."""
     run: Run
     settings: Mapping[str, Any]
-    """The settings that decide its result, `section.key` by value."""
+    """Settings that decide the run's result, by `section.key`."""
     step: int | None
-    """Step of the newest checkpoint; None if there is no checkpoint."""
+    """Step of the newest checkpoint. None if there is no checkpoint."""
     checkpoint: str | None
-    """Its digest."""
+    """Digest of the newest checkpoint. None if there is no checkpoint."""
     evaluation: Mapping[str, Any]
-    """Held-out results; empty if there are none."""
+    """Held-out results. Empty if there are none."""
     history: Sequence[Mapping[str, Any]]
-    """Records of training, one a step."""
+    """Training records, one per logged step."""
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """`NUMBERS` by name; None where it is not known."""
+        """Values of `NUMBERS` by name. None for unknown values."""
         seconds = training_seconds(self.history, self.step or 0)
         trained = None if self.step is None else self.step * self.run.train.batch_rows
         speed = trained / seconds if trained and seconds else None
@@ -54,12 +55,12 @@ class Compared(NamedTuple):
 
     @property
     def command(self) -> str:
-        """The run as a command takes it: its folder."""
+        """The run's folder, as an argument for commands."""
         return f"{self.run.store.runs}/{self.run.name}"
 
 
 def read_compared(runs: Sequence[Run]) -> list[Compared]:
-    """Read what each run has so far.
+    """Read the results that each run has so far.
 
     Raises:
         PlanMismatchError: A run file differs from the run that was trained with it.
@@ -85,14 +86,14 @@ def _read(run: Run, *, alone: bool) -> Compared:
 
 
 def joint_outcomes(name: str, compared: Sequence[Compared]) -> list[Outcome]:
-    """Outcomes of `dist-sae analyse` for several of the runs together, of their newest checkpoints.
+    """Read outcomes of `dist-sae analyse` for the newest checkpoints of several runs together.
 
     Args:
-        name: Name of the first run or sweep, which keeps them.
+        name: Name of the first run or sweep, whose folder contains the outcomes.
         compared: The runs.
 
     Raises:
-        CorruptObjectError: One is damaged.
+        CorruptObjectError: An outcome is damaged.
     """
     first = compared[0].run
     there = read_outcomes(open_store(first.store.runs, first.store.s3), name)
@@ -103,9 +104,9 @@ def joint_outcomes(name: str, compared: Sequence[Compared]) -> list[Outcome]:
 
 
 def differing(compared: Sequence[Compared]) -> dict[str, list[Any]]:
-    """Settings that are not the same in all runs: the values, in the runs' order.
+    """Return the settings that differ between runs, with the values in the runs' order.
 
-    A run whose recipe has no such setting has None. Names do not count.
+    The value is None for a run whose recipe does not have the setting. Names are ignored.
     """
     keys = dict.fromkeys(key for each in compared for key in each.settings)
     values = {key: [each.settings.get(key) for each in compared] for key in keys if key != "name"}
@@ -113,7 +114,7 @@ def differing(compared: Sequence[Compared]) -> dict[str, list[Any]]:
 
 
 def caveats(compared: Sequence[Compared]) -> list[str]:
-    """Reasons why numbers cannot simply be compared, a sentence each."""
+    """Return the reasons why numbers are not directly comparable, one sentence each."""
     found = []
     for each in compared:
         if each.step is None:
@@ -140,7 +141,7 @@ def caveats(compared: Sequence[Compared]) -> list[str]:
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
     for key, value in settings.items():
-        # which text and model is said by the plan that they share, or do not
+        # the plan covers text and model, so these sections are compared as a whole
         if isinstance(value, Mapping) and key not in PLAN_SECTIONS:
             yield from _flat(value, f"{prefix}{key}.")
         else:
