@@ -1,1 +1,1 @@
-"""Analyses of trained dictionaries: they read index, checkpoint and rows, and return findings."""
+"""Analyses of trained dictionaries, which read index, checkpoint and rows and return findings."""

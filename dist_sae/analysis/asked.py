@@ -14,7 +14,7 @@ _SYSTEM = (
 )
 _MOST_TOKENS = 8
 _MOST_UNREAD = 0.05
-"""Largest share of answers without a level."""
+"""Largest accepted share of answers without a level."""
 
 Drawn = Sequence[tuple[Key, Label, str]]
 """Passages, as `passages.draw_passages` returns them."""
@@ -54,7 +54,7 @@ def questions(text: str, drawn: Drawn) -> list[Question]:
 def judge_of(text: str, drawn: Drawn, answers: Sequence[Answer]) -> Judge:
     """Build a judge whose labels are the levels in these answers.
 
-    A passage whose answer does not have exactly one level gets no label. The labelled passages of
+    A passage whose answer does not have exactly one level gets no label. The labeled passages of
     its stratum then count more.
 
     Raises:

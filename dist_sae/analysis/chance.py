@@ -1,9 +1,9 @@
 """The chance baseline for word coverage: the words that a randomly rotated copy has.
 
-Some of thousands of random directions point along a frequent word, so even an untrained dictionary
-"has" words. A random rotation of the rows of W_enc preserves norms, biases and the angles between
-latents, but destroys what training has found in the data. The rotated copy of a dictionary of
-random directions is another dictionary of random directions.
+Among thousands of random directions, some point along a frequent word, so even an untrained
+dictionary "has" words. A random rotation of the rows of W_enc preserves norms, biases and the
+angles between latents, but destroys what training has found in the data. The rotated copy of a
+dictionary of random directions is another dictionary of random directions.
 
 The same words are looked for in the dictionary and in its rotated copy. If both have words only by
 chance, a word that only one of them has is equally likely to be in either. So the number of words
@@ -57,7 +57,7 @@ class Beyond(NamedTuple):
 
     @property
     def p_value(self) -> float:
-        """The p-value of McNemar's one-sided test that the dictionary has no more words."""
+        """Chance of at least as many words that only the dictionary has, if neither is better."""
         own, other = self.found - self.both, self.by_other - self.both
         n = own + other
         if n >= _LARGE:

@@ -99,7 +99,7 @@ def _method(resolution: float) -> Any:
     precision, and needs five copies of it.
     """
     try:
-        from scipy.sparse import identity  # takes a second
+        from scipy.sparse import identity  # the import takes a second
         from sknetwork.clustering import Leiden
     except ImportError as exc:
         raise ConfigError(

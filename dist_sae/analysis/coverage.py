@@ -1,4 +1,4 @@
-"""Coverage: which concepts have a latent, by how often they occur, and how wide is wide enough."""
+"""Coverage of concepts: which have a latent, by frequency, and how wide a dictionary must be."""
 
 import math
 from collections import Counter
@@ -46,7 +46,7 @@ class Covered(NamedTuple):
 
     @property
     def is_nothing(self) -> bool:
-        """Whether the dictionary fails to have significantly more words in any comparison."""
+        """Whether in any comparison the dictionary does not have significantly more words."""
         return any(not each.is_more for each in self.beyond)
 
 
@@ -59,7 +59,7 @@ def frequencies(concepts: Sequence[Concept], words: WordRows, share: float) -> N
     Args:
         concepts: Words to count.
         words: Rows of the words.
-        share: Share of the rows whose activations the index keeps.
+        share: Share of the rows whose activations the index stores.
 
     Raises:
         ArgumentError: None of the words occurs.

@@ -38,7 +38,7 @@ _RESAMPLES = 1000
 
 
 class Tail(NamedTuple):
-    """What a sparse solver cannot explain on some judged rows, as shares of their variance."""
+    """Results of a sparse solver on some judged rows, as shares of their variance."""
 
     left: Span
     """Share that no sparse sum of decoder rows describes. The interval runs from the lowest to the

@@ -20,7 +20,7 @@ _WIDER = (2, 4, 10)
 _WIDER_BY = 1.2
 """Factor of alive latents above which another dictionary counts as wider."""
 _EXPLAINS = 0.05
-"""Least extra share that a decoder must explain, compared with rotated rows, to have found
+"""Least margin by which a decoder must explain more of the rows than of rotated ones to have found
 anything."""
 _UNIQUE = 0.8
 """Share of unique energy above which latents stand for features that no other latent describes."""

@@ -147,7 +147,7 @@ class LinearPart(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """How well the best linear maps predict errors, estimated on rows that none was fitted to."""
+    """How well the best linear maps would predict errors, estimated on rows outside the fit."""
 
     numbers: dict[str, float]
     intervals: dict[str, list[float]]

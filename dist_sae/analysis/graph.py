@@ -58,7 +58,7 @@ def nearest_edges(index: Index, least_cosine: float) -> Edges:
 def listed_nearest(
     index: Index,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]:
-    """Yield latents, their nearest latents and the cosines as the index lists them, per bucket.
+    """Yield each bucket's latents, their nearest latents and the cosines, as the index lists them.
 
     Raises:
         ConfigError: The index has no nearest latents.

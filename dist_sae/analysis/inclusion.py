@@ -40,10 +40,10 @@ class Absorbed(NamedTuple):
 
 
 def find_parents(links: Links, firings: NDArray[np.float64]) -> Parents:
-    """Find latents for which a latent at least twice as dense fires on nine tenths of their rows.
+    """Find the parents of latents: at least twice as dense, and active on 90 % of the child's rows.
 
     Args:
-        links: All links of the latents whose parents are looked for.
+        links: All links of the latents whose parents are wanted.
         firings: Number of rows on which each latent fires, among the rows that links count.
     """
     share = np.minimum(1.0, links.rows / np.maximum(firings[links.one], 1))
@@ -60,9 +60,9 @@ def find_absorbed(
 ) -> Absorbed:
     """Find latents near a denser one that hardly fires on their rows.
 
-    This is the trace of feature absorption: a latent for a general feature is silent where the
-    latent for a special one fires, and the special decoder row contains the general direction. Two
-    similar features that exclude each other have the same trace, so the results are candidates.
+    This is the signature of feature absorption: the latent of a general feature is silent where the
+    latent of a specific one fires, and the specific decoder row contains the general direction. Two
+    similar features that exclude each other look the same, so the results are only candidates.
 
     Args:
         links: All links of the latents to search.

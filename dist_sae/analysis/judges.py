@@ -22,14 +22,14 @@ class Key(NamedTuple):
 
     document: int
     position: int
-    """Position of its first token, a multiple of the length of passages."""
+    """Position of the passage's first token, a multiple of the length of passages."""
 
 
 class Label(NamedTuple):
     """A drawn passage's level and chance of being drawn, as in a line of a labels file."""
 
     level: int | None
-    """None if the passage has not been judged."""
+    """Level of the passage; None if it has not been judged."""
     chance: float
     """Probability with which the passage was drawn."""
     in_filter: bool

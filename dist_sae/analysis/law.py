@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 REPLICATES = 1000
 _RIDGE = 1e-2  # keeps the standardized slope finite if a frequency separates the concepts
-_STEPS, _CONVERGED = 40, 1e-6  # of Newton's method
-_LARGEST_LOG = 700  # of a float64
+_STEPS, _CONVERGED = 40, 1e-6  # most steps and tolerance of Newton's method
+_LARGEST_LOG = 700  # larger logarithms overflow a float64
 LEAST_WIDTHS = 3
 """Fewest widths that a power is fitted to."""
 ENOUGH_FIRINGS = 2000

@@ -202,7 +202,7 @@ def _as_json(measured: Measured, labels: Mapping[int, str]) -> dict[str, Any]:
 
 
 def _table(found: list[Measured], labels: Mapping[int, str]) -> pa.Table:
-    """The measures, a line for each group, the best first."""
+    """Return a table of the measures, with a row for each group, the best first."""
     columns = {name: [getattr(each, name) for each in found] for name in Measured._fields}
     types = {
         "group": pa.int32(),

@@ -1,4 +1,4 @@
-"""The map of a dictionary: clusters of latents, parents and children, and places in a plane."""
+"""The map of a dictionary: clusters of latents, parents and children, and positions in a plane."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple

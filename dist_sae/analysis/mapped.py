@@ -1,4 +1,4 @@
-"""The stored map of a dictionary, from `dist-sae analyse map`: places and clusters of latents."""
+"""The stored map of a dictionary, from `dist-sae analyse map`: positions and clusters."""
 
 import logging
 from functools import cached_property
@@ -24,7 +24,7 @@ class Cluster(NamedTuple):
     """A cluster of latents."""
 
     key: str
-    """Level and number of the cluster, by which a list of latents selects it: 0.12."""
+    """Level and number of the cluster, such as 0.12, by which lists of latents select it."""
     name: str
     """Tokens that are more frequent among the cluster's latents than elsewhere."""
     size: int
@@ -113,7 +113,7 @@ class Map:
 
 
 def open_map(store: ObjectStore, index: Index, run: str) -> Map | None:
-    """Open the map of a run. Without one of the index's checkpoint, log that and return None.
+    """Open a run's map if it is of the index's checkpoint. Otherwise log that and return None.
 
     Raises:
         CorruptObjectError: The map is damaged.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dist_sae.analysis.words import Rows, WordRows
 
 LEAST_OCCURRENCES = 5
-"""Fewest occurrences in each half with which a word is judged."""
+"""Fewest occurrences of a word in each half for it to be judged."""
 _LEAST_F1 = 0.3
 """Least F1 of a match in the first half."""
 

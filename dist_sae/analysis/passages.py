@@ -41,7 +41,7 @@ class Sampling(NamedTuple):
     filter: Judge | None = None
     """The cheap filter. None keeps every passage, so there is no sampling."""
     share: float = 1.0
-    """Share of the passages that are kept of those that the filter does not pass."""
+    """Share that is kept of the passages that the filter rejects."""
     seed: int = 0
 
 

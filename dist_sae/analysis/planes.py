@@ -37,7 +37,7 @@ class Plane(NamedTuple):
 
     @property
     def score(self) -> float:
-        """(1 - mixture) x separability. High for a feature that is neither two nor on a line."""
+        """(1 - mixture) x separability. High if points are neither two features nor on a line."""
         return (1 - self.mixture) * self.separability
 
 
@@ -69,7 +69,7 @@ def separability(points: Points) -> float:
 
 
 def mixture(points: Points) -> float:
-    """Return the largest share of points y with |z| <= epsilon x rms(z), over all z = a . y + b.
+    """Return the largest share of points y with |z| <= epsilon x rms(z), over lines z = a . y + b.
 
     If the points mix two features that never fire together, half of them are on a line.
     """
@@ -86,7 +86,9 @@ def mixture(points: Points) -> float:
 
 
 def null_share(points: Points, draws: int, generator: np.random.Generator) -> float:
-    """Return the p-value of the separability: how often it is reached, counting the points too.
+    """Return the p-value of the separability against points with shuffled coordinates.
+
+    The points themselves count as one draw that reaches it.
 
     Args:
         points: Points to test.

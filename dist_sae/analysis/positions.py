@@ -42,7 +42,7 @@ def place(graph: Graph, levels: Sequence[NDArray[np.int32]], seed: int) -> Place
     inside = max(_LEAST_INSIDE, len(nodes) / graph.n) if len(nodes) else 0.0
     if len(nodes):
         first = _in_disks([level[nodes] for level in levels], draw)
-        first *= 0.5 * math.sqrt(len(nodes))  # one node in each unit of area
+        first *= 0.5 * math.sqrt(len(nodes))  # about one node per unit of area
         moved = _relaxed(first, graph, draw)
         moved -= np.median(moved, axis=0)
         radius = np.quantile(np.linalg.norm(moved, axis=1), 0.99) or 1.0

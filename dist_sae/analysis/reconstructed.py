@@ -16,7 +16,7 @@ from dist_sae.index.query import Index
 _PART_BYTES = 2**28  # bytes of records in memory at a time
 _MOST_PARTS = 4096
 _PURPOSE = 3  # purpose number of the seeded choice of rows; the index uses 0 to 2
-_SPARE = 3  # factor of rows to read, because several latents fire on the same rows
+_SPARE = 3  # expected entries per row that is used, because several latents fire on a row
 
 _ENTRY = np.dtype([("slot", "<i4"), ("row", "<u8"), ("act", "<f4")])
 
@@ -32,7 +32,7 @@ class Reconstructed(NamedTuple):
     """Dot products of the latents' decoder rows, [latents, latents]."""
 
     def points(self) -> NDArray[np.float64]:
-        """Return activations times decoder rows, [rows, d], in a basis of the rows' span."""
+        """Return activations times decoder rows, [rows, d], in a basis of the latents' span."""
         squares, axes = np.linalg.eigh(self.gram)
         kept = squares > 1e-9 * squares[-1]
         points: NDArray[np.float64] = self.codes @ (axes[:, kept] * np.sqrt(squares[kept]))
@@ -44,7 +44,7 @@ def reconstruct(
 ) -> Iterator[Reconstructed]:
     """Yield the groups with their activations on at most `most_rows` rows each.
 
-    Postings and decoder are read once, and sorted by group on disk.
+    Postings and decoder are read once, and their parts are sorted by group on disk.
 
     Args:
         index: Index with postings.

@@ -115,7 +115,7 @@ def measure(latent: int, judge: str, largest: float, judged: Judged, seed: int =
     seen = found / (found + unseen)
 
     def of_concept(replicates: NDArray[np.float64], seen: float) -> Interval:
-        """Return a share of the concept's passages, with an interval that allows for unseen ones."""
+        """Return a share of the concept's passages, with an interval that covers unseen ones."""
         value, low, high = interval(replicates)
         return Interval(value, low and low * seen, high and 1 - (1 - high) * seen)
 
@@ -186,7 +186,9 @@ def sensitivity(measured: Sequence[Measured], caveats: Sequence[str] = ()) -> Fi
 def _auroc(
     act: NDArray[np.float32], has: NDArray[np.bool_], weight: NDArray[np.float64]
 ) -> tuple[float, NDArray[np.float64]]:
-    """Return the weighted area under the ROC curve, and each passage's influence (sum 0).
+    """Return the weighted area under the ROC curve, and each passage's influence on it.
+
+    The influences sum to 0.
 
     Source: DeLong, DeLong and Clarke-Pearson 1988, with weights.
     """

@@ -92,13 +92,13 @@ def two_nn(points: Float) -> float | None:
     """Estimate the intrinsic dimension of directions from their two nearest neighbors (TwoNN).
 
     With ratios r of the second distance to the first, it is (number of ratios) / (sum of ln r). The
-    largest tenth of the ratios is treated as censored, because it is unreliable.
+    largest tenth of the ratios is left out, and the sum is completed as for a censored exponential.
 
     Args:
         points: Points, [n, d]. Only their distinct directions are used.
 
     Returns:
-        None if there are fewer than `LEAST_POINTS` distinct directions.
+        The dimension; None if there are fewer than `LEAST_POINTS` distinct directions.
 
     Source:
         Facco et al. 2017, arXiv:1803.06992.
@@ -126,7 +126,7 @@ def scaling(points: Float) -> float | None:
     length, as in a code of magnitudes. The lengths are cut into tenths.
 
     Returns:
-        None if all directions are equal.
+        The share; None if all directions are equal.
     """
     lengths = np.linalg.norm(points, axis=1)
     points, lengths = points[lengths > 0], lengths[lengths > 0]
@@ -161,7 +161,7 @@ def composition(codes: Float, gram: Float) -> float | None:
         gram: Dot products of the decoder rows, [latents, latents].
 
     Returns:
-        None if no pair has `LEAST_PAIR_ROWS` rows of each kind.
+        The result; None if no pair has `LEAST_PAIR_ROWS` rows of each kind.
     """
     on = codes > 0
     both = on.T.astype(np.float64) @ on

@@ -38,7 +38,7 @@ class Span(NamedTuple):
     high: float
 
     def numbers(self) -> list[float]:
-        """Estimate, low, high: for JSON."""
+        """Return estimate, low and high, for JSON."""
         return [float(x) for x in self]
 
 

@@ -106,7 +106,7 @@ def _choose(trained: Trained) -> _Chosen:
 
 
 def _nearest(rows: Tensor, trained: Trained) -> Float[Tensor, " chosen"]:
-    """Return the highest cosine of each row with a decoder row."""
+    """Return the highest cosine of each row with any decoder row of a dictionary."""
     cosines = torch.full((len(rows),), -1.0)
     for part in decoder_directions(trained):
         for piece in torch.split(part, DUPLICATES_CHUNK_LATENTS):

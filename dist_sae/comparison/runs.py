@@ -42,7 +42,7 @@ class Compared(NamedTuple):
     evaluation: Mapping[str, Any]
     """Held-out results. Empty if there are none."""
     history: Sequence[Mapping[str, Any]]
-    """Training records, one per logged step."""
+    """Training records, one per step."""
 
     @property
     def numbers(self) -> dict[str, Any]:
