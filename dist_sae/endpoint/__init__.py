@@ -1,4 +1,4 @@
-"""Language models behind an OpenAI-compatible endpoint: cost first, answers kept.
+"""Language models behind an OpenAI-compatible endpoint, with cost estimates and a response cache.
 
-Nothing is asked unless a command is given the file of an endpoint, and `--yes` to its estimate.
+No request is sent unless a command has an endpoint file, and `--yes` to accept the estimate.
 """

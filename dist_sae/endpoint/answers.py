@@ -1,10 +1,10 @@
-"""Questions to a language model: counted and priced first, asked side by side, each paid once.
+"""Questions to a language model: priced in advance, sent concurrently, and paid for once.
 
-<folder>/<2 digits>/<digest>.json                 sealed; one for each question that was answered
+<folder>/<2 digits>/<digest>.json                 sealed; one per answered question
 
-The digest is of all that decides an answer: the endpoint's URL, the model, the messages and the
-parameters. An answer is kept as soon as it comes, so whatever stops the program, the same command
-asks only what is left.
+The digest covers everything that decides an answer: the endpoint's URL, the model, the messages and
+the parameters. Each answer is stored as soon as it arrives. So if the program is stopped, the same
+command sends only the questions without a stored answer.
 """
 
 import hashlib
@@ -26,14 +26,14 @@ from dist_sae.storage.records import Record, read_record, seal
 
 logger = logging.getLogger(__name__)
 
-_TOKEN_BYTES = 4  # of UTF-8, where the tokenizer is not known
+_TOKEN_BYTES = 4  # assumed bytes of UTF-8 per token if no tokenizer is set
 _LIMITS = ("max_completion_tokens", "max_tokens")
 _READERS = 16
 _REMEDY = "delete it, and it is asked again"
 
 
 class Message(NamedTuple):
-    """A message of a chat."""
+    """One message of a chat."""
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -44,27 +44,27 @@ class Question(NamedTuple):
 
     messages: tuple[Message, ...]
     most_tokens: int
-    """Longest answer."""
+    """Longest answer, in tokens."""
 
 
 class Estimate(NamedTuple):
-    """Requests, tokens and price of a list of questions, before anything is sent."""
+    """The requests, tokens and price of a list of questions, estimated before sending any."""
 
     requests: int
-    """Questions that differ and have no kept answer."""
+    """Number of distinct questions without a stored answer."""
     kept: int
-    """Questions that differ and have one."""
+    """Number of distinct questions with a stored answer."""
     input_tokens: int
     is_exact: bool
     """Whether the model's own tokenizer counted the input tokens."""
     most_output_tokens: int
-    """Output tokens, if all answers are as long as they may be."""
+    """Number of output tokens if all answers have the maximum length."""
     most_price: float | None
-    """Price if they are; None if the endpoint's file states no prices."""
+    """Price if all answers have the maximum length; None if the endpoint file has no prices."""
     currency: str
 
     def sentence(self, url: str) -> str:
-        """The estimate in words."""
+        """Return the estimate as a sentence."""
         if not self.requests:
             return f"{url}: all {self.kept:,} answers are kept; nothing has to be asked"
         about = "" if self.is_exact else "about "
@@ -79,15 +79,15 @@ class Estimate(NamedTuple):
 
 
 class Answer(Record):
-    """A kept answer."""
+    """A stored answer."""
 
     schema_version: Literal[1] = 1
     model: str
     text: str
     is_whole: bool
-    """False if it was cut at its longest."""
+    """False if the answer was truncated at its maximum length."""
     input_tokens: int | None
-    """As the endpoint counted them; None if it did not say."""
+    """Number of input tokens according to the endpoint; None if the endpoint did not report it."""
     output_tokens: int | None
 
 
@@ -95,9 +95,9 @@ class Endpoint:
     """A language model that answers questions.
 
     Args:
-        settings: Where it is, and what it charges.
-        store: Where answers are kept.
-        folder: Folder of the store, for example `<run>/answers`.
+        settings: URL, model and prices of the endpoint.
+        store: Store for the answers.
+        folder: Folder in the store, for example `<run>/answers`.
     """
 
     def __init__(self, settings: EndpointSettings, store: ObjectStore, folder: str) -> None:
@@ -107,7 +107,7 @@ class Endpoint:
 
     @property
     def url(self) -> str:
-        """Its base URL."""
+        """Base URL of the endpoint."""
         return self._settings.url
 
     @property
@@ -116,17 +116,17 @@ class Endpoint:
         return self._settings.model
 
     def kept(self, questions: Iterable[Question]) -> list[Answer | None]:
-        """The kept answers of questions, in order; None where there is none. Sends nothing.
+        """Return the stored answer of each question, or None. Sends no requests.
 
         Raises:
-            CorruptObjectError: An answer is damaged.
+            CorruptObjectError: A stored answer is damaged.
         """
         digests, there = [self._digest(question) for question in questions], self._there()
         with ThreadPoolExecutor(_READERS) as pool:
             return list(pool.map(lambda d: self._read(d) if d in there else None, digests))
 
     def estimate(self, questions: Iterable[Question]) -> Estimate:
-        """Count and price what would have to be asked; sends nothing.
+        """Count and price the questions that would have to be sent. Sends no requests.
 
         Raises:
             ConfigError: The tokenizer cannot be read, or has no chat template.
@@ -147,16 +147,16 @@ class Endpoint:
         )
 
     def ask(self, questions: Sequence[Question], what: str = "ask") -> list[Answer]:
-        """Answer questions in order; those that were answered before are not asked again.
+        """Answer questions, in order. Questions with a stored answer are not sent again.
 
         Args:
-            questions: Equal ones are asked once.
-            what: Name of the work, for reports of its progress.
+            questions: The questions. Equal questions are sent once.
+            what: Name of the work in progress reports.
 
         Raises:
-            EndpointUnavailableError: The endpoint did not answer in `patience_seconds`. What it
-                answered before is kept.
-            EndpointError: It refuses.
+            EndpointUnavailableError: The endpoint did not respond within `patience_seconds`. Its
+                earlier answers are stored.
+            EndpointError: The endpoint refuses a request, or its response is not valid.
         """
         digests = [self._digest(question) for question in questions]
         of = self._by_digest(questions)
@@ -180,8 +180,8 @@ class Endpoint:
                 found[asked[done]] = done.result()
                 progress(number, len(new))
         finally:
-            stopping.set()  # others that wait for the endpoint give up soon
-            pool.shutdown(cancel_futures=True)  # answers that are under way are kept
+            stopping.set()  # other threads that retry give up soon
+            pool.shutdown(cancel_futures=True)  # requests in flight finish and are stored
             client.close()
         if new:
             self._say_spent([found[digest] for digest in new])
@@ -246,7 +246,7 @@ class Endpoint:
         return (input_tokens * settings.input_price + output_tokens * settings.output_price) / 1e6
 
     def _there(self) -> set[str]:
-        """Digests of the kept answers."""
+        """Return the digests of the stored answers."""
         keys = OwnKeys(f"{self._folder}/", r"[0-9a-f]{2}/(?P<digest>[0-9a-f]{64})\.json")
         return {match["digest"] for match in keys.keys(self._store)}
 

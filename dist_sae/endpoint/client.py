@@ -1,4 +1,4 @@
-"""Requests for chat completions; the only module that talks to an endpoint."""
+"""Requests for chat completions. No other module talks to an endpoint."""
 
 import logging
 import os
@@ -23,28 +23,28 @@ _REFUSED = {401, 403}
 _NOT_FOUND = 404
 _SERVER_ERROR = 500
 _OK = 200
-_SPENT = {"insufficient_quota", "billing_hard_limit_reached"}  # 429, but waiting does not help
+_SPENT = {"insufficient_quota", "billing_hard_limit_reached"}  # 429, but retrying does not help
 _MOST_SAID = 200  # characters of an endpoint's message
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
 class Completion(NamedTuple):
-    """An endpoint's answer to one request."""
+    """An endpoint's response to one request."""
 
     text: str
     is_whole: bool
-    """False if the answer was cut at its longest."""
+    """False if the text was truncated at its maximum length."""
     input_tokens: int | None
-    """As the endpoint counted them; None if it does not say."""
+    """Number of input tokens according to the endpoint; None if the endpoint does not report it."""
     output_tokens: int | None
 
 
 class Client:
-    """Sends requests to one endpoint. Threads may share it.
+    """Sends requests to one endpoint. Threads may share one instance.
 
     Args:
-        settings: The endpoint.
-        stopping: Once set, requests are repeated for a few seconds only.
+        settings: The settings of the endpoint.
+        stopping: Once set, requests are retried for a few seconds only.
     """
 
     def __init__(self, settings: EndpointSettings, stopping: threading.Event) -> None:
@@ -55,7 +55,7 @@ class Client:
         adapter = HTTPAdapter(pool_maxsize=settings.concurrency)
         self._session.mount("http://", adapter)
         self._session.mount("https://", adapter)
-        self._session.auth = self._authorise  # set, so that no .netrc replaces the key
+        self._session.auth = self._authorise  # or requests would replace the key by one from .netrc
         self._patiently = Patience(
             settings.patience_seconds, stopping, EndpointUnavailableError, logger
         )
@@ -66,11 +66,12 @@ class Client:
             )
 
     def complete(self, body: Mapping[str, Any]) -> Completion:
-        """Send one request, again while the endpoint is away or asks to wait.
+        """Send one request. Retry while the endpoint is unavailable or limits the rate.
 
         Raises:
-            EndpointUnavailableError: It did not answer in `patience_seconds`.
-            EndpointError: It refuses, or its answer is not that of such an endpoint.
+            EndpointUnavailableError: The endpoint did not respond within `patience_seconds`.
+            EndpointError: The endpoint refuses the request, or its response is not a chat
+                completion.
         """
         return self._patiently(lambda: self._attempt(body), _least_pause)
 
@@ -90,7 +91,7 @@ class Client:
                 self._url,
                 json=body,
                 timeout=(min(30.0, self._settings.timeout_seconds), self._settings.timeout_seconds),
-                allow_redirects=False,  # the key goes to no other place
+                allow_redirects=False,  # never send the key to another host
             )
         except requests.ReadTimeout as exc:
             raise EndpointUnavailableError(
@@ -146,7 +147,7 @@ def _completion(content: Any) -> Completion:
 
 
 def _said(answer: requests.Response) -> tuple[str, str]:
-    """Code and message of an error, on one line."""
+    """Return an error's code, and its message on one line."""
     try:
         content = answer.json()
     except ValueError:
@@ -159,7 +160,7 @@ def _said(answer: requests.Response) -> tuple[str, str]:
 
 
 def _retry_after(answer: requests.Response) -> float:
-    """Seconds that the endpoint asks to wait: a number, or the time of day of RFC 9110."""
+    """Return the seconds to wait that `Retry-After` states as a number or a date (RFC 9110)."""
     value = answer.headers.get("Retry-After", "")
     try:
         return max(0.0, float(value))

@@ -1,4 +1,4 @@
-"""The file that describes an endpoint: where it is, what it charges, what it is told."""
+"""The file that describes an endpoint: its URL, model, prices and request parameters."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,38 +21,38 @@ def _check_url(url: str) -> str:
 
 
 class EndpointSettings(Section):
-    """File of an endpoint. It holds no key."""
+    """The settings in an endpoint file, which contains no key."""
 
     url: Annotated[str, AfterValidator(_check_url)]
     """Base URL, the part before `/chat/completions`: `http://127.0.0.1:8000/v1`."""
     model: str = Field(min_length=1)
-    """Name of the model, as the endpoint knows it."""
+    """Name of the model at the endpoint."""
     key_variable: str = "OPENAI_API_KEY"
-    """Environment variable with the API key. Without it requests have no key."""
+    """Environment variable with the API key. If it is not set, requests have no key."""
     concurrency: PositiveInt = 8
-    """Requests at a time."""
+    """Number of concurrent requests."""
     timeout_seconds: float = Field(120, gt=0)
-    """Longest wait for one answer."""
+    """Timeout of one request."""
     patience_seconds: float = Field(600, gt=0)
-    """Time for which a request is repeated while the endpoint is away or asks to wait."""
+    """How long a request is retried while the endpoint is unavailable or limits the rate."""
     tokenizer: str | None = None
-    """Folder or hub name of the model's tokenizer: input tokens are then counted with its chat
-    template. null takes four bytes of UTF-8 for a token."""
+    """Folder or hub name of the model's tokenizer, whose chat template is used to count input
+    tokens. null assumes four bytes of UTF-8 per token."""
     input_price: NonNegativeFloat | None = None
-    """Price of a million input tokens; null states no price."""
+    """Price of a million input tokens; null for no price."""
     output_price: NonNegativeFloat | None = None
-    """Price of a million output tokens."""
+    """Price of a million output tokens; null for no price."""
     currency: str = "USD"
     parameters: dict[str, Any] = Field(default_factory=dict)
-    """Further fields of each request, such as `reasoning_effort: low`. They replace
-    `temperature: 0` and `max_tokens`; null leaves one out."""
+    """Additional fields of each request, such as `reasoning_effort: low`. They override the default
+    `temperature: 0` and `max_tokens`; null removes a field."""
 
 
 def read_endpoint(path: str) -> EndpointSettings:
-    """Read the file of an endpoint.
+    """Read an endpoint file.
 
     Raises:
-        ConfigError: It cannot be read, or a key or value is wrong; one line.
+        ConfigError: The file cannot be read, or a key or value is wrong. The message is one line.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

@@ -1,1 +1,1 @@
-"""Explanations of latents by a language model, and how well they predict where latents fire."""
+"""Explanations of latents by a language model, and scores of how well they predict firings."""

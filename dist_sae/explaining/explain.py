@@ -1,7 +1,7 @@
-"""Explains latents and judges the explanations, by language models behind endpoints.
+"""Explaining latents and judging the explanations with language models behind endpoints.
 
-Answers are kept (`endpoint/answers.py`), and passages follow from the seed. So whatever stops the
-program, the same command asks only what is left.
+Answers are stored (`endpoint/answers.py`), and the seed decides the passages. So if the program is
+stopped, the same command sends only the questions that are left.
 """
 
 import logging
@@ -26,27 +26,27 @@ from dist_sae.index.query import Index
 logger = logging.getLogger(__name__)
 
 LEAST_ACTIVE = 10
-"""Passages in which a latent must be active to be explained."""
+"""Fewest passages with an active latent for the latent to be explained."""
 LATENTS = 64
-"""Latents that are explained, judged and stored before the next."""
-_SHOWN = 100  # characters of an answer that cannot be read
-_GUESS = "g" * 120  # counted in place of an explanation that nobody has given yet
+"""Number of latents that are explained, judged and stored at a time."""
+_SHOWN = 100  # characters shown of an answer that cannot be parsed
+_GUESS = "g" * 120  # stands for an explanation that does not exist yet, in an estimate of tokens
 _TOO_RARE = f"active in fewer than {LEAST_ACTIVE} passages"
 _UNREADABLE = "the answer has no explanation"
 
 
 class Plan(NamedTuple):
-    """How latents are explained and judged."""
+    """The settings for explaining and judging latents."""
 
     wanted: Wanted = Wanted()
     at_once: int = 10
-    """Passages that are judged in a request."""
+    """Number of passages that are judged per request."""
     most_tokens: int = 500
     """Longest answer in tokens, including any reasoning that the endpoint counts."""
     seed: int = 0
 
     def made(self, index: Index, explainer: str, judge: str) -> Made:
-        """The record of how a set is made, for this index and these models."""
+        """Return the settings of a set of explanations for this index and these models."""
         return Made(
             explainer=explainer,
             judge=judge,
@@ -58,23 +58,23 @@ class Plan(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What was found."""
+    """Counts of what was explained and judged."""
 
     latents: int
     explained: int
     too_rare: int
-    """Latents that are active in too few passages."""
+    """Number of latents that are active in too few passages."""
     unreadable: int
-    """Latents whose explanation could not be read."""
+    """Number of latents whose explanation could not be parsed."""
     judged_passages: int
-    """Passages that the judge was asked about."""
+    """Number of passages that were sent to the judge."""
     unanswered_passages: int
-    """Passages among these for which the judge's answer could not be read."""
+    """Number of these passages for which the judge's answer could not be parsed."""
     mean_balanced_accuracy: float | None
 
 
 class _Latent(NamedTuple):
-    """A latent at work."""
+    """A latent that is being explained."""
 
     latent: int
     drawn: Drawn
@@ -84,10 +84,10 @@ class _Latent(NamedTuple):
 def count(
     drawer: Drawer, plan: Plan, latents: Sequence[int], explainer: Endpoint
 ) -> tuple[list[Question], list[Question]]:
-    """The questions to the explainer and to the judge, for an estimate.
+    """Return the questions to the explainer and to the judge, for an estimate.
 
-    Where no explanation is kept yet, questions to the judge have a text of usual length in its
-    place.
+    If a latent has no stored explanation yet, the questions to the judge contain a placeholder of
+    typical length.
     """
     working = list(_drawn(drawer, latents))
     asked = [_explaining(each, plan) for each in working]
@@ -114,18 +114,18 @@ def explain(
     """Explain latents, judge the explanations, and store both.
 
     Args:
-        drawer: Draws passages.
-        plan: What is asked.
-        latents: Numbers of latents.
-        explainer: Explains.
-        judge: Judges.
-        found: Takes the explanations.
-        made: How these are made.
+        drawer: Draws the passages.
+        plan: The settings for explaining and judging.
+        latents: Numbers of the latents.
+        explainer: Endpoint of the model that explains.
+        judge: Endpoint of the model that judges.
+        found: The set that the explanations are added to.
+        made: The settings of the set.
 
     Raises:
-        ConfigError: The set is made in another way.
-        EndpointUnavailableError: An endpoint does not answer now; the same command goes on.
-        EndpointError: It refuses.
+        ConfigError: The set exists, and has other settings.
+        EndpointUnavailableError: An endpoint is unavailable. The same command continues later.
+        EndpointError: An endpoint refuses a request.
     """
     found.check(made)
     stored: list[Explained] = []
@@ -166,7 +166,7 @@ def _warn(of_what: str, unread: Sequence[Answer]) -> None:
 
 
 def _drawn(drawer: Drawer, latents: Sequence[int]) -> Iterator[_Latent]:
-    """Draw the passages of latents that are active in enough of them."""
+    """Draw passages, and yield the latents that are active in at least `LEAST_ACTIVE`."""
     for latent in latents:
         drawn = drawer.draw(latent)
         if drawn.active >= LEAST_ACTIVE:
@@ -178,7 +178,7 @@ def _explaining(each: _Latent, plan: Plan) -> Question:
 
 
 def _judging(each: _Latent, plan: Plan) -> Iterator[tuple[Question, list[Passage]]]:
-    """The questions to the judge, with the passages that each is about."""
+    """Yield each question to the judge, with the passages that it is about."""
     assert each.explanation is not None
     for first in range(0, len(each.drawn.judged), plan.at_once):
         passages = each.drawn.judged[first : first + plan.at_once]
@@ -201,7 +201,7 @@ def _explained(latent: int, each: _Latent | None, judged: Sequence[Judged]) -> E
 
 
 def outcome(stored: Sequence[Explained]) -> Outcome:
-    """Count what was found."""
+    """Count what was explained and judged."""
     scores = [score(each.judged) for each in stored if each.explanation is not None]
     known = [told.balanced_accuracy for told in scores if told.balanced_accuracy is not None]
     return Outcome(

@@ -1,10 +1,11 @@
-"""Explanations and detection scores that delphi (eai-delphi 0.1.3) made from our cache of an index.
+"""Import of delphi's explanations and detection scores (eai-delphi 0.1.3) of an index.
+
+Delphi reads a cache that was exported from the index, and writes to a run's folder in `results/`:
 
     explanations/<site>_latent<n>.txt        a JSON string
-    scores/detection/<site>_latent<n>.txt    a JSON list; of each example `activating`, the tenth or
-                                             the distance of a neighbour (`distance`), `prediction`
-
-in a run's folder under `results/`.
+    scores/detection/<site>_latent<n>.txt    a JSON list with a dict per example: `activating`,
+                                             `prediction`, and `distance`, which is the decile of an
+                                             activating example, else the distance of a neighbor
 """
 
 import json
@@ -24,7 +25,7 @@ _NO_NEIGHBOUR = -1.0
 
 
 def made_by_delphi(index: Index) -> Made:
-    """The manifest of a set that delphi made."""
+    """Return the settings of a set of explanations by delphi."""
     return Made(
         explainer=LIBRARY,
         judge=LIBRARY,
@@ -34,14 +35,14 @@ def made_by_delphi(index: Index) -> Made:
 
 
 def read_delphi(folder: Path, index: Index) -> list[Explained]:
-    """Read what delphi says of an index's latents, ascending.
+    """Read delphi's explanations of an index's latents, in ascending order.
 
     Args:
-        folder: A run's folder, which has `explanations/`.
-        index: The index that its cache was exported from.
+        folder: The folder of a delphi run, which contains `explanations/`.
+        index: The index that delphi's cache was exported from.
 
     Raises:
-        ConfigError: There are none of this site, or a file cannot be read.
+        ConfigError: There are no explanations of this site, or a file cannot be read.
     """
     site = index.manifest.site
     shape = re.compile(re.escape(site) + r"_latent(\d+)\.txt", re.ASCII)

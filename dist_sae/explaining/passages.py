@@ -1,12 +1,16 @@
-"""Passages on which a latent is explained, and others on which its explanation is judged.
+"""Passages for explaining a latent, and others for judging the explanation.
 
-A passage is a piece of `tokens` tokens of what the model was given at once. The judge gets active
-passages of each tenth (decile) of those in which the latent fires, sorted by their largest
-activation; silent ones by chance; and silent ones in which a latent fires that is near by decoder
-direction (near misses). Of the other active passages the explainer sees the most active ones, and
-some of each decile. All choices follow from the seed, the latent and the index.
+A passage is a piece of a context, `Wanted.tokens` long. Passages in which the latent fires are
+active, and the others are silent. Active passages are sorted by their largest activation and
+divided into deciles. The judge gets three kinds of passages:
 
-The passages come from at most `UNITS` units, so that the cost does not grow with the index.
+- active passages, evenly from the deciles,
+- random silent passages,
+- near misses: silent passages in which a latent with a similar decoder direction fires.
+
+The explainer gets other active passages: the most active ones, and some of each decile. The seed,
+the latent and the index decide all choices. Passages come from at most `UNITS` units, so that the
+cost does not grow with the index.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,53 +26,54 @@ from dist_sae.index.query import Index
 from dist_sae.index.texts import Texts, token_texts
 
 UNITS = 64
-"""Units from which passages are drawn."""
+"""Most units that passages are drawn from."""
 NEAR_LATENTS = 5
-"""Latents whose passages are near misses."""
-_CELL_BITS = 31  # of a passage's number within its document
+"""Number of nearest latents whose passages can be near misses."""
+_CELL_BITS = 31  # bits for the number of a passage within its document
 
 Ints = NDArray[np.int64]
 
 
 class Wanted(NamedTuple):
-    """How many passages, of which length."""
+    """The number and length of passages."""
 
     tokens: int = 32
     shown: int = 20
-    """Passages for the explainer: half the most active ones, half of each decile."""
+    """Passages for the explainer. Half are the most active ones, half are from all deciles."""
     per_decile: int = 2
     """Active passages of each decile for the judge."""
     silent: int = 20
-    """Silent passages for the judge by chance, and as many near misses."""
+    """Random silent passages for the judge. The number of near misses is the same."""
 
 
 class Passage(NamedTuple):
-    """Some text, and what the latent does on it."""
+    """A piece of text, with a latent's activations on it."""
 
     document: int
     position: int
     """Position of the first token in the document."""
     decile: int | None
-    """From 0, the least active tenth; None where the latent is silent."""
+    """Decile among the active passages, from 0 (least active); None if the latent is silent."""
     kind: Kind
     tokens: list[str]
     acts: list[float]
 
     @property
     def text(self) -> str:
-        """The text alone."""
+        """The text of the passage."""
         return "".join(self.tokens)
 
 
 class Drawn(NamedTuple):
-    """Passages of a latent."""
+    """The passages that were drawn for a latent."""
 
     shown: list[Passage]
-    """The most active first."""
+    """Passages for the explainer: the most active ones, then some of all deciles, each in
+    descending order."""
     judged: list[Passage]
-    """In random order."""
+    """Passages for the judge, in random order."""
     active: int
-    """Passages in which the latent is active, in the units that passages are drawn from."""
+    """Number of passages with an active latent in the units that passages are drawn from."""
 
 
 class _Cell(NamedTuple):
@@ -81,10 +86,10 @@ class Drawer:
     """Draws passages of an index.
 
     Args:
-        index: With all postings.
-        texts: Of its run.
-        wanted: Which passages.
-        seed: Decides all choices.
+        index: The index, which must store all postings.
+        texts: Texts of the index's run.
+        wanted: The number and length of passages.
+        seed: Seed of all choices.
 
     Raises:
         CorruptObjectError: The index is damaged.
@@ -119,16 +124,16 @@ class Drawer:
         )
 
     def draw(self, latent: int) -> Drawn:
-        """Draw the passages of a latent; fewer than wanted where there are fewer.
+        """Draw the passages of a latent, or as many as there are.
 
         Raises:
-            LatentNotFoundError: There is no such latent.
-            CorpusError: The text is not what the activations were made from.
+            LatentNotFoundError: The dictionary has no such latent.
+            CorpusError: The text differs from the text that activations were computed from.
             CorruptObjectError: The index is damaged.
         """
         wanted, chance = self._wanted, np.random.default_rng((self._seed, latent))
         largest = self._largest(latent)
-        able = 2 * self._sizes >= wanted.tokens  # short ends of documents say little
+        able = 2 * self._sizes >= wanted.tokens  # short ends of documents are uninformative
         active = np.flatnonzero((largest > 0) & able)
         active = active[np.argsort(largest[active], kind="stable")]
         decile = np.arange(len(active)) * DECILES // max(1, len(active))
@@ -146,7 +151,7 @@ class Drawer:
         return Drawn(passages[: len(shown)], passages[len(shown) :], len(active))
 
     def _firings(self, latent: int) -> Iterator[tuple[int, Ints, NDArray[np.float32]]]:
-        """Unit, rows and activations of the latent's firings in the units."""
+        """Yield rows and activations of the latent's firings in each of the units."""
         for table in self._index.postings(latent):
             unit_of, rows, acts = (table[name].to_numpy() for name in ("unit", "row", "act"))
             for unit in np.intersect1d(unit_of, list(self._of_row)).tolist():
@@ -154,20 +159,20 @@ class Drawer:
                 yield unit, rows[here].astype(np.int64), acts[here]
 
     def _largest(self, latent: int) -> NDArray[np.float32]:
-        """The largest activation in each passage."""
+        """Compute the latent's largest activation in each passage."""
         found = np.zeros(len(self._keys), np.float32)
         for unit, rows, acts in self._firings(latent):
             np.maximum.at(found, self._of_row[unit][rows], acts)
         return found
 
     def _near(self, latent: int, silent: Ints, chance: np.random.Generator) -> Ints:
-        """Silent passages in which near latents fire most, as many of each latent."""
+        """Find the silent passages in which near latents fire most, equally many of each latent."""
         page, chosen = self._index.latent(latent), list[int]()
         others = [near.latent for near in page.nearest[:NEAR_LATENTS] if near.cosine > 0]
         lists = []
         for other in others:
             acts = self._largest(other)[silent]
-            order = chance.permutation(len(silent))  # ties are no bias
+            order = chance.permutation(len(silent))  # breaks ties at random
             order = order[np.argsort(-acts[order], kind="stable")]
             lists.append(silent[order[acts[order] > 0]].tolist())
         while any(lists) and len(chosen) < self._wanted.silent:
@@ -179,7 +184,7 @@ class Drawer:
         return np.array(chosen, np.int64)
 
     def _passages(self, latent: int, cells: Sequence[_Cell]) -> list[Passage]:
-        """The texts of passages, with the latent's activations."""
+        """Read the texts of passages, with the latent's activations."""
         acts: dict[int, dict[int, float]] = {cell.number: {} for cell in cells}
         for unit, rows, values in self._firings(latent):
             position = self._index.origins(unit)["position"].to_numpy()
@@ -194,7 +199,7 @@ class Drawer:
         return [self._passage(cell, acts[cell.number]) for cell in cells]
 
     def _check(self, unit: int, cells: Sequence[int]) -> None:
-        """Make sure that the text has the tokens that the activations were made from."""
+        """Check that the text has the tokens that the activations were computed from."""
         rows = np.flatnonzero(np.isin(self._of_row[unit], cells))
         table = self._index.origins(unit).take(rows)
         for token, position, document in zip(*(c.to_pylist() for c in table.columns), strict=True):
@@ -221,16 +226,25 @@ class Drawer:
             if text or not tokens:
                 tokens.append(text)
                 values.append(act)
-            else:  # the token before has already shown its text
+            else:  # the text of this token is part of the one before
                 values[-1] = max(values[-1], act)
         return Passage(document, first, cell.decile, cell.kind, tokens, values)
 
 
 def _split(decile: Ints, wanted: Wanted, chance: np.random.Generator) -> tuple[Ints, Ints]:
-    """Places of active passages, which are sorted by activation, for the judge and the explainer.
+    """Split active passages between the judge and the explainer.
 
-    The judge's come first, evenly of each decile, but no more than half: so deciles of few passages
-    are judged too. Of the others the explainer gets the most active ones, then some of each decile.
+    The judge's passages are chosen first, evenly from the deciles and at most half of them all. So
+    even if there are few passages, each decile is judged. Of the other passages, the explainer gets
+    the most active ones, then some of each decile.
+
+    Args:
+        decile: Decile of each active passage, sorted by activation.
+        wanted: The number of passages.
+        chance: Source of random numbers.
+
+    Returns:
+        Indices of the passages for the judge, and for the explainer.
     """
     places = np.arange(len(decile))
     n = min(DECILES * wanted.per_decile, len(places) // 2)
@@ -243,7 +257,7 @@ def _split(decile: Ints, wanted: Wanted, chance: np.random.Generator) -> tuple[I
 
 
 def _evenly(places: Ints, decile: Ints, chance: np.random.Generator) -> Ints:
-    """Order places so that any first few have equal numbers of each decile, as far as there are."""
+    """Shuffle places so that any first n have the same number from each decile, where possible."""
     order = chance.permutation(places)
     turns = np.empty(len(order), np.int64)
     for d in range(DECILES):

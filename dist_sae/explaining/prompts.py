@@ -1,9 +1,9 @@
-"""What the explainer and the judge are asked, and how their answers are read.
+"""Prompts for the explainer and the judge, and parsing of their answers.
 
-Source: showing marked tokens with strengths from 0 to 10 is from "Language models can explain
-neurons in language models" (Bills et al. 2023); asking on which unmarked passages a latent fires,
-several at a time, is the detection of "Automatically interpreting millions of features in large
-language models" (Paulo et al. 2024). The words are ours.
+Marked tokens with strengths from 0 to 10 are from "Language models can explain neurons in language
+models" (Bills et al. 2023). Showing several unmarked passages and asking on which of them a latent
+fires is the detection score of "Automatically interpreting millions of features in large language
+models" (Paulo et al. 2024). The wording is ours.
 """
 
 import json
@@ -15,14 +15,15 @@ from dist_sae.endpoint.answers import Message
 from dist_sae.explaining.passages import Passage
 
 VERSION = 1
-"""Raised with every change of the words below: answers to other words are not compared."""
+"""Version of the prompts. Increment it with every change of their wording, so that answers to
+different prompts are not compared."""
 MARKED = 0.3
-"""Tokens are marked from this share of the largest activation of their passage on."""
+"""Least activation of a marked token, as a share of the passage's largest activation."""
 _STRENGTHS = 10
-_MOST_STRENGTHS = 8  # tokens of a passage whose strengths are listed
+_MOST_STRENGTHS = 8  # most tokens per passage whose strengths are listed
 _LIST = re.compile(r"\[[^\[\]]*\]")
 _ANSWER = "EXPLANATION:"
-_AROUND = "*\"' \n"  # of an explanation
+_AROUND = "*\"' \n"  # characters that are stripped from both ends of an explanation
 
 _EXPLAIN = f"""\
 One unit inside a language model is active on some tokens of text. You get passages of text on \
@@ -51,28 +52,28 @@ passage fits, else 0."""
 
 
 def explain_messages(shown: Sequence[Passage]) -> tuple[Message, ...]:
-    """The messages for the explainer."""
+    """Build the messages for the explainer."""
     most = max(act for passage in shown for act in passage.acts)
     parts = [f"Passage {n}: {_marked(passage, most)}" for n, passage in enumerate(shown, 1)]
     return Message("system", _EXPLAIN), Message("user", "\n\n".join(parts))
 
 
 def judge_messages(explanation: str, passages: Sequence[Passage]) -> tuple[Message, ...]:
-    """The messages for the judge."""
+    """Build the messages for the judge."""
     asked = _JUDGE.format(explanation=explanation, n=len(passages))
     parts = [f"Passage {n}: {_one_line(each.text)}" for n, each in enumerate(passages, 1)]
     return Message("system", asked), Message("user", "\n\n".join(parts))
 
 
 def read_explanation(answer: str, *, is_whole: bool = True) -> str | None:
-    """The explanation in an answer; None if there is none.
+    """Parse the explanation in an answer. Return None if there is none.
 
-    An answer of one line without the word is taken as it is: small models forget it. They also go
-    on after it, so it ends with its paragraph.
+    Small models forget `EXPLANATION:`, so a single line without it is accepted. They also continue
+    after the explanation, so only its first paragraph counts.
 
     Args:
         answer: Text of the answer.
-        is_whole: False if it was cut, and with it its last line.
+        is_whole: False if the answer was truncated. Then its last line is ignored.
     """
     if not is_whole:
         answer = answer.rpartition("\n")[0]
@@ -84,7 +85,7 @@ def read_explanation(answer: str, *, is_whole: bool = True) -> str | None:
 
 
 def read_verdicts(answer: str, n: int) -> list[bool] | None:
-    """What an answer says of `n` passages; None if it is no list of so many zeros and ones."""
+    """Parse the verdicts on `n` passages. Return None if there is no list of n zeros and ones."""
     for found in reversed(_LIST.findall(answer)):
         try:
             values: list[Any] = json.loads(found)
@@ -96,7 +97,7 @@ def read_verdicts(answer: str, n: int) -> list[bool] | None:
 
 
 def _marked(passage: Passage, most: float) -> str:
-    """A passage with marks and strengths."""
+    """Format a passage with marks and strengths."""
     text, listed = "", list[tuple[float, str]]()
     least = MARKED * max(passage.acts)
     was_marked = False

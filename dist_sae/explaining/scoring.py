@@ -1,14 +1,14 @@
-"""How well an explanation tells on which passages its latent fires.
+"""Scores of how well an explanation predicts on which passages its latent fires.
 
     recall             share of the active passages on which the judge says yes
-    specificity        share of the silent passages, drawn by chance, on which it says no
-    balanced accuracy  (recall + specificity) / 2: .5 says nothing
-    F1                 2 TP / (2 TP + FP + FN), of the active passages and those by chance
+    specificity        share of the random silent passages on which it says no
+    balanced accuracy  (recall + specificity) / 2; .5 is the level of guessing
+    F1                 2 TP / (2 TP + FP + FN), on the active and the random silent passages
 
-Near misses, which are harder, are counted apart. Active passages are drawn evenly from the deciles
-of the passages in which the latent fires, so recall is that of a passage by chance. The interval of
-the balanced accuracy has both shares' Wilson intervals, joined as Newcombe (1998, method 10) does:
-with bounds l and u of each share p,
+Near misses are harder, so they are counted separately. Active passages are drawn evenly from the
+deciles of all active passages, so recall estimates the recall on a random active passage. The
+interval of the balanced accuracy combines the Wilson intervals of both shares, as in method 10 of
+Newcombe (1998). With the balanced accuracy theta and the bounds l and u of each share p, it is
 
     theta - sqrt(sum (p - l)^2) / 2, theta + sqrt(sum (u - p)^2) / 2
 """
@@ -21,56 +21,57 @@ from dist_sae.index.layout import DECILES
 
 Kind = Literal["active", "random", "near"]
 KINDS: tuple[Kind, ...] = ("active", "random", "near")
-"""The latent is active; silent, by chance; silent, while a near latent is active."""
+"""Kinds of passages: the latent is active; it is silent in a random passage (random); it is silent
+while a near latent is active (near)."""
 _Z = 1.959964  # 95 %
 
 
 class Judged(NamedTuple):
-    """A passage, and what the judge said of it."""
+    """A passage, and the judge's verdict on it."""
 
     kind: Kind
     decile: int | None
-    """Of an active passage, from 0, the least active tenth."""
+    """Decile of an active passage, from 0 (least active); None for a silent passage."""
     yes: bool | None
-    """None: there is no answer that can be read."""
+    """The verdict; None if the judge's answer could not be parsed."""
     document: int | None = None
     position: int | None = None
     """Position of the passage's first token in the document."""
 
 
 class Said(NamedTuple):
-    """Answers on passages of one kind."""
+    """The verdicts on passages of one kind: `yes` of `of`."""
 
     yes: int
     of: int
 
     @property
     def share(self) -> float:
-        """Share of yes."""
+        """Share of the passages on which the judge says yes."""
         return self.yes / self.of
 
 
 class Score(NamedTuple):
-    """Answers, and what follows from them. Numbers are None where passages of a kind lack."""
+    """Verdicts, and scores. A score is None if there are no passages of a kind that it needs."""
 
     active: Said
     random: Said
     near: Said
     deciles: tuple[Said, ...]
-    """Of the active passages, from the least active tenth."""
+    """Verdicts on the active passages by decile, from the least active."""
     unanswered: int
-    """Passages without an answer that can be read; in no other number."""
+    """Number of passages without a verdict. They do not count in any other number."""
     balanced_accuracy: float | None
     low: float | None
     high: float | None
-    """Bounds of its 95 % interval."""
+    """`low` and `high` are the bounds of the balanced accuracy's 95 % interval."""
     f1: float | None
     near_specificity: float | None
     """Share of the near misses on which the judge says no."""
 
 
 def score(judged: Iterable[Judged]) -> Score:
-    """Count answers, and compute what follows from them."""
+    """Count verdicts, and compute the scores."""
     told = list(judged)
     answered = [each for each in told if each.yes is not None]
     active, random, near = (
@@ -106,7 +107,7 @@ def _said(judged: Sequence[Judged]) -> Said:
 
 
 def _wilson(said: Said) -> tuple[float, float]:
-    """Wilson's interval of a share."""
+    """Compute the Wilson interval of a share."""
     p, n = said.share, said.of
     middle = p + _Z**2 / (2 * n)
     reach = _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))

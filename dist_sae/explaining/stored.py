@@ -1,10 +1,10 @@
-"""Explanations beside the index that they are of.
+"""Sets of explanations, which are stored in the folder of their index.
 
-    <index>/explanations/<name>.json              sealed: who explains and judges, and the table
-                         <name>-<sha256>.parquet  a line for each latent, ascending
+    <index>/explanations/<name>.json              sealed: the settings, and the table's key
+                         <name>-<sha256>.parquet  a line per latent, in ascending order
 
-What a language model answered is kept by `endpoint/answers.py`, so a table that is lost is made
-again without asking.
+`endpoint/answers.py` stores the answers of language models, so a lost table can be rebuilt without
+sending a request.
 """
 
 import re
@@ -27,22 +27,22 @@ _NAME = r"(?P<name>[a-z0-9][a-z0-9.-]*)\.json"
 
 
 class Made(Record):
-    """How a set of explanations is made."""
+    """The settings of a set of explanations."""
 
     explainer: str
-    """Name of the model that explains, or of the library that the set was read from."""
+    """Name of the model that explains, or of the library that the set was imported from."""
     judge: str
     checkpoint: str
     """Digest of the checkpoint."""
     prompts: int
-    """Version of the prompts; 0: another library's."""
+    """Version of the prompts; 0 for another library's prompts."""
     settings: dict[str, int] = Field(default_factory=dict)
-    """Passages, and how many are judged at once."""
+    """Number and length of passages (`Wanted`), and the number judged per request (`at_once`)."""
     seed: int = 0
 
 
 class SetRecord(Record):
-    """`<name>.json`."""
+    """The content of `<name>.json`."""
 
     schema_version: Literal[1] = 1
     made: Made
@@ -50,12 +50,12 @@ class SetRecord(Record):
 
 
 class Explained(NamedTuple):
-    """What is known of a latent."""
+    """The explanation of a latent, and the verdicts on it."""
 
     latent: int
     explanation: str | None
     why_none: str
-    """Why there is no explanation; empty if there is one."""
+    """Reason why there is no explanation; empty if there is one."""
     judged: Sequence[Judged]
 
 
@@ -64,10 +64,10 @@ class ExplanationSet:
 
     Args:
         index: The index.
-        name: Of the set.
+        name: Name of the set.
 
     Raises:
-        ArgumentError: It can be no name.
+        ArgumentError: The name is not valid.
     """
 
     def __init__(self, index: Index, name: str) -> None:
@@ -82,14 +82,14 @@ class ExplanationSet:
 
     @property
     def place(self) -> str:
-        """Path or URL of its record."""
+        """Path or URL of the set's record."""
         return f"{self._store.url}/{self._key}"
 
     def record(self) -> SetRecord | None:
-        """Its record; None if there is none yet.
+        """Read the set's record. Return None if the set does not exist yet.
 
         Raises:
-            CorruptObjectError: It is damaged.
+            CorruptObjectError: The record is damaged.
         """
         if self._record is None:
             try:
@@ -102,10 +102,10 @@ class ExplanationSet:
         return self._record
 
     def check(self, made: Made) -> None:
-        """Make sure that explanations made in this way may be added to the set.
+        """Check that explanations with these settings may be added to the set.
 
         Raises:
-            ConfigError: It exists, and is made in another way.
+            ConfigError: The set exists, and has other settings.
         """
         there = self.record()
         for field in Made.model_fields if there else ():
@@ -118,10 +118,10 @@ class ExplanationSet:
                 )
 
     def add(self, made: Made, explained: Iterable[Explained]) -> None:
-        """Add explanations, in place of those of the same latents.
+        """Add explanations, and replace earlier explanations of the same latents.
 
         Raises:
-            ConfigError: The set is made in another way.
+            ConfigError: The set exists, and has other settings.
         """
         self.check(made)
         there = self.record()
@@ -138,7 +138,7 @@ class ExplanationSet:
         self._record = None
 
     def get(self, latent: int) -> Explained | None:
-        """Read what is known of a latent; None if nothing is.
+        """Read the explanation of a latent. Return None if the set does not have the latent.
 
         Raises:
             CorruptObjectError: The set is damaged.
@@ -149,19 +149,19 @@ class ExplanationSet:
         return _explained(rows[0]) if rows else None
 
     def all(self) -> list[Explained]:
-        """Read what is known of all latents; raises as `get` does."""
+        """Read the explanations of all latents. Raises the errors of `get`."""
         there = self.record()
         return [] if there is None else list(map(_explained, self.table().to_pylist()))
 
     def table(self) -> pa.Table:
-        """The table, of a set that exists; raises as `get` does."""
+        """Read the table of an existing set. Raises the errors of `get`."""
         there = self.record()
         assert there is not None
         return read_table(self._store, there.table)
 
 
 def sets(index: Index) -> list[ExplanationSet]:
-    """The sets of explanations of an index."""
+    """List an index's sets of explanations."""
     keys = OwnKeys(_folder(index), _NAME)
     found = (keys.parse(key) for key in index.store.keys(_folder(index)))
     return [ExplanationSet(index, match["name"]) for match in found if match]
@@ -202,7 +202,7 @@ _TABLE = pa.schema(
         ),
     ]
 )
-"""Columns of the table: first those for readers, then all that was judged."""
+"""Schema of the table: first the columns for readers, then the verdict on each passage."""
 
 
 def _row(each: Explained) -> dict[str, Any]:

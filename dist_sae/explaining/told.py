@@ -1,4 +1,4 @@
-"""What a reader is told of a latent: its explanations, each with its score."""
+"""The explanations of a latent as pages show them, each with its score."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -9,16 +9,16 @@ from dist_sae.index.query import Index
 
 
 class Told(NamedTuple):
-    """An explanation of a latent."""
+    """An explanation of a latent, with its score."""
 
     name: str
-    """The set that it is of."""
+    """Name of the set of explanations."""
     explanation: str
     score: Score
 
     @property
     def judged(self) -> str:
-        """The score in words; empty where nothing was judged."""
+        """The score in words; empty if nothing was judged."""
         told = self.score
         parts = []
         if told.balanced_accuracy is not None:
@@ -39,7 +39,7 @@ class Told(NamedTuple):
         return ", ".join(parts)
 
     def as_json(self) -> dict[str, Any]:
-        """As JSON types."""
+        """Convert to JSON types."""
         numbers = {
             name: value._asdict() if isinstance(value, Said) else value
             for name, value in self.score._asdict().items()
@@ -50,7 +50,7 @@ class Told(NamedTuple):
 
 
 def told_of(latent: int, among: Iterable[ExplanationSet]) -> list[Told]:
-    """What sets tell of a latent.
+    """Read the explanations of a latent from some sets.
 
     Raises:
         CorruptObjectError: An explanation is damaged.
@@ -64,6 +64,10 @@ def told_of(latent: int, among: Iterable[ExplanationSet]) -> list[Told]:
 
 
 def told_of_all(latents: Iterable[int], index: Index) -> list[list[Told]]:
-    """What all sets of an index tell of latents; raises as `told_of` does."""
+    """Read the explanations of latents from all sets of an index.
+
+    Raises:
+        CorruptObjectError: An explanation is damaged.
+    """
     there = sets(index)
     return [told_of(latent, there) for latent in latents]
