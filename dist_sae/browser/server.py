@@ -1,4 +1,4 @@
-"""A read-only server for the browser's pages, with a token unless it listens on loopback."""
+"""A read-only server for the browser's pages. It requires a token unless it is on loopback."""
 
 import hmac
 import ipaddress

@@ -26,7 +26,7 @@ from dist_sae.index.query import Index
 logger = logging.getLogger(__name__)
 
 LEAST_ACTIVE = 10
-"""Fewest passages with an active latent for the latent to be explained."""
+"""Fewest active passages with which a latent is explained."""
 LATENTS = 64
 """Number of latents that are explained, judged and stored at a time."""
 _SHOWN = 100  # characters shown of an answer that cannot be parsed

@@ -4,8 +4,9 @@ Delphi reads a cache that was exported from the index, and writes to a run's fol
 
     explanations/<site>_latent<n>.txt        a JSON string
     scores/detection/<site>_latent<n>.txt    a JSON list with a dict per example: `activating`,
-                                             `prediction`, and `distance`, which is the decile of an
-                                             activating example, else the distance of a neighbor
+                                             `prediction` and `distance`, which is the decile of an
+                                             activating example, and otherwise the distance of a
+                                             neighbor, or -1 for a random example
 """
 
 import json

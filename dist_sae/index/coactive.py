@@ -113,7 +113,7 @@ class Sample:
     def _places(
         self, rows: NDArray[np.int64], acts: NDArray[np.float32]
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return the places of all entries of some rows, with `acts` repeated for each entry."""
+        """Return the indices of all entries of some rows, and each row's `acts` for each entry."""
         starts = self._ends[rows]
         counts = self._ends[rows + 1] - starts
         ends = counts.cumsum()

@@ -151,7 +151,7 @@ class BucketCodes:
 
 
 def _parts(codes: Codes) -> Iterator[Codes]:
-    """Split codes that do not fit into a tile. Only those of a single latent can be so many."""
+    """Split codes that do not fit into a tile. They always belong to a single latent."""
     if len(codes.acts) <= MOST_ENTRIES:
         yield codes
         return
@@ -245,9 +245,9 @@ def _ranks(counts: Int, first: int, top: int, per_decile: int, seed: int) -> _Ra
     many = np.flatnonzero(counts > top)
     parts = DECILES * per_decile
     for part in range(parts):
-        low, high = (-(-counts[many] * n // parts) for n in (part, part + 1))  # as `_decile_ranks`
+        low, high = (-(-counts[many] * n // parts) for n in (part, part + 1))  # rounded up as in `_decile_ranks`
         chance = chances(seed, DECILE_CHANCE, first + many, np.full(len(many), part))
-        chance = (chance >> np.uint64(40)).astype(np.int64)  # 24 bits: the product fits 63
+        chance = (chance >> np.uint64(40)).astype(np.int64)  # 24 bits, so that the product fits into 63
         rank = low + (chance * (high - low) >> 24)
         kept = high > low
         found.append((many[kept], np.full(kept.sum(), part // per_decile), rank[kept]))
@@ -300,7 +300,7 @@ def _summarise_tile(tile: Tile, wanted: _Ranks) -> tuple[Statistics, Chosen]:
 def _summarise_large(
     codes: BucketCodes, latent: int, counts: Int, wanted: _Ranks
 ) -> tuple[Statistics, Chosen]:
-    """Summarise one large latent in two passes: count its values, then find the wanted ranks."""
+    """Summarize one large latent in two passes: count its values, then find the wanted ranks."""
     values = np.zeros(2**_ACT_BITS, np.int64)
     total = 0.0
     for tile in codes.tiles(latent, latent + 1):

@@ -57,8 +57,8 @@ def neighbours(
         cells: Limits the comparison to the nearest cells; None compares with all latents.
         device: Device for the products; the CPU if None.
         alive: Called before each part of the decoder.
-        decoder: The checkpoint's decoder. A caller of several ranges passes one with `keep_bytes`
-            set, so that it is read once.
+        decoder: The checkpoint's decoder. A caller with several ranges passes the same one, which
+            may cache its rows (`keep_bytes`) if cells are used.
 
     Raises:
         CorruptObjectError: The checkpoint is damaged.

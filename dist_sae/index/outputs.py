@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 
 LATENTS = 1024
 VOCABULARY = 8192
-"""Latents and tokens whose effects are computed at a time, which take 32 MiB."""
+"""`LATENTS` and `VOCABULARY` are the numbers of latents and tokens whose effects are computed at a
+time, in 32 MiB."""
 
 
 _Parts = Sequence[tuple[slice, float]]

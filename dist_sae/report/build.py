@@ -75,7 +75,7 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
     activations = open_store(run.store.activations, run.store.s3, meter)
     plan = load_plan(activations, run)
     checkpoint = find_checkpoint(runs, run, step)
-    if checkpoint is None and (begun := begun_run(runs, run.name)):  # there may be curves already
+    if checkpoint is None and (begun := begun_run(runs, run.name)):  # it may have curves already
         check_own(run_fingerprint(begun), run)
     name_suffix = "" if checkpoint is None else suffix(runs, run, checkpoint.step)
     evaluation = read_evaluation(runs, evaluation_key(run.name, name_suffix))

@@ -14,7 +14,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 12, 40
 _BUCKETS = 240  # points that a line is reduced to; a band shows the range of the points in each
 PALETTE = 8
 """Number of line colors in the style sheet. Further lines start again with the first color."""
-_LOG_FROM = 8.0  # a positive quantity that spans this factor gets a logarithmic axis
+_LOG_FROM = 8.0  # ratio of the largest to the smallest y above which the axis is logarithmic
 
 
 _Point = tuple[float, float, float, float]

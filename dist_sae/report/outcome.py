@@ -76,7 +76,7 @@ def keep_findings(
         run: Name of the run or sweep.
         what: Name of the analysis.
         title: Heading of the page.
-        checkpoints: Digests of the checkpoints that were analysed, by run.
+        checkpoints: Digests of the analyzed checkpoints, by run.
         settings: Settings of the analysis.
         findings: The findings.
     """
