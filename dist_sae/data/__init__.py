@@ -1,1 +1,1 @@
-"""Documents, tokens, units, shards and the canonical streams made of them."""
+"""Documents, tokens, units and shards, and the canonical streams of their rows."""

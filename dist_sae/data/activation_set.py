@@ -1,4 +1,4 @@
-"""Reading an activation set, while producers may still be at work on it."""
+"""Reader of an activation set, which producers may still be extending."""
 
 import copy
 import logging
@@ -30,23 +30,23 @@ from dist_sae.storage.own import PAGE
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = (0.1, 2.0)
-"""First and longest pause while a unit is not there yet."""
+"""First and longest pause between checks for a unit that does not exist yet."""
 SAY_EVERY_SECONDS = 30.0
-"""Time between messages while a unit is waited for."""
+"""Time between log messages while waiting for a unit."""
 SiteActs = Float[Tensor, "rows d_site"]
 """Activations of one site."""
 
 
 class ActivationSet:
-    """An activation set as its readers see it: manifests and rows of some of its sites.
+    """Reader of an activation set: of its manifests, and of the rows of some of its sites.
 
     Args:
-        store: The set.
-        sites: The sites to read.
-        stopping: Ends the waits for units that do not exist yet.
-        wait: Whether to wait for such units at all.
-        patience_seconds: Seconds without a sign of a producer after which a wait fails. A trainer
-            has no limit: producers may come much later.
+        store: Object store of the set.
+        sites: Sites to read.
+        stopping: Event that ends all waits for units that do not exist yet.
+        wait: Whether to wait for units that do not exist yet.
+        patience_seconds: Seconds without a sign of life from any producer after which a wait
+            fails. Trainers have no limit, because producers may start much later.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ActivationSet:
         self.closed = threading.Event()
 
     def until(self, closed: threading.Event) -> "ActivationSet":
-        """Return the same set, for a reader whose waits end when `closed` is set as well."""
+        """Return a copy of this reader whose waits also end when `closed` is set."""
         reader = copy.copy(self)
         reader.closed = closed
         return reader
@@ -77,16 +77,16 @@ class ActivationSet:
     def manifest(
         self, unit: int, waiting: Callable[[float], None] = lambda _: None
     ) -> UnitManifest:
-        """Return the manifest of a unit as soon as it exists.
+        """Return the manifest of a unit; wait until it exists.
 
         Args:
-            waiting: Called now and then with the seconds waited so far.
+            waiting: Callback for the seconds waited so far, called after every pause.
 
         Raises:
-            ObjectNotFoundError: It does not exist, and this reader does not wait.
-            CorruptObjectError: The unit was made under another plan.
+            ObjectNotFoundError: The unit does not exist, and this reader does not wait.
+            CorruptObjectError: The unit was produced under another plan.
             UnitMissingError: No producer has shown a sign of life for `patience_seconds`.
-            Stopped: The wait was called off.
+            Stopped: `stopping` or `closed` was set during the wait.
         """
         pause, longest = POLL_SECONDS
         look_every = min(SAY_EVERY_SECONDS, self._patience_seconds / 4)
@@ -118,16 +118,16 @@ class ActivationSet:
         return all(self.store.size(manifest_key(unit)) is not None for unit in units)
 
     def at(self, *sites: str) -> "ActivationSet":
-        """Return the same set, for a reader of other sites."""
+        """Return a copy of this reader that reads these sites."""
         reader = copy.copy(self)
         reader.sites = sites
         return reader
 
     def shards(self, manifest: UnitManifest) -> dict[str, SiteShard]:
-        """Return the shard of each site of a unit; their blocks hold the same rows.
+        """Return each site's shard of a unit, after checking that their blocks match in rows.
 
         Raises:
-            CorruptObjectError: A site is missing, or two sites differ in their rows.
+            CorruptObjectError: A site is missing, or two sites have different numbers of rows.
         """
         key = manifest_key(manifest.unit)
         if missing := [site for site in self.sites if site not in manifest.sites]:
@@ -151,7 +151,7 @@ class ActivationSet:
         return shards
 
     def rows(self, units: Iterable[int], limit: int) -> Iterator[Mapping[str, SiteActs]]:
-        """Yield the same rows of all sites in fp32: whole units, by block, `limit` rows at most."""
+        """Yield up to `limit` rows in fp32, block by block; all sites have the same rows."""
         for unit in units:
             shards = self.shards(self.manifest(unit))
             for block in range(len(shards[self.sites[0]].blocks)):
@@ -165,13 +165,14 @@ class ActivationSet:
                     return
 
     def heldout_rows(self, limit: int) -> Iterator[Mapping[str, SiteActs]]:
-        """Yield rows of the units that nobody trains on, as `rows` does."""
+        """Yield up to `limit` rows of the held-out units, in the same way as `rows`."""
         return self.rows(self.plan.heldout_units, limit)
 
     def _look_for_producers(self, unit: int, seconds: float) -> bool:
-        """Look for producers at work, and say that the unit is waited for.
+        """Return whether producers are working, and log that this reader waits for the unit.
 
-        A reader with limited patience says so once per unit, since its error follows soon.
+        Under `dist-sae run`, a reader without a time limit assumes that they are. A reader with a
+        limit logs this only once per unit, because its error follows soon.
         """
         patient = self._patience_seconds == math.inf
         live = (patient and is_supervised()) or self._producers_live(unit)
@@ -186,7 +187,7 @@ class ActivationSet:
         return live
 
     def _producers_live(self, unit: int) -> bool:
-        """True if, within a lease, any unit was claimed or a unit near this one was made."""
+        """Return whether, within one lease, any unit was claimed or one near this was finished."""
         near = MANIFESTS.entries(self.store, MANIFESTS.page(unit // PAGE))
         signs = chain(CLAIMS.entries(self.store), near)
         return any(entry.age_seconds < LEASE_SECONDS for _, entry in signs)

@@ -1,4 +1,4 @@
-"""Number of units that are ready for a run to read."""
+"""Number of training units that are ready to be read."""
 
 import logging
 import threading
@@ -13,18 +13,18 @@ from dist_sae.storage.own import PAGE
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_SECONDS = 15.0
-"""Time between two looks at the store."""
+"""Time between two counts."""
 
 
 class ReadyUnits:
-    """Counts the existing training units in a thread.
+    """Counts the existing training units regularly, in a thread.
 
-    Producers work in the order of the plan, so a look costs a request or two: complete pages of
-    units are not listed again, and nothing is listed after an empty page.
+    Producers work in plan order, so a count costs only a request or two. Complete pages of units
+    are not listed again, and the count stops at the first empty page.
 
     Args:
-        store: The activation set.
-        show: Called from the thread with the number of units.
+        store: Object store of the activation set.
+        show: Callback for the number of units, called from the thread.
     """
 
     def __init__(self, store: ObjectStore, plan: Plan, show: Callable[[int], None]) -> None:
@@ -33,7 +33,7 @@ class ReadyUnits:
         self._show = show
         self._complete_pages = 0
         self._over = threading.Event()
-        # a daemon, because the store may retry for longer than anyone waits for this number
+        # a daemon, because the process must not wait at its exit while the store retries
         self._thread = threading.Thread(target=self._look, name="backlog", daemon=True)
 
     def __enter__(self) -> "ReadyUnits":

@@ -1,11 +1,11 @@
-"""Progress of each training run: producers wait by it, and consumed shards are deleted by it.
+"""Progress of each training run, which decides when producers wait and which shards are deleted.
 
-    consumers/<run>.json    rewritten while the run lives, also while it waits for data; its age,
-                            by the store's clock, shows whether the run still lives
-    retired.json            a number that never falls: shards of units below it are deleted
+    consumers/<run>.json    rewritten while the run is alive, even while it waits for data; its
+                            age, by the store's clock, shows whether the run is alive
+    retired.json            a number that never decreases: shards of units below it are deleted
 
-A run that has not rewritten its object for `store.consumer_expiry_hours` is abandoned: producers do
-not wait for it, and no shards are kept for it.
+A run is abandoned if it has not rewritten its object for `store.consumer_expiry_hours`. Producers
+then no longer wait for it, and no shards are retained for it.
 """
 
 import logging
@@ -29,7 +29,7 @@ _CONSUMERS = OwnKeys("consumers/", r"(?P<run>[a-z0-9.-]+)\.json")
 _RETIRED_KEY = "retired.json"
 _RENEW_SECONDS = 600.0
 _RETIRED_AT_ONCE = 256  # units
-_READERS = 16  # of manifests
+_READERS = 16  # threads that read manifests
 
 
 class Consumer(Record):
@@ -38,17 +38,18 @@ class Consumer(Record):
     schema_version: Literal[1] = 1
     run: str
     reached: int
-    """Lowest unit that the run reads now. `store.max_ahead_units` counts from here."""
+    """Lowest unit that the run is reading. `store.max_ahead_units` counts from this unit."""
     needed: int
-    """Lowest unit that the run would read again from its last checkpoint."""
+    """Lowest unit that the run may still need, to resume from its last checkpoint or the previous
+    one."""
 
 
 class Retired(Record):
-    """Units whose shards are deleted: content of `retired.json`."""
+    """Number of units whose shards are deleted: content of `retired.json`."""
 
     schema_version: Literal[1] = 1
     below: int
-    """The shards of units below it are deleted; their manifests stay."""
+    """Lowest unit whose shards are not deleted. The manifests of earlier units remain."""
 
 
 def retired_below(store: ObjectStore) -> int:
@@ -65,10 +66,11 @@ def kept_units(store: ObjectStore, plan: Plan) -> range:
 
 
 def lowest_unit(plan: Plan, cursors: Mapping[int, StreamCursor], *, keeps: bool) -> int:
-    """Return the lowest unit of the windows that are being read.
+    """Return the lowest unit of the windows that the cursors point to.
 
-    A stream that has ended after its only pass reads its last window again. In a later pass of
-    several (`keeps`) every unit has been read once, so the position is past all units.
+    After its only pass, a stream may read its last window again, so that window still counts. If
+    there are several passes (`keeps`), all units have been read once when a stream begins its
+    second pass, so its position is then past all units.
     """
     return min(
         (
@@ -83,12 +85,12 @@ def check_ahead(run: Run, plan: Plan, rows: int, first: int = 0) -> None:
     """Check that `store.max_ahead_units` lets training take its first step.
 
     Args:
-        run: The run, resolved.
+        run: Run, resolved by its plan.
         rows: Rows that the run reads before it reports progress.
-        first: First unit that it reads.
+        first: First unit that the run reads.
 
     Raises:
-        ConfigError: Producers would wait for ever.
+        ConfigError: The limit is so low that producers and the run would wait for each other.
     """
     units = plan.rows_of_units[first : plan.n_train_units]
     if problem := run.ahead_problem(rows, plan.first_windows, units, most=len(units)):
@@ -96,18 +98,18 @@ def check_ahead(run: Run, plan: Plan, rows: int, first: int = 0) -> None:
 
 
 class Consumers:
-    """The training runs on an activation set.
+    """Training runs that read an activation set.
 
     Args:
-        store: The activation set.
-        expiry_hours: A run that has not reported for this long counts as abandoned.
+        store: Object store of the activation set.
+        expiry_hours: Hours without a report after which a run counts as abandoned.
     """
 
     def __init__(self, store: ObjectStore, expiry_hours: float) -> None:
         self._store = store
         self._expiry_seconds = 3600 * expiry_hours
         self.renew_seconds = min(_RENEW_SECONDS, self._expiry_seconds / 3)
-        """Seconds after which a living run reports again."""
+        """Time between reports of a live run, even if it has made no progress."""
         self._abandoned: set[str] = set()
 
     def report(self, run: str, *, reached: int, needed: int) -> None:
@@ -116,7 +118,7 @@ class Consumers:
         self._store.put(f"{_CONSUMERS.folder}{run}.json", seal(consumer))
 
     def all(self) -> list[tuple[Consumer, Entry]]:
-        """Return every run that ever registered."""
+        """Return every run that ever registered, with the listing entry of its object."""
         found = []
         for key, entry in list(_CONSUMERS.entries(self._store)):
             try:
@@ -130,7 +132,7 @@ class Consumers:
         return found
 
     def is_abandoned(self, entry: Entry) -> bool:
-        """Tell whether the run of this object counts as abandoned."""
+        """Return whether the run that wrote this object counts as abandoned."""
         return entry.age_seconds > self._expiry_seconds
 
     def alive(self) -> list[Consumer]:
@@ -149,7 +151,7 @@ class Consumers:
         return alive
 
     def slowest(self) -> tuple[int, str]:
-        """Return the slowest run's unit and name; if all are abandoned, the last one's."""
+        """Return the unit and name of the slowest live run; without live runs, of the furthest."""
         alive = self.alive()
         if alive:
             return min((consumer.reached, consumer.run) for consumer in alive)
@@ -157,10 +159,10 @@ class Consumers:
         return max(gone, default=(0, "the first run to come"))
 
     def check_present(self, run: str, needed: int) -> None:
-        """Check that no shard that a run is going to read was deleted.
+        """Check that no shard that a run is going to read has been deleted.
 
         Raises:
-            DataExhaustedError: One was.
+            DataExhaustedError: A shard has been deleted.
         """
         below = retired_below(self._store)
         if needed < below:
@@ -171,21 +173,25 @@ class Consumers:
             )
 
     def retire(self, plan: Plan, stopping: threading.Event | None = None) -> int:
-        """Delete the shards that no run will read again; return the unit below which, 0 for none.
+        """Delete the shards that no run will read again.
 
-        The manifests stay, so that nobody produces the units again.
+        The manifests remain, so that no producer produces the units again.
 
         Args:
-            stopping: When set, leave the rest to the next call.
+            stopping: Event after which the remaining shards are left to the next call.
+
+        Returns:
+            The unit below which shards are deleted; 0 if this call deleted none.
         """
         below = 0
         while stopping is None or not stopping.is_set():
-            first = retired_below(self._store)  # what is needed is looked up for each part anew
+            # looked up again for each part, because runs may register in the meantime
+            first = retired_below(self._store)
             needed = min((consumer.needed for consumer in self.alive()), default=0)
             last = min(needed, plan.n_train_units, first + _RETIRED_AT_ONCE)
             if last <= first:
                 break
-            # a shard that outlives a crash after this line is an orphan for `store gc`
+            # after a crash below, the remaining shards are orphans, which `store gc` deletes
             self._store.put(_RETIRED_KEY, seal(Retired(below=last)))
             with ThreadPoolExecutor(_READERS) as pool:
                 shards = pool.map(self._shards, range(first, last))
@@ -194,24 +200,24 @@ class Consumers:
         return below
 
     def _shards(self, unit: int) -> list[str]:
-        """Keys of a unit's shards; none of a unit that was never made."""
+        """Return the keys of a unit's shards; no keys if the unit was never produced."""
         try:
             return [shard.key for shard in read_manifest(self._store, unit).sites.values()]
-        except ObjectNotFoundError:  # a run may end before all units are made
+        except ObjectNotFoundError:  # a run may end before all units are produced
             return []
 
 
 class Registration:
     """Reports a run's progress to producers and to other runs.
 
-    As a context manager it repeats the last report from time to time in a thread, because a run may
-    wait for data for longer than `store.consumer_expiry_hours`.
+    As a context manager, it regularly repeats the last report in a thread, because a run may wait
+    for data for longer than `store.consumer_expiry_hours`.
 
     Args:
-        consumers: The runs on the activation set.
-        keeps: Whether the run reads the data again, and so needs all units until it has ended.
+        consumers: Runs that read the activation set.
+        keeps: Whether the run makes several passes, and so needs all units until it has ended.
         retires: Whether to delete shards that no run needs any more.
-        speaks: Whether this rank reports; one rank of a run does.
+        speaks: Whether this rank reports; only one rank of a run does.
     """
 
     def __init__(
@@ -237,7 +243,7 @@ class Registration:
         self._failed = threading.Event()
         self._retiring = ThreadPoolExecutor(1, "retire")
         self._retirements: list[Future[None]] = []
-        # a daemon, because the store may retry for longer than anyone waits for a repetition
+        # a daemon, because the process must not wait at its exit while the store retries
         self._thread = threading.Thread(target=self._renew, name="consumer", daemon=True)
 
     def __enter__(self) -> "Registration":
@@ -255,35 +261,40 @@ class Registration:
 
     @property
     def reached(self) -> int:
-        """Unit that reading has reached; earlier units in the plan's order are read."""
+        """Lowest unit that the run is reading; it has read all earlier units in plan order."""
         return self._reached
 
     def begin(self, cursors: Mapping[int, StreamCursor], *, ended: bool = False) -> None:
-        """Register the run, from the cursors of its last checkpoint; without one they are empty.
+        """Register the run, and check that the shards it is going to read still exist.
 
         Args:
-            cursors: Where the run continues.
-            ended: The checkpoint is the run's last, so it reads nothing more.
+            cursors: Cursors of the run's last checkpoint; empty if it has no checkpoint.
+            ended: Whether that checkpoint is the run's final one, so that it reads nothing more.
 
         Raises:
-            DataExhaustedError: Shards that the run is going to read were deleted.
+            DataExhaustedError: Shards that the run is going to read have been deleted.
         """
         self._reached, self._before = 0, self._lowest(cursors)
         self.durable(cursors, ended=ended)
         self._consumers.check_present(self._run, self._needed)
 
     def at(self, cursors: Mapping[int, StreamCursor]) -> None:
-        """Report how far reading has come, if it has come to another unit."""
+        """Report the run's position if it has moved to another unit."""
         reached = self._lowest(cursors)
         if reached != self._reached:
             self._reached = reached
             self._say()
 
     def durable(self, cursors: Mapping[int, StreamCursor], *, ended: bool = False) -> None:
-        """Report where a checkpoint would resume; `ended`: the run reads nothing more.
+        """Report the position from which a new checkpoint would resume.
 
-        Units that the previous checkpoint needs are kept too: this one may prove damaged. What no
-        run needs any more is deleted in a thread; see `finish`.
+        Units that the previous checkpoint needs are also retained, because the new checkpoint may
+        turn out to be damaged. Shards that no run needs any more are deleted in a thread; see
+        `finish`.
+
+        Args:
+            cursors: Cursors of the checkpoint.
+            ended: Whether the run reads nothing more.
 
         Raises:
             StoreError: An earlier deletion failed.
@@ -294,7 +305,7 @@ class Registration:
         self._needed = lowest if ended else 0 if self._keeps else before
         self._say()
         if self._retires:
-            # beside the saves, because it may take long
+            # in a thread, so that a slow deletion does not delay the run
             self._retirements.append(self._retiring.submit(self._retire))
             self._raise_failures()
 
@@ -302,7 +313,7 @@ class Registration:
         """Wait until the shards that no run needs any more are deleted.
 
         Raises:
-            StoreError: One could not be deleted.
+            StoreError: A shard could not be deleted.
         """
         wait(self._retirements)
         self._raise_failures()
@@ -322,7 +333,7 @@ class Registration:
     def _say(self) -> None:
         self._has_begun = True
         if self._speaks:
-            with self._reporting:  # or a repetition could overwrite a newer report
+            with self._reporting:  # or the thread could overwrite a newer report with an older one
                 self._consumers.report(self._run, reached=self._reached, needed=self._needed)
 
     def _renew(self) -> None:

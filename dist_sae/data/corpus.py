@@ -1,10 +1,9 @@
-"""Documents: index them once, then read any of them without reading the rest.
+"""Documents of a corpus: indexed once, after which any of them can be read without the rest.
 
-A corpus is a list of files; a document is addressed by a `Span` of neighbouring documents in
-one file.
+A corpus is a list of files. A `Span` addresses neighboring documents of one file.
 
-Text is known by its content. A planned file is found among the run's files by its checksum, and
-the documents of a unit are compared with the checksum that the plan has of them.
+Text is identified by its content, not by its path. A planned file is found among the run's files
+by its checksum, and the documents of a unit are compared with the checksum in the plan.
 """
 
 import hashlib
@@ -23,9 +22,10 @@ from dist_sae.errors import CorpusError
 
 logger = logging.getLogger(__name__)
 
-_SAID_EVERY = 1000  # documents between calls of `said`
+_SAID_EVERY = 1000  # documents between calls to `said`
 MOST_SPANS = 200_000
-"""Most spans, so that plan.json stays small; in larger corpora a span has several documents."""
+"""Maximum number of spans, which keeps plan.json small. In a corpus with more documents than this,
+a span has several documents."""
 _DIGEST_BYTES = 16  # length of a document's checksum
 
 
@@ -34,29 +34,30 @@ class Span(NamedTuple):
 
     file: int
     first: int
-    """Number of its first document within the file."""
+    """Number of the span's first document within the file."""
     count: int  # type: ignore[assignment] # hides tuple.count, which nobody needs here
     start: int
-    """Start of the span: byte of the unpacked file, or row."""
+    """Start of the span: a byte offset in the unpacked file, or a row of a data set."""
     stop: int
 
 
 class Document(NamedTuple):
-    """A text and the number that stands for it in every row made of it."""
+    """A text and its number, by which every row from it refers to it."""
 
     number: int
     text: str
 
 
 class CorpusIndex(NamedTuple):
-    """Everything that a plan needs to know about a corpus."""
+    """Facts about a corpus that a plan needs."""
 
     files: tuple[CorpusFile, ...]
     spans: list[Span]
     text_bytes: list[int]
-    """Bytes of each span's documents as UTF-8; 0 for a document that cannot be encoded."""
+    """UTF-8 bytes of each span's documents; a document that cannot be encoded counts as 0."""
     digests: list[bytes] | None = None
-    """Checksums of each span's documents, concatenated; None without text."""
+    """Concatenated checksums of each span's documents; None if there is no text or it was not
+    read."""
     commit: str | None = None
     """Commit of a data set on the hub."""
 
@@ -69,10 +70,10 @@ class CorpusIndex(NamedTuple):
 
 
 class Corpus:
-    """Reads documents of the corpus that a run names.
+    """Reader of the documents of a run's corpus.
 
     Args:
-        s3: How to reach `s3://` files.
+        s3: Settings for reading `s3://` files.
     """
 
     def __init__(self, config: CorpusConfig, s3: S3Config) -> None:
@@ -80,10 +81,10 @@ class Corpus:
         self._planned = _Planned.of(())
 
     def index(self, said: Callable[[int], None] = lambda _: None) -> CorpusIndex:
-        """Read everything once: count, check and fingerprint it.
+        """Read the whole corpus once to count, check and fingerprint its documents.
 
         Args:
-            said: Called now and then with the number of documents read.
+            said: Progress callback for the number of documents read so far.
 
         Raises:
             CorpusError: A file is missing or unreadable, or there is no text at all.
@@ -116,10 +117,10 @@ class Corpus:
         """Read the documents of `spans`, numbered over the whole corpus in the order of `files`.
 
         Args:
-            files: As they were planned.
+            files: Files as recorded in the plan.
             spans: Spans of these files.
-            checksum: Planned checksum of the documents; None if the plan has none. Then only
-                changes of files are noticed, and none of a data set.
+            checksum: Planned checksum of the documents; None if the plan has none. Without it,
+                changed files are still noticed, but a changed data set is not.
 
         Raises:
             CorpusError: The text has changed since it was indexed.
@@ -144,17 +145,17 @@ class Corpus:
             self._files.hash_again()
             self._present(files, spans)  # raises an error that names the file
             raise
-        self._present(files, spans)  # a file may have been written anew meanwhile
+        self._present(files, spans)  # a file may have been rewritten during the read
         return documents
 
     def holds(self, files: Sequence[CorpusFile], commit: str | None = None) -> bool:
-        """Tell whether the corpus is these files, in any order and place.
+        """Return whether the corpus consists of these files, in any order and under any path.
 
-        Compares sizes, or commits on the hub, so that programs that need no text read none;
-        `read` compares content.
+        Names, sizes and (on the hub) commits are compared first, and content only if they differ,
+        so that programs that need no text rarely read it. `read` always compares content.
 
         Args:
-            files: As they were planned.
+            files: Files as recorded in the plan.
             commit: Commit of the data set on the hub, if known.
 
         Raises:
@@ -228,7 +229,7 @@ class Corpus:
         )
 
     def _present(self, files: Sequence[CorpusFile], spans: Iterable[Span]) -> dict[int, str]:
-        """Find where the files of `spans` lie now, by file number."""
+        """Return the current path of each file of `spans`, by file number."""
         return {
             number: self._files.find(files[number], self._planned.names)
             for number in sorted({span.file for span in spans})
@@ -236,7 +237,7 @@ class Corpus:
 
 
 class _Found:
-    """Documents of one file: where each begins and ends, and their checksums."""
+    """Documents of one file: their positions, sizes and checksums."""
 
     def __init__(self) -> None:
         self.starts, self.stops, self.digests = array("q"), array("q"), bytearray()
@@ -244,11 +245,14 @@ class _Found:
 
 
 class _Planned(NamedTuple):
-    """Planned files, with what every read needs of all of them: there may be thousands."""
+    """Planned files, with lookup tables that every read needs.
+
+    The tables are computed once, because there may be thousands of files.
+    """
 
     files: Sequence[CorpusFile]
     first_numbers: list[int]
-    """The number of each file's first document."""
+    """Number of each file's first document within the corpus."""
     names: set[str]
 
     @classmethod
@@ -258,7 +262,7 @@ class _Planned(NamedTuple):
 
 
 def is_encodable(text: str) -> bool:
-    """Tell whether a text can be encoded: JSON can hold half a surrogate pair."""
+    """Return whether a text can be encoded as UTF-8; JSON may contain half a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -275,7 +279,7 @@ def _digest(text: str) -> bytes:
 
 
 def combined_checksum(texts: Iterable[str]) -> str:
-    """Compute the checksum of the documents of a unit, from their texts."""
+    """Compute the checksum of a unit's documents from their texts."""
     return _combined(map(_digest, texts))
 
 

@@ -1,7 +1,7 @@
-"""The files of a corpus: their places, their local copies and their checksums.
+"""Files of a corpus: their paths, local copies and checksums.
 
 Compressed, parquet and remote files are unpacked once per process into a scratch folder, so that
-every span of documents is one ranged read.
+each span of documents can be read as one byte range.
 """
 
 import hashlib
@@ -36,27 +36,29 @@ from dist_sae.storage import ObjectStore, open_store
 logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 64 * 2**20
-"""Size of a piece of a download."""
+"""Size of each range request of a download."""
 
 
 class CorpusFile(BaseModel):
-    """One file of the corpus, as it was when the plan was made."""
+    """One file of the corpus, as recorded when the plan was made."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     documents: int
     fingerprint: str
-    """sha256 of its unpacked bytes; for a data set, of the checksums of its documents."""
+    """sha256 of the unpacked bytes. For a data set: of its documents' checksums; for a synthetic
+    corpus: of its settings."""
     bytes: int | None = Field(None, exclude_if=lambda size: size is None)
-    """Size of the stored file; None for a data set, and in plans of earlier versions."""
+    """Size of the stored file; None if the corpus is not files, and in plans of earlier
+    versions."""
 
 
 class CorpusFiles:
-    """The files that a run names, or the one data set.
+    """Files that a run names. A data set or a synthetic corpus counts as one file.
 
     Args:
-        s3: How to reach `s3://` files.
+        s3: Settings for reading `s3://` files.
     """
 
     def __init__(self, config: CorpusConfig, s3: S3Config) -> None:
@@ -65,9 +67,9 @@ class CorpusFiles:
         self.names = cache(self._find_names)
         """Names of the files, in order."""
         self.texts = cache(self._open)
-        """The texts of a file, by its name."""
+        """Reader of the texts of a file, by its name."""
         self.size = cache(self._measure)
-        """Bytes of a stored file, by its name."""
+        """Size of a stored file in bytes, by its name."""
         self._named = cache(lambda: dict.fromkeys(self.names()))
         self._namesakes = cache(self._find_namesakes)
         self._local = cache(self._unpack)
@@ -76,11 +78,11 @@ class CorpusFiles:
         self._scratch = cache(self._make_scratch)
 
     def hash_again(self) -> None:
-        """Forget the fingerprints: a file may have changed while its size and time have not."""
+        """Forget cached fingerprints, because a file may change but keep its size and time."""
         self._hash.cache_clear()
 
     def pin(self) -> str | None:
-        """Pin a data set to its present commit on the hub, and return that if the hub tells it."""
+        """Pin a data set to its current commit on the hub and return it; None if it has none."""
         config = self.config
         if not isinstance(config, DatasetCorpus) or Path(os.path.expanduser(config.name)).exists():
             return None
@@ -96,14 +98,14 @@ class CorpusFiles:
         return commit
 
     def find(self, file: CorpusFile, planned: Set[str]) -> str:
-        """Find where a planned file lies now: among the run's files, or where it was.
+        """Find the current path of a planned file: one of the run's files, or its planned path.
 
         Args:
-            file: As it was planned.
+            file: File as recorded in the plan.
             planned: Names of all planned files.
 
         Raises:
-            CorpusError: No file has its content.
+            CorpusError: No file has the planned content.
         """
         if not isinstance(self.config, FilesCorpus):
             return self.names()[0]
@@ -130,12 +132,12 @@ class CorpusFiles:
     def _candidates(
         self, file: CorpusFile, names: Mapping[str, None], planned: Set[str]
     ) -> Iterator[str]:
-        """Yield where a planned file may lie, likely places first."""
+        """Yield the paths where a planned file may be, likely ones first."""
         if file.name in names:
             yield file.name
         namesakes = self._namesakes().get(Path(file.name).name, {}) if names else {}
         for name in chain(namesakes, (name for name in names if name not in namesakes)):
-            # another planned file of another size is skipped, or it would be fetched for nothing
+            # skip other planned files of a different size, which would be fetched for nothing
             other = name in planned and file.bytes not in (None, self.size(name))
             if name != file.name and not other:
                 yield name
@@ -161,7 +163,7 @@ class CorpusFiles:
         return list(dict.fromkeys(names))  # two patterns may match one file
 
     def _find_namesakes(self) -> dict[str, dict[str, None]]:
-        """Group the files by the last part of their names."""
+        """Group the files by the last component of their paths."""
         found: dict[str, dict[str, None]] = {}
         for name in self.names():
             found.setdefault(Path(name).name, {})[name] = None
@@ -178,7 +180,7 @@ class CorpusFiles:
         return partial(json_lines, name, self._local(name), config.text_field)
 
     def _unpack(self, name: str) -> Path:
-        """Return the file, or a local copy of it, as plain text or JSON lines."""
+        """Return the path of the file as plain text or JSON lines: itself, or a local copy."""
         assert isinstance(self.config, FilesCorpus)
         if not name.endswith(FORMATS):
             raise CorpusError(f"{name}: unknown kind of file; use one of {', '.join(FORMATS)}")
@@ -227,14 +229,14 @@ class CorpusFiles:
             return self._hash(self._local(name), state)
 
     def state(self, name: str) -> tuple[int, int, int]:
-        """Return (inode, size, time in ns), which change if the unpacked file is written anew."""
+        """Return (inode, size, time in ns), which change if the unpacked file is rewritten."""
         with os_errors(name):
             there = self._local(name).stat()
         return there.st_ino, there.st_size, there.st_mtime_ns
 
 
 def changed(name: str) -> CorpusError:
-    """The error for text that is not what was planned."""
+    """Return the error for text that differs from the plan."""
     return CorpusError(
         f"{name}: changed since the plan was made; restore it or start a new activation set"
     )
