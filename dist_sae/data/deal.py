@@ -1,12 +1,12 @@
-"""Assignment of documents to units, such that streams, and their units, have about equal rows.
+"""Assignment of documents to units, so that all streams have about as many rows, and all units.
 
-Equal streams matter most: rows beyond the shortest stream are not trained on.
+Equal streams matter most, because rows beyond the shortest stream are not trained on.
 
-Documents are sorted into classes of length (powers of two). Longer classes are dealt first, and
-the documents of a class in a seeded random order. Each document goes to the stream with the fewest
-rows, and within the stream to the unit that is filled least. So it is random which documents share
-a unit, and streams differ by less than a short document, unless one document alone is longer than
-a stream.
+Documents are grouped by length into size classes (powers of two). Classes of longer documents are
+dealt first, and the documents of a class in a seeded random order. Each document goes to the stream
+with the fewest rows, and within that stream to the least full unit. So which documents share a unit
+is random. Streams differ by less than a short document, unless one document alone is longer than a
+stream.
 """
 
 from typing import NamedTuple
@@ -14,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-_STREAMS = 8  # unless a long document, the ranks or the batch need another number
+_STREAMS = 8  # default; a long document, the ranks or the batch may require another number
 _MOST_UNIT_ROWS = 65_536
 _LEAST_UNIT_ROWS = 512
-_WINDOWS = 8  # least number of windows in a stream, which bounds the size of units
-_FIRST_ROWS = 65_536  # in the first windows of all streams, for which training waits
+_WINDOWS = 8  # minimum windows per stream, which limits the size of units
+_FIRST_ROWS = 65_536  # rows in the first windows of all streams, which training waits for
 
 
 class Layout(NamedTuple):
@@ -27,12 +27,12 @@ class Layout(NamedTuple):
     streams: int
     window_units: int
     unit_rows: int
-    """Approximate rows of a unit, of the largest if the first ones are smaller."""
+    """Approximate rows of a unit; of the largest units if the first ones are smaller."""
     first_unit_rows: int
-    """Rows of a unit in the first windows; they double window by window up to `unit_rows`."""
+    """Rows of a unit in a stream's first window. They double window by window to `unit_rows`."""
 
     def targets(self, rows: int) -> NDArray[np.int64]:
-        """Return the rows that each unit of a stream with this many rows should have."""
+        """Return the target rows of each unit of a stream that has `rows` rows."""
         targets = list[int]()
         size = self.first_unit_rows
         while size < self.unit_rows and sum(targets) + self.window_units * size < rows:
@@ -51,14 +51,14 @@ def choose_layout(
     trainers: int,
     batch_rows: int,
 ) -> Layout:
-    """Choose the layout for a corpus; given values are kept.
+    """Choose the layout for a corpus; values that are not None are used as they are.
 
     Args:
         rows: Rows of each document to train on.
-        streams: Their number, or None: a multiple of `trainers` that divides `batch_rows`, of which
-            the longest document is no more than one stream's share.
+        streams: Number of streams. None chooses a multiple of `trainers` that divides `batch_rows`
+            and for which the longest document is at most one stream's share.
         window_units: Units of one stream that are mixed.
-        unit_rows: Rows of every unit, or None: windows are then a small share of the corpus.
+        unit_rows: Rows of every unit. None makes each window a small share of the corpus.
         trainers: Ranks of the trainer.
         batch_rows: Rows of a global batch.
     """
@@ -81,10 +81,10 @@ def choose_layout(
 def hold_out(
     rows: NDArray[np.int64], order: NDArray[np.int64], share: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Divide documents into training and held-out ones, the latter with about `share` of the rows.
+    """Split documents into training and held-out ones, with about `share` of the rows held out.
 
-    Held out are the last of the order, but no document that is longer than all that is to be held
-    out; if every one is, the shortest.
+    The last documents of `order` are held out, except those with more rows than all held-out
+    documents should have together. If all documents are that long, only the shortest is held out.
     """
     if not share:
         return order, order[:0]
@@ -92,7 +92,7 @@ def hold_out(
     lengths = np.where(rows[order] <= wanted, rows[order], 0)[::-1]
     taken = ((lengths > 0) & (np.cumsum(lengths) - lengths / 2 <= wanted))[::-1]
     if not taken.any():
-        giving = np.flatnonzero(rows[order])  # documents without rows cannot measure
+        giving = np.flatnonzero(rows[order])  # a document without rows is useless for evaluation
         shortest = giving[np.argmin(rows[order][giving])] if len(giving) else 0
         taken[shortest] = True
     return order[~taken], order[taken]
@@ -101,13 +101,16 @@ def hold_out(
 def deal(
     rows: NDArray[np.int64], order: NDArray[np.int64], targets: NDArray[np.int64], streams: int
 ) -> list[list[int]]:
-    """Deal documents to units; unit u belongs to stream u mod `streams`.
+    """Assign documents to units; unit u belongs to stream u mod `streams`.
 
     Args:
         rows: Rows of every document of the corpus.
-        order: The documents to deal, in random order; at least one for each unit.
-        targets: Rows that each unit of a stream is to have.
+        order: Documents to assign, in random order; at least one per unit.
+        targets: Target rows of each unit of a stream.
         streams: Number of streams.
+
+    Returns:
+        The documents of each unit, in ascending order.
     """
     dealt: list[list[int]] = [[] for _ in range(len(targets) * streams)]
     loads = np.zeros((streams, len(targets)))
@@ -121,11 +124,11 @@ def deal(
         stream_loads[v] += size
         dealt[j * streams + v].append(int(document))
     _fill_empty(dealt, rows)
-    return [sorted(unit) for unit in dealt]  # files are read from front to back
+    return [sorted(unit) for unit in dealt]  # so that files are read from front to back
 
 
 def _fill_empty(dealt: list[list[int]], rows: NDArray[np.int64]) -> None:
-    """Move a short document to each unit that would have no rows."""
+    """Move a short document to each unit that would otherwise have no rows."""
 
     def giving(unit: list[int]) -> list[int]:
         return [document for document in unit if rows[document]]
@@ -133,9 +136,9 @@ def _fill_empty(dealt: list[list[int]], rows: NDArray[np.int64]) -> None:
     donors = sorted(dealt, key=lambda unit: len(giving(unit)), reverse=True)
     for empty in (unit for unit in dealt if not giving(unit)):
         donor = next((unit for unit in donors if len(giving(unit)) > 1), None)
-        if donor is None:  # fewer documents give rows than there are units
+        if donor is None:  # fewer documents have rows than there are units
             return
-        shortest = giving(donor)[-1]  # the last one dealt
+        shortest = giving(donor)[-1]  # dealt last, so of the unit's shortest size class
         donor.remove(shortest)
         empty.append(shortest)
 

@@ -1,11 +1,11 @@
-"""Estimate of the rows that each document gives, before anything is produced.
+"""Estimate of the rows of each document, before anything is produced.
 
-The sizes of all texts are known from reading them once. A small corpus is tokenised whole, so its
-estimate is exact except for rows that are excluded by norm. In a larger corpus `PIECES` pieces are
-tokenised. They lie at equal distances along all text, with the documents in a random order. So a
-document gets pieces in proportion to its length, and the longest ones get many. A document's tokens
-per byte are those of its own pieces, shrunk towards those of its file, which are shrunk towards
-those of all text.
+The sizes of all texts are known, because the planner has read them once. A small corpus is
+tokenized whole, so its estimate is exact except for rows that are excluded by norm. Of a larger
+corpus, `PIECES` pieces are tokenized. They are taken at equal distances along the whole text, with
+the documents in random order. So a document gets pieces in proportion to its length, and the
+longest documents get many. A document's ratio of tokens to bytes is estimated from its own pieces
+and shrunk towards the ratio of its file, which is shrunk towards the ratio of the whole corpus.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,15 +22,15 @@ from dist_sae.data.tokens import Context, Tokenize, cut
 from dist_sae.errors import CorpusError
 
 PIECES = 4096
-"""Pieces of a large corpus that are tokenised."""
+"""Number of pieces of a large corpus that are tokenized."""
 PIECE_BYTES = 2048
-"""Length of a piece."""
-_OWN_PRIOR = 0.5  # weight of the file, in pieces, against the document's own pieces
-_FILE_PRIOR = 1.0  # weight of all text, in pieces, against the file's own pieces
+"""Length of a piece, in characters; these are bytes in ASCII text."""
+_OWN_PRIOR = 0.5  # weight of the file's ratio, in pieces, relative to the document's own pieces
+_FILE_PRIOR = 1.0  # weight of the corpus's ratio, in pieces, relative to the file's own pieces
 _SPANS_AT_ONCE = 256
 
 Said = Callable[[int, int], None]
-"""Called with progress: (done, of)."""
+"""Progress callback, called with (done, total)."""
 
 
 def estimate_rows(
@@ -43,11 +43,13 @@ def estimate_rows(
     special: AbstractSet[int],
     said: Said = lambda _done, _of: None,
 ) -> NDArray[np.int64]:
-    """Estimate each span's rows, after the exclusions that depend on tokens alone.
+    """Estimate the rows of each span, before exclusions by norm.
 
     Args:
-        activations: How documents are cut into contexts, and what is excluded.
-        bos: The token that begins each context, if there is one.
+        activations: Settings of contexts and exclusions.
+        bos: Token that begins each context, if any.
+        special: Ids of special tokens.
+        said: Progress callback, in spans.
     """
     count = _Counter(activations, tokenize, bos, special)
     text_bytes = np.array(index.text_bytes)
@@ -93,7 +95,7 @@ def _texts(corpus: Corpus, index: CorpusIndex, span: int) -> list[str]:
 def rows_of_tokens(
     tokens: NDArray[Any], activations: ActivationsConfig, bos: int | None
 ) -> NDArray[Any]:
-    """Compute documents' rows from their tokens, BOS not counted."""
+    """Compute the rows of documents from their numbers of tokens, which do not include BOS."""
     n_bos = 0 if bos is None else 1
     whole, rest = np.divmod(tokens, activations.context_tokens - n_bos)
     lost = max(activations.exclude.first_positions, n_bos) - n_bos  # per context, beyond BOS
@@ -103,7 +105,7 @@ def rows_of_tokens(
 
 
 def _pieces_of_spans(text_bytes: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """Number of sampled pieces of each span."""
+    """Return the number of sampled pieces of each span."""
     order = permutation(len(text_bytes), seed, 3)
     ends = np.cumsum(text_bytes[order])
     places = (np.arange(PIECES) + 0.5) * (ends[-1] / PIECES)
@@ -112,7 +114,7 @@ def _pieces_of_spans(text_bytes: NDArray[np.int64], seed: int) -> NDArray[np.int
 
 
 def _cut_out(text: str, pieces: int) -> list[str]:
-    """Cut pieces at equal distances; the whole text if it is hardly longer."""
+    """Cut out pieces at equal distances; return the whole text if they would cover it."""
     if len(text) <= pieces * PIECE_BYTES:
         return [text]
     starts = np.linspace(0, len(text) - PIECE_BYTES, pieces + 2)[1:-1].astype(int)
@@ -122,7 +124,7 @@ def _cut_out(text: str, pieces: int) -> list[str]:
 def _drawn_together(
     per_byte: NDArray[np.float64], pieces: NDArray[np.int64], files: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Estimate every span's tokens per byte from the sampled spans."""
+    """Estimate every span's tokens per byte from the sampled spans, by shrinkage."""
     weighted = pieces * per_byte
     overall = weighted.sum() / pieces.sum()
     of_file = (np.bincount(files, weighted) + _FILE_PRIOR * overall) / (
@@ -151,7 +153,7 @@ class _Counter:
         self._special = special if activations.exclude.special_tokens else frozenset[int]()
 
     def rows(self, texts: Sequence[str]) -> list[int]:
-        """Count each text's rows; 0 if the tokenizer refuses it, which producers report."""
+        """Count each text's rows. A text that the tokenizer refuses has 0; producers report it."""
         rows = [0] * len(texts)
         for context in self._contexts(texts):
             kept = context.tokens[self._skipped :]
@@ -169,7 +171,7 @@ class _Counter:
         """Raise an error if no text has any tokens.
 
         Raises:
-            CorpusError: No text has.
+            CorpusError: No text has any tokens.
         """
         if not found.any():
             raise self._refused or CorpusError(

@@ -1,6 +1,6 @@
-"""Reading and unpacking each kind of text source, text by text.
+"""Readers for each kind of text source, and unpacking of compressed files.
 
-A document is a text that is not blank; blank texts have no number, in any format.
+A document is a text that is not blank. In every format, blank texts are skipped in the numbering.
 """
 
 import errno
@@ -21,7 +21,7 @@ from dist_sae.errors import CorpusError, HubUnavailableError
 from dist_sae.hub import causes, is_out_of_reach
 
 FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-_CHUNK_BYTES = 2**20  # read from a packed file at a time
+_CHUNK_BYTES = 2**20  # read from a compressed file at a time
 SLICE_ROWS = 1000
 """Rows of a table that are read at a time."""
 _MOST_NAMED = 20  # most fields that a message names
@@ -36,7 +36,8 @@ class Place(NamedTuple):
 
 
 Texts = Callable[[int, int | None], Iterator[Place]]
-"""The stripped texts of a source in `[start, stop)`, None for its end; "" for a blank record."""
+"""Function (start, stop) that yields the stripped texts of a source in `[start, stop)`. A `stop` of
+None is the end of the source; a blank record yields ""."""
 
 
 def numbers(documents: int, start: int, stop: int | None) -> Iterator[Place]:
@@ -51,7 +52,7 @@ def plain_text(
     start: int,
     stop: int | None,
 ) -> Iterator[Place]:
-    """Yield the lines, the paragraphs (each up to a blank line) or the whole of a plain text."""
+    """Yield the lines of a plain text, its paragraphs (each up to a blank line) or all of it."""
     first, lines = start, list[str]()
     for line in _lines(name, path, start, stop):
         lines.append(line.text)
@@ -76,7 +77,7 @@ def _text_of(line: str, field: str, place: str) -> str:
         record = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as exc:
         raise CorpusError(f"{place}: not valid JSON: {exc}") from exc
-    except ValueError:  # an integer with more digits than Python reads
+    except ValueError:  # an integer with more digits than Python parses
         record = json.loads(line, parse_int=str)
     if not isinstance(record, dict):
         raise CorpusError(f"{place}: not a JSON object; write one object a line")
@@ -86,7 +87,7 @@ def _text_of(line: str, field: str, place: str) -> str:
 
 
 def open_dataset(config: DatasetCorpus) -> Texts:
-    """Load a data set from the hub."""
+    """Load a data set from the hub or a local folder, and return a reader of its texts."""
     datasets = _import("datasets", config.name)
     try:
         rows = datasets.load_dataset(
@@ -96,7 +97,7 @@ def open_dataset(config: DatasetCorpus) -> Texts:
             revision=config.revision,
         )
     except Exception as exc:  # `datasets` raises dozens of types for this
-        # the reason is only in the causes of the exception
+        # the reason is often only in the exceptions that caused this one
         reason = ": ".join(dict.fromkeys(" ".join(str(e).split()) for e in causes(exc)))
         kind = HubUnavailableError if is_out_of_reach(exc) else CorpusError
         raise kind(f"corpus.name {config.name}: cannot be loaded: {reason}") from exc
@@ -115,7 +116,7 @@ def open_dataset(config: DatasetCorpus) -> Texts:
 
 
 def _lines(name: str, path: Path, start: int, stop: int | None) -> Iterator[Place]:
-    """Yield the lines of a file in `[start, stop)`. A line ends with LF; CR alone ends none."""
+    """Yield the lines of a file in `[start, stop)`. Only LF ends a line; a lone CR does not."""
     position = start
     with os_errors(name), path.open("rb") as file:
         file.seek(start)
@@ -131,7 +132,7 @@ def _lines(name: str, path: Path, start: int, stop: int | None) -> Iterator[Plac
 
 
 def _place(start: int, stop: int, text: str) -> Iterator[Place]:
-    """A document, unless it is blank."""
+    """Yield the text as a document, unless it is blank."""
     if stripped := text.strip():
         yield Place(start, stop, stripped)
 
@@ -154,7 +155,7 @@ def _no_field(place: str, field: str, known: Iterable[str]) -> str:
 
 
 def unpack(name: str, path: Path, unpacked: Path, field: str) -> None:
-    """Write a plain copy of a compressed file, or of a table as JSON lines.
+    """Write an uncompressed copy of a file; a parquet table is written as JSON lines.
 
     Raises:
         CorpusError: The file is damaged, or has no column `field`.
@@ -179,7 +180,7 @@ def _unpack_gzip(source: BinaryIO, copy: BinaryIO, name: str) -> None:
 
 
 def _unpack_zstandard(source: BinaryIO, copy: BinaryIO, name: str) -> None:
-    """Decompress by hand: the library's own copying does not notice a truncated file."""
+    """Decompress frame by frame, because the library's copy function misses a truncated file."""
     zstandard = _import("zstandard", name)
     frame = None
     try:
@@ -196,7 +197,7 @@ def _unpack_zstandard(source: BinaryIO, copy: BinaryIO, name: str) -> None:
 
 
 def _unpack_parquet(source: BinaryIO, copy: BinaryIO, name: str, field: str) -> None:
-    """Write a table as JSON lines, so that a document is one ranged read, not one row group."""
+    """Write a table as JSON lines, so that reading one document does not read a row group."""
     parquet = _import("pyarrow.parquet", name)
     try:
         file = parquet.ParquetFile(source)

@@ -1,8 +1,9 @@
-"""Comparison of a run with a plan: text and model are compared by content, not by name.
+"""Comparison of a run with a plan: text and model are compared by content, not by path.
 
-A run's settings must be the plan's, with two exceptions: the places of text and model, and sites
-that the run does not need. If a place differs, its content is compared. Producers and evaluation
-read text and model, and compare all of it; other programs compare what they can without them.
+A run's settings must equal the plan's, with two exceptions: the paths of text and model may differ,
+and the run may need fewer sites. If a path differs, the content is compared. Producers and
+evaluation read text and model, and compare everything. Other programs compare what they can without
+reading them.
 """
 
 import os
@@ -22,7 +23,7 @@ from dist_sae.errors import AccessError, CorpusError, HubUnavailableError, Model
 from dist_sae.hub import cached_commit
 from dist_sae.storage.model_files import WEIGHTS, checksum, place_of, weight_checksums
 
-_HOW = ("batch_tokens", "tensor_parallel", "shards")  # change only speed; one is an old name
+_HOW = ("batch_tokens", "tensor_parallel", "shards")  # affect only speed; the last is an old name
 _PLACES = {"model": ("path", "revision", "other"), "corpus": ("files", "name", "revision")}
 _MOST_NAMED = 5  # most files that a message names
 _TOKENIZER = (
@@ -32,7 +33,7 @@ _TOKENIZER = (
 
 
 class _Settings(BaseModel):
-    """The sections of a run file that decide what an activation set holds."""
+    """Sections of a run file that determine the content of an activation set."""
 
     model: ModelConfig
     corpus: CorpusConfig
@@ -40,15 +41,15 @@ class _Settings(BaseModel):
 
 
 def plan_settings(run: Run) -> dict[str, Any]:
-    """Return the settings that enter the plan; those that only affect speed do not."""
+    """Return the settings that are part of the plan; those that only affect speed are not."""
     return _settings(run.model_dump(mode="json", include={"model", "corpus", "activations"}))
 
 
 def setting_changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """List where settings differ from a plan's, paths apart: `["a.b: 1 -> 2"]`.
+    """List the settings, except paths, that differ from a plan's, as `["a.b: 1 -> 2"]`.
 
     Args:
-        there: `Plan.settings`; keys that it lacks have their defaults.
+        there: `Plan.settings`; missing keys have their defaults.
         here: `plan_settings` of a run.
     """
     old, new = _without_places(_filled(there)), _without_places(here)
@@ -62,9 +63,9 @@ def setting_changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[s
 
 
 def moved_places(there: Run, here: Run) -> list[str]:
-    """List the places of text or model that differ between two runs, after resolving paths.
+    """List the paths of text or model that differ between two runs, after resolving them.
 
-    For programs without access to text and model, and perhaps without a plan.
+    For programs that cannot read text and model, and may have no plan.
     """
     old, new = plan_settings(there), plan_settings(here)
     return [
@@ -82,11 +83,11 @@ def place_changes(
     content: Mapping[str, str] | None,
     run: Run,
 ) -> list[str]:
-    """List the places of a run that differ from the plan's in path and in content.
+    """List the paths of text or model in a run that differ from the plan's, content included.
 
-    For programs that read neither text nor model. Only paths that differ from the plan's are
-    checked. For text the sizes are compared (on the hub the commits); for a model, everything
-    except the weights.
+    For programs that otherwise read neither text nor model. Only paths that differ from the plan's
+    are checked. Text is compared by `Corpus.holds`: by size or (on the hub) commit where possible.
+    A model is compared by all files except the weights.
 
     Args:
         there: `Plan.settings`.
@@ -111,15 +112,17 @@ def place_changes(
 
 
 def model_content(model: ModelConfig, *, weights: bool = True) -> dict[str, str] | None:
-    """Identify a model: by checksums of a folder's files, here or in a store, or by its commit.
+    """Identify a model by checksums of its files, or by its commit on the hub.
 
-    The commit is known if the configuration was loaded before or the revision is a commit.
+    Files are in a local folder or in a store. The commit is known if the model's configuration was
+    loaded before, or if the revision is a commit.
 
     Args:
-        weights: Whether the files of weights are read, too.
+        weights: Whether to read the weight files too.
 
     Returns:
-        Checksums by file name, or `commit`; None for a synthetic model or if nothing is known.
+        Checksums by file name, or {"commit": commit}; None for a synthetic model or if nothing is
+        known. Names of a second model's files begin with `other/`.
 
     Raises:
         ModelError: A file cannot be read.
@@ -144,13 +147,13 @@ def model_content(model: ModelConfig, *, weights: bool = True) -> dict[str, str]
 
 
 def content_changes(there: Mapping[str, str], here: Mapping[str, str] | None) -> list[str]:
-    """List the names in two models' content that differ."""
+    """List the names whose content differs between two models."""
     here = here or {}
     return sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
 
 
 def file_changes(there: Sequence[CorpusFile], here: Sequence[CorpusFile]) -> list[str]:
-    """List the corpus files that have changed, whatever their order and places."""
+    """List the corpus files that have changed, regardless of their order and paths."""
     counts = Counter(file.fingerprint for file in here)
     counts.subtract(Counter(file.fingerprint for file in there))
     gone = {file.name for file in there if counts[file.fingerprint] < 0}
@@ -191,11 +194,11 @@ def _settings(sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def _filled(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in defaults for keys newer than the plan."""
+    """Fill in the defaults of settings that are newer than the plan."""
     try:
         known = _settings({**settings, "model": dict(settings["model"])})
         return _settings(_Settings.model_validate(known).model_dump(mode="json"))
-    except ValidationError:  # the plan is of a later version
+    except ValidationError:  # the plan was made by a later version
         return dict(settings)
 
 
@@ -207,7 +210,7 @@ def _without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resolved(section: Mapping[str, Any]) -> tuple[tuple[Any, Any], set[str]]:
-    """Return the revisions and the places, links resolved where the files exist here."""
+    """Return the revisions and the paths, with links resolved for files that exist here."""
     other = section.get("other") or {}
     names = [
         *section.get("files", ()),
@@ -220,7 +223,7 @@ def _resolved(section: Mapping[str, Any]) -> tuple[tuple[Any, Any], set[str]]:
         is_path = matches or Path(path).is_absolute()
         if is_path:
             found |= {os.path.realpath(match) for match in matches or [path]}
-        else:  # a file that only pods have, or a name on the hub
+        else:  # a file that exists only in pods, or a name on the hub
             found.add(os.path.normpath(name))
     return (section.get("revision"), other.get("revision")), found
 

@@ -1,4 +1,4 @@
-"""Assembling a rank's share of the global batches ahead of training."""
+"""Loader that assembles a rank's share of the global batches ahead of training."""
 
 import queue
 import threading
@@ -17,40 +17,40 @@ from dist_sae.data.streams import START, Stream, StreamCursor
 from dist_sae.errors import DataExhaustedError, Stopped
 
 _BATCHES_AHEAD = 2
-_FETCHERS = 8  # threads for each site
-_MOST_FETCHERS = 32  # connections that a store keeps
+_FETCHERS = 8  # threads per site
+_MOST_FETCHERS = 32  # size of the S3 client's connection pool
 LOOK_UP_SECONDS = 2.0
-"""Time between calls of `waiting` while no batch is ready."""
+"""Time between calls to `waiting` while no batch is ready."""
 
 
 class Batch(NamedTuple):
-    """This rank's part of a global batch: the same number of rows from each of its streams."""
+    """This rank's part of a global batch: consecutive rows, stream by stream."""
 
     step: int
     acts: Mapping[str, Float[Tensor, "batch d_site"]]
-    """Activations of the rows at each site; row i of all sites is one token."""
+    """Activations of the rows at each site; row i is the same token at all sites."""
     cursors: Mapping[int, StreamCursor]
-    """Window of the last row, by stream."""
+    """Window of the last row taken, by stream."""
     repeated_rows: int
     """Rows that were read again because their stream had ended."""
     waited_seconds: float
-    """Time that the trainer waited for it."""
+    """Time that the trainer waited for this batch."""
 
 
 class Loader:
     """Assembles this rank's share of the global batches in a thread, ahead of their use.
 
     Args:
-        rank: This rank along the data axis.
-        world: Size of the data axis; divides `batch_rows`. Ranks that share a stream read all of it
-            and keep their rows.
+        rank: Rank on the data axis.
+        world: Size of the data axis; divides `batch_rows`. Ranks that share a stream each read all
+            of it and use only their own rows.
         batch_rows: Rows of a global batch.
-        steps: Numbers of the batches.
-        max_passes: How often the units may be gone through.
-        cursors: Windows at or before the first batch, by stream, as an earlier loader left them.
-            Without them a resumed run reads the manifest of every earlier unit.
+        steps: Steps to assemble batches for.
+        max_passes: Maximum number of passes over the units.
+        cursors: Windows at or before the first batch, by stream, from an earlier loader's
+            `Batch.cursors`. Without them, a resumed run reads the manifest of every earlier unit.
         stream_rows: Rows of each stream that were taken before batch 0.
-        pinned: Assemble batches in pinned memory, from which a GPU copies them by itself.
+        pinned: Whether to use pinned memory, from which a GPU copies asynchronously.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Loader:
         self._closed = threading.Event()
         rows = batch_rows // streams
         own = _parts(rank, batch_rows // world, rows)
-        # each unit of a stream's window keeps one block of every site on its way
+        # each unit of a stream's window has one block per site in flight
         fetchers = min(_FETCHERS * len(activations.sites), _MOST_FETCHERS)
         self._pool = ThreadPoolExecutor(max_workers=fetchers, thread_name_prefix="fetch")
         self._opener = ThreadPoolExecutor(max_workers=len(own), thread_name_prefix="open")
@@ -92,7 +92,7 @@ class Loader:
                 for v in own
             ]
 
-        # no daemon: one that is inside torch when Python ends would abort the process
+        # not a daemon: a daemon thread inside torch when Python exits would abort the process
         self._thread = threading.Thread(
             target=self._assemble, args=(streams_from, own, rows), name="loader"
         )
@@ -109,11 +109,11 @@ class Loader:
     def next(self, waiting: Callable[[float], None] = lambda _: None) -> Batch | None:
         """Return the next batch; None after a stop or at the end of the data.
 
-        The end is no exception yet, so that a rank can tell the others first: see
+        The end of the data raises no error yet, so that a rank can notify the others first; see
         `raise_if_failed`.
 
         Args:
-            waiting: Called every other second with the seconds waited.
+            waiting: Callback for the seconds waited so far, called every `LOOK_UP_SECONDS`.
         """
         if self._again:
             return self._again.popleft()._replace(waited_seconds=0.0)
@@ -122,7 +122,7 @@ class Loader:
             try:
                 item = self._queue.get(timeout=LOOK_UP_SECONDS)
             except queue.Empty:
-                if not self._stopping.is_set():  # the store may be patient for long
+                if not self._stopping.is_set():  # the loader may still be stuck in a store's retry
                     waiting(time.monotonic() - since)
                     continue
                 item = Stopped("stopped while waiting for data")
@@ -135,13 +135,13 @@ class Loader:
         return None
 
     def put_back(self, batches: Iterable[Batch]) -> None:
-        """Give these batches, the last ones that were taken, once more."""
+        """Make `next` return these batches again; they must be the last ones taken."""
         self._again.extend(batches)
 
     @property
     def is_ready(self) -> bool:
-        """True if `next` returns a batch at once."""
-        ready = self._again or self._queue.queue  # only the caller's thread takes from them
+        """True if `next` would return a batch without waiting."""
+        ready = self._again or self._queue.queue  # only the caller's thread removes items
         return bool(ready) and isinstance(ready[0], Batch)
 
     @property
@@ -150,7 +150,7 @@ class Loader:
         return len(self._again) + self._queue.qsize()
 
     def raise_if_failed(self) -> None:
-        """Raise the error that ended the data, unless it was a stop."""
+        """Raise `DataExhaustedError` if the data has ended; after a stop, do nothing."""
         if isinstance(self._end, DataExhaustedError):
             raise self._end
 
@@ -183,7 +183,8 @@ class Loader:
                     for site, of_site in here.items():
                         of_site.copy_(whole[site][part.start : part.stop])
                 cursors = {v: stream.place for v, stream in zip(own, streams, strict=True)}
-                counted = zip(own.values(), streams, strict=True)  # by one of those that share it
+                # of the ranks that share a stream, only the one with its first row counts
+                counted = zip(own.values(), streams, strict=True)
                 repeated = sum(s.repeated_rows for part, s in counted if not part.start) - before
                 before += repeated
                 if not self._put(Batch(step, acts, cursors, repeated, 0.0)):
@@ -202,11 +203,11 @@ class Loader:
 
 
 def _parts(rank: int, share: int, rows: int) -> dict[int, range]:
-    """Rows of each stream's part of a global batch that a rank takes, by stream.
+    """Return the rows that a rank takes from each stream's part of a global batch, by stream.
 
     Args:
-        share: Rows of a rank.
-        rows: Rows of a stream.
+        share: Rows of the batch per rank.
+        rows: Rows of the batch per stream.
     """
     begin, end = rank * share, (rank + 1) * share
     return {

@@ -1,4 +1,4 @@
-"""Making a plan: assigns the documents of a corpus to units."""
+"""Creation of a plan, which assigns the documents of a corpus to units."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +21,14 @@ def make_plan(
     rows: NDArray[np.int64],
     model: dict[str, str] | None = None,
 ) -> Plan:
-    """Deal the corpus out to units by size, in a seeded random order.
+    """Assign the documents of a corpus to units by size, in a seeded random order.
 
     Args:
         rows: Estimated rows of each span.
-        model: `identity.model_content`, if there is any.
+        model: `identity.model_content` of the model, if known.
 
     Raises:
-        CorpusError: There are too few documents.
+        CorpusError: The corpus has too few documents for its streams, or too few rows for a batch.
     """
     activations, spans = run.activations, index.spans
     order = permutation(len(spans), activations.seed)

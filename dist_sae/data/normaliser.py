@@ -1,4 +1,4 @@
-"""Measuring the normaliser of each site from the sums in the manifests."""
+"""Computation of each site's normaliser from the sums in the manifests."""
 
 from collections.abc import Callable
 
@@ -16,18 +16,18 @@ def measure(
     at_least_rows: int,
     waiting: Callable[[float], None] = lambda _: None,
 ) -> dict[str, Normaliser]:
-    """Measure the first training units that together have `at_least_rows` rows, or all of them.
+    """Compute each site's normaliser from the first training units.
 
     Args:
-        at_least_rows: Number of rows that are enough.
-        waiting: Called now and then with the seconds waited for a unit.
+        at_least_rows: Number of rows that is enough. If the set has fewer, all units are used.
+        waiting: Callback for the seconds waited so far for a unit.
 
     Returns:
-        The normaliser of each of the reader's sites, all of the same rows.
+        The normaliser of each of the reader's sites, all from the same rows.
 
     Raises:
         NonFiniteError: The activations of a site do not vary, so there is nothing to learn.
-        CorruptObjectError: The sites of a unit differ in their rows.
+        CorruptObjectError: The sites of a unit have different numbers of rows.
     """
     rows, sums, squares = 0, dict[str, Tensor](), dict.fromkeys(activations.sites, 0.0)
     for unit in activations.plan.train_units:

@@ -15,9 +15,9 @@ class UnitText:
     """The tokens of a unit's documents.
 
     Args:
-        tokenize: The model's tokenizer; a text that it refuses gives no tokens.
-        context_tokens: Longest context.
-        bos: Begins each context, if there is one.
+        tokenize: The model's tokenizer. A text that it refuses has no tokens.
+        context_tokens: Maximum length of a context.
+        bos: Token that begins each context, if any.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class UnitText:
         skip = 0 if bos is None else 1
         found: dict[int, list[int]] = {}
         self._n_tokens = 0
-        """Number of tokens in contexts, BOS included."""
+        """Number of tokens in all contexts, including BOS."""
         for context in cut(
             documents, tokenize, context_tokens=context_tokens, bos=bos, failed=lambda *_: None
         ):
@@ -44,7 +44,7 @@ class UnitText:
         self._tokens = torch.tensor([token for number in numbers for token in found[number]])
 
     def manifest_fault(self, manifest: UnitManifest) -> str | None:
-        """Describe a wrong number of rows; None if it is right."""
+        """Describe the manifest's number of rows if it is wrong; return None if it is right."""
         left_out = sum(n for reason, n in manifest.excluded.items() if reason != "padding")
         if manifest.rows + left_out == self._n_tokens:
             return None
@@ -54,7 +54,7 @@ class UnitText:
         )
 
     def rows_fault(self, blocks: Iterable[SiteRows]) -> str | None:
-        """Describe the first wrong row of a unit at one site; None if all are right."""
+        """Describe the first wrong row of a unit at one site; return None if all are right."""
         places: list[Int[Tensor, " rows"]] = []
         for rows in blocks:
             documents, positions = rows.documents.long(), rows.positions.long()

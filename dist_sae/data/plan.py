@@ -1,7 +1,7 @@
-"""The plan: which documents make up which unit. Made once, never changed.
+"""The plan, which assigns documents to units. It is created once and never changed.
 
-Everything about the stream of rows follows from the plan, so two processes that hold the same
-plan agree on it without talking to each other.
+The plan determines the whole stream of rows, so two processes with the same plan agree on the
+stream without communicating.
 """
 
 from functools import cached_property
@@ -33,32 +33,32 @@ _MOST_NORMALISER_ROWS = 1_000_000
 
 
 class Plan(Record):
-    """`plan.json`. Units `[0, n_train_units)` are for training, the rest is held out."""
+    """Content of `plan.json`. Units `[0, n_train_units)` are for training, the rest held out."""
 
     schema_version: Literal[1] = 1
     settings: dict[str, Any]
-    """The sections `model`, `corpus` and `activations` of the run file that it was made from."""
+    """Sections `model`, `corpus` and `activations` of the run file that the plan was made from."""
     files: tuple[CorpusFile, ...]
     document_rows: float
-    """Estimated rows of a document on average, before exclusions by norm."""
+    """Estimated average rows of a document, before exclusions by norm."""
     n_train_units: int
     units: tuple[tuple[Span, ...], ...]
     text_checksums: tuple[str, ...] | None = Field(None, exclude_if=lambda of: of is None)
     """Checksum of each unit's documents; None without text, and in plans of earlier versions."""
     texts_stored: bool = Field(default=False, exclude_if=lambda of: not of)
-    """The documents of all units are in the set, see `data.planned_text`."""
+    """Whether the activation set contains the documents of all units; see `data.planned_text`."""
     model_content: dict[str, str] | None = Field(None, exclude_if=lambda of: of is None)
     """`identity.model_content` when the plan was made; None for a synthetic model, and in plans of
     earlier versions."""
     corpus_commit: str | None = Field(None, exclude_if=lambda of: of is None)
     """Commit of a data set on the hub."""
     unit_rows: tuple[int, ...] | None = Field(None, exclude_if=lambda rows: rows is None)
-    """Estimated rows of each unit. None in old plans, which dealt equal numbers of documents; then
-    the key is left out, or an old plan would get another hash."""
+    """Estimated rows of each unit. None in old plans, whose units have equal numbers of documents.
+    The key is then left out, because it would change the hash of an old plan."""
 
     @cached_property
     def hash(self) -> str:
-        """Identifies the plan; every manifest made under it carries the hash."""
+        """Hash that identifies the plan; every manifest produced under the plan contains it."""
         return digest(self)
 
     @property
@@ -68,7 +68,7 @@ class Plan(Record):
 
     @property
     def acts_dtype(self) -> torch.dtype:
-        """Type of the rows as they are read: int8 is scaled back to fp32."""
+        """Data type of the rows as they are read; int8 is scaled back to fp32."""
         stored = self.settings["activations"]["dtype"]
         return torch.float32 if stored == "int8" else DTYPES[stored]
 
@@ -79,7 +79,7 @@ class Plan(Record):
 
     @property
     def seed(self) -> int:
-        """Seed of every order of the rows."""
+        """Seed of all random orders of the rows."""
         return int(self.settings["activations"]["seed"])
 
     @property
@@ -107,8 +107,8 @@ class Plan(Record):
 
     @cached_property
     def pass_rows(self) -> int:
-        """Rows promised to training in one pass: of each stream as many as the shortest has."""
-        if self.unit_rows is None:  # the rows of its streams are not known
+        """Rows promised to training in one pass: the shortest stream's rows times the streams."""
+        if self.unit_rows is None:  # an old plan: the rows of its streams are not known
             return self.train_rows_estimate
         return self.streams * min(
             sum(self.unit_rows[unit] for unit in self.stream_units(v)) for v in range(self.streams)
@@ -118,11 +118,11 @@ class Plan(Record):
         """Fill in the settings that the run file leaves to the plan (null, `train.rows: all`).
 
         Args:
-            stream_rows: Rows of each stream that its parents took; `all` is the rest.
+            stream_rows: Rows of each stream that the run's parents took; `all` means the rest.
 
         Raises:
-            ConfigError: They contradict the other settings.
-            DataExhaustedError: `all` leaves less than a batch.
+            ConfigError: The filled-in settings contradict the other settings.
+            DataExhaustedError: With `all`, less than one batch remains.
         """
         if not run.left_open:
             return run
@@ -154,14 +154,14 @@ class Plan(Record):
 
     @property
     def first_windows(self) -> int:
-        """Units in the first windows of all streams; the first batch needs them."""
+        """Number of units in the first windows of all streams, which the first batch needs."""
         return min(self.n_train_units, self.streams * self.window_units)
 
     @property
     def _normaliser_rows(self) -> int:
-        """Rows for the normaliser: most of the first windows, for which training waits anyway."""
+        """Rows for the normaliser: most of the first windows, which training waits for anyway."""
         if self.unit_rows is None:
-            return _MOST_NORMALISER_ROWS  # the default when such plans were made
+            return _MOST_NORMALISER_ROWS  # the default when plans without `unit_rows` were made
         return max(
             1, min(_MOST_NORMALISER_ROWS, int(0.9 * sum(self.unit_rows[: self.first_windows])))
         )
@@ -173,24 +173,24 @@ class Plan(Record):
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Sites that are recorded; a run may need only some of them."""
+        """Sites that are recorded in the set; a run may need only some of them."""
         return tuple(self.settings["activations"]["sites"])
 
     def stream_units(self, stream: int) -> list[int]:
-        """The training units of one canonical stream, in unit order."""
+        """Return the training units of one canonical stream, in ascending order."""
         return list(self.train_units[stream :: self.streams])
 
 
 def check_rows(run: Run, plan: Plan, taken: int = 0) -> None:
-    """Check before training that the data will last.
+    """Check that the plan promises enough rows for the run.
 
     Args:
-        taken: Rows that its parents took.
+        taken: Rows that the run's parents took.
 
     Raises:
-        DataExhaustedError: `train.rows` is above what the plan promises.
+        DataExhaustedError: `train.rows` exceeds what the plan promises.
     """
-    doubt = 1 if plan.keeps_promise else 1.05  # older estimates are right to a few per cent
+    doubt = 1 if plan.keeps_promise else 1.05  # older estimates are accurate to a few percent
     if taken + run.rows > doubt * plan.pass_rows * run.train.max_passes:
         after = f" after the {taken} that its parents took" if taken else ""
         raise DataExhaustedError(
@@ -201,13 +201,13 @@ def check_rows(run: Run, plan: Plan, taken: int = 0) -> None:
 
 
 def publish_plan(store: ObjectStore, plan: Plan) -> Plan:
-    """Store the plan, unless one of the same settings, text and model exists already.
+    """Store the plan, unless one with the same settings, text and model already exists.
 
     Returns:
         The stored plan: `plan` itself if this call created it.
 
     Raises:
-        PlanMismatchError: Another plan exists.
+        PlanMismatchError: The store has a plan with other settings, text or model.
     """
     if store.put(PLAN_KEY, seal(plan), if_absent=True):
         return plan
@@ -220,14 +220,14 @@ def publish_plan(store: ObjectStore, plan: Plan) -> Plan:
 def find_plan(
     store: ObjectStore, run: Run, index: CorpusIndex, model: dict[str, str] | None
 ) -> Plan | None:
-    """Return the stored plan, if any, even if this version would deal differently.
+    """Return the stored plan, if any, even if this version would assign documents differently.
 
     Args:
-        store: The activation set.
-        model: `identity.model_content`, if there is any.
+        store: Object store of the activation set.
+        model: `identity.model_content` of the model, if known.
 
     Raises:
-        PlanMismatchError: It was made from other settings, text or model.
+        PlanMismatchError: The stored plan was made from other settings, text or model.
     """
     try:
         plan = read_record(Plan, store, PLAN_KEY)
@@ -242,7 +242,7 @@ def load_plan(store: ObjectStore, run: Run) -> Plan:
     """Load the plan and check it against the run file.
 
     Raises:
-        PlanMismatchError: There is none, or it was made from other settings.
+        PlanMismatchError: The store has no plan, or one from other settings, text or model.
     """
     try:
         plan = read_record(Plan, store, PLAN_KEY)
@@ -259,10 +259,10 @@ def load_plan(store: ObjectStore, run: Run) -> Plan:
 
 
 def planned(run: Run, store: ObjectStore | None = None, stream_rows: int = 0) -> Run | None:
-    """Fill in the settings that a run leaves to its plan; None while there is no plan.
+    """Fill in the settings that a run leaves to its plan; None if no plan fits the run (yet).
 
     Args:
-        store: The activation set, if it is open.
+        store: Object store of the activation set; opened if not given.
         stream_rows: See `Plan.resolve`.
     """
     if not run.left_open:
@@ -275,9 +275,9 @@ def planned(run: Run, store: ObjectStore | None = None, stream_rows: int = 0) ->
 
 
 def as_planned(run: Run, plan: Plan) -> Run:
-    """Return the run as producers see it: all sites of the set, and hub content as planned.
+    """Return the run as producers need it: with all sites of the set and the plan's hub commits.
 
-    The hub may have later commits of the model or the data set now.
+    The commits are pinned because the hub may have newer ones of the model or the data set.
     """
     model, corpus = run.model, run.corpus
     content = plan.model_content or {}
@@ -297,22 +297,22 @@ def as_planned(run: Run, plan: Plan) -> Run:
 
 
 def check_model(run: Run, plan: Plan) -> None:
-    """Check that the run's model, weights included, is the one of the plan.
+    """Check that the run's model, including its weights, is the plan's model.
 
     Raises:
-        PlanMismatchError: It is another one.
+        PlanMismatchError: The run's model differs from the plan's.
     """
     if not isinstance(run.model, HuggingFaceModel):
         return
     parts, there = run.model.parts, plan.model_content
 
     def compare() -> list[str]:
-        for part in parts:  # of a store, to keep them: they are needed next
+        for part in parts:  # fetch a stored model to this machine, because it is needed next
             place_of(part, weights=True)
         return content_changes(there, model_content(run.model)) if there else []
 
     changed = compare()
-    if changed and forget(parts):  # what was fetched may have been damaged on the way
+    if changed and forget(parts):  # the files may have been damaged during the download
         changed = compare()
     if changed:
         raise PlanMismatchError(
@@ -322,7 +322,7 @@ def check_model(run: Run, plan: Plan) -> None:
 
 
 def _content_changes(there: Plan, made: Plan) -> list[str]:
-    """List how text and model differ from those of a plan of the same settings."""
+    """List how text and model differ between two plans with the same settings."""
     changed = []
     if there.text_checksums is None and there.settings["corpus"]["kind"] == "dataset":
         # a plan of an earlier version has only the name of the data set

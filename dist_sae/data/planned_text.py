@@ -1,11 +1,11 @@
-"""The documents of units: in the activation set itself, or where the run's files lie.
+"""Documents of units, read from the activation set or from the run's files.
 
     texts/<checksum>.json    the texts of a unit's documents, as a JSON array
 
-Producers on other machines would each fetch and unpack the whole corpus for a few spans of it, and
-again after every preemption. So the planner, which reads all of it anyway, puts each unit's
-documents into the set, before the plan that says so. Where the set is a folder and the text is on
-the same disk, it is read where it lies.
+Without stored texts, each producer on another machine would fetch and unpack the whole corpus for
+a few spans of it, again after every preemption. So the planner, which reads the whole corpus
+anyway, stores each unit's documents in the set before it publishes the plan. If the set is a local
+folder and the text is not in S3, the text is instead read from the run's files.
 """
 
 import json
@@ -32,23 +32,23 @@ _AT_ONCE = 64  # units in memory
 
 
 def stores_texts(run: Run) -> bool:
-    """Tell whether the documents of a new plan go into its activation set."""
+    """Return whether the documents of a new plan are stored in its activation set."""
     corpus = run.corpus
     is_remote = isinstance(corpus, FilesCorpus) and any(f.startswith("s3://") for f in corpus.files)
-    is_shared = folder_of(run.store.activations) is None  # machines share the store, and no disk
+    is_shared = folder_of(run.store.activations) is None  # machines share the store but no disk
     return not isinstance(corpus, SyntheticCorpus) and (is_remote or is_shared)
 
 
 def store_texts(
     store: ObjectStore, corpus: Corpus, plan: Plan, said: Callable[[int], None] = lambda _: None
 ) -> None:
-    """Store the documents of all units that are not there yet.
+    """Store the documents of all units that are not stored yet.
 
     Args:
-        store: The activation set.
-        corpus: The run's text.
-        plan: Says that they are stored; it may not be published yet.
-        said: Called now and then with the number of units done.
+        store: Object store of the activation set.
+        corpus: Corpus of the run.
+        plan: Plan whose texts are to be stored; it need not be published yet.
+        said: Progress callback for the number of units done.
 
     Raises:
         CorpusError: The text has changed since it was indexed.
@@ -86,7 +86,7 @@ class PlannedText:
         """Read the documents of a unit.
 
         Raises:
-            CorpusError: The text is not that of the plan.
+            CorpusError: The text differs from the plan's.
             CorruptObjectError: The stored text is damaged or gone.
         """
         plan, spans = self._plan, self._plan.units[unit]
@@ -102,7 +102,7 @@ class PlannedText:
         return list(map(Document, numbers, self._stored(checksum)))
 
     def _stored(self, checksum: str) -> Iterable[str]:
-        """Read stored texts; read again if the checksum does not match."""
+        """Read stored texts; retry if the checksum does not match."""
         key, fault = _key(checksum), ""
         for _ in range(READS):
             try:
@@ -121,7 +121,7 @@ class PlannedText:
         )
 
 
-_ENCODING = ("utf-8", "surrogatepass")  # JSON may hold half a surrogate pair
+_ENCODING = ("utf-8", "surrogatepass")  # JSON may contain half a surrogate pair
 
 
 def _pack(documents: list[Document]) -> bytes:
@@ -129,5 +129,5 @@ def _pack(documents: list[Document]) -> bytes:
 
 
 def _key(checksum: str) -> str:
-    """Content decides the name, so planners of different plans do not disturb one another."""
+    """Return a key that depends only on content, so planners of different plans never collide."""
     return f"{TEXTS.folder}{checksum}.json"

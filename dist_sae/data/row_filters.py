@@ -14,14 +14,14 @@ from dist_sae.data.tokens import TokenBatch
 def admitted(
     batch: TokenBatch, special: AbstractSet[int], rules: ExcludeConfig, excluded: Counter[str]
 ) -> Bool[Tensor, "batch seq"]:
-    """Mark the rows that neither padding nor a rule about tokens excludes.
+    """Mark the rows that are neither padding nor excluded by a rule about tokens.
 
-    BOS put in front of a context is not part of the text and is always excluded.
+    A BOS added at the start of a context is not part of the text and is always excluded.
 
     Args:
         special: Ids of special tokens.
-        rules: What to exclude.
-        excluded: Counts to add to; each excluded row counts under one reason.
+        rules: Rules of exclusion.
+        excluded: Counter to add to. Each excluded row counts once, under the first reason.
     """
     ids = torch.tensor(sorted(special), dtype=batch.tokens.dtype)
     reasons = {

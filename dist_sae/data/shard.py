@@ -1,6 +1,6 @@
-"""The on-disk format: a unit's manifest, and its shards, one webdataset tar for each site.
+"""On-disk format of a unit: a manifest, and one shard (a webdataset tar) per site.
 
-One sample of a shard is a block of rows:
+Each sample of a shard is a block of rows:
 
     <block>.safetensors   acts [rows, d_in], tokens [rows], positions [rows], documents [rows]
     <block>.json          rows and unit
@@ -10,8 +10,8 @@ int8 blocks have one of two forms:
     acts, scales [rows]                       row = acts * scale
     levels, scales [rows], columns [2, d_in]  row = levels * scale * columns[1] + columns[0]
 
-The manifest is written last; a unit exists when its manifest exists. The manifest has the place of
-every block, so a reader fetches single blocks by range and checks each.
+The manifest is written last, so a unit exists when its manifest exists. The manifest contains the
+byte range of every block, so a reader can fetch and check single blocks.
 """
 
 import hashlib
@@ -42,23 +42,23 @@ logger = logging.getLogger(__name__)
 _DIGITS = 8  # digits of the unit in a shard's key
 MANIFESTS = NumberedKeys("units/")
 CLAIMS = NumberedKeys("claims/")
-"""Claims of producers, by unit: see `data.work_queue`."""
+"""Producers' claims, by unit; see `data.work_queue`."""
 SHARDS = OwnKeys("shards/", r"(?P<site>[a-z_]+(\.\d+(@other)?)?)/(?P<unit>\d{8})-[0-9a-f]+\.tar")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 _STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _INT8_LARGEST = 127
-_LEAST_BLOCK_ROWS = 256  # a request should be worth its round trip
+_LEAST_BLOCK_ROWS = 256  # a smaller block is not worth the round trip of a request
 ORIGIN_BYTES = 4 + 4 + 8
 """Bytes of a row's token, position and document."""
-_INT8_GAIN = 0.5  # columns are standardised if the noise falls below this share
-_STATISTICS_VALUES = 2**15  # small pieces stay in this thread and in the cache: 5 x as fast
-with warnings.catch_warnings():  # torch warns once of read-only memory, which is never written
+_INT8_GAIN = 0.5  # columns are standardized if that reduces the noise to less than this share
+_STATISTICS_VALUES = 2**15  # 5x faster: torch uses one thread for so few, and they fit the cache
+with warnings.catch_warnings():  # torch warns once about read-only memory; we never write to it
     warnings.simplefilter("ignore")
     torch.frombuffer(b"0", dtype=torch.uint8)
 
 
 class SiteRows(NamedTuple):
-    """Activations of one site with their origin. The rows are the same at every site."""
+    """Activations of one site, with the origin of each row. All sites have the same rows."""
 
     acts: Float[Tensor, "rows d_in"]
     tokens: Int[Tensor, " rows"]
@@ -78,11 +78,11 @@ class Block(Record):
     bytes: int
     rows: int
     xxh3: str
-    """XXH3-128, because every read is checked, and a sha256 would take as long as the GET."""
+    """XXH3-128 checksum. Every read is checked, and a sha256 would take as long as the GET."""
 
 
 class SiteShard(Record):
-    """The shard of one site, with the sums that the normaliser needs."""
+    """Shard of one site, with the sums that the normaliser needs."""
 
     key: str
     bytes: int
@@ -96,7 +96,7 @@ class SiteShard(Record):
 
 
 class UnitManifest(Record):
-    """Facts about a unit and its shards: content of `units/<unit>.json`."""
+    """Description of a unit and its shards: content of `units/<unit>.json`."""
 
     schema_version: Literal[1] = 1
     plan: str
@@ -105,12 +105,12 @@ class UnitManifest(Record):
     producer: str
     documents: int
     refused: int = 0
-    """Documents among them that the tokenizer refused."""
+    """Number of `documents` that the tokenizer refused."""
     rows: int
     excluded: dict[str, int]
-    """Rows left out, by reason."""
+    """Number of excluded rows, by reason."""
     seconds: dict[str, float]
-    """The producer's time by stage."""
+    """Time that the producer took, by stage."""
     sites: dict[str, SiteShard]
 
 
@@ -125,9 +125,10 @@ def existing_units(store: ObjectStore) -> Iterator[int]:
 
 
 def rows_of_block(rows: int, most: int) -> int:
-    """Rows of the blocks of a unit: a quarter of the unit where `most` are more.
+    """Return the rows per block: a quarter of the unit's rows (at least 256), at most `most`.
 
-    The first batch needs the first block of every unit in the first windows.
+    Small units get small blocks, because the first batch needs the first block of every unit in the
+    first windows.
     """
     return min(most, max(_LEAST_BLOCK_ROWS, -(-rows // 4)))
 
@@ -135,12 +136,12 @@ def rows_of_block(rows: int, most: int) -> int:
 def write_shard(
     store: ObjectStore, unit: int, site: str, rows: SiteRows, block_rows: int, dtype: str
 ) -> SiteShard:
-    """Encode and store one site's rows of a unit, under a name that no other attempt uses.
+    """Encode and store one site's rows of a unit, under a key that no other attempt uses.
 
     Args:
-        store: The activation set.
-        site: The site of the rows.
-        block_rows: Most rows of a block.
+        store: Object store of the activation set.
+        site: Site of the rows.
+        block_rows: Maximum rows of a block.
         dtype: Key of `DTYPES`.
     """
     size = rows_of_block(len(rows.acts), block_rows)
@@ -167,7 +168,7 @@ def write_shard(
 
 
 def _statistics(blocks: list[dict[str, Tensor]], d_in: int) -> tuple[Float[Tensor, " d_in"], float]:
-    """Sum the rows and their squares, as they will be read."""
+    """Sum the rows, and their squared norms, as readers will decode them."""
     total, squares = torch.zeros(d_in, dtype=torch.float64), 0.0
     for block in blocks:
         for piece in torch.split(_decode(block).acts, max(1, _STATISTICS_VALUES // d_in)):
@@ -182,8 +183,8 @@ def read_manifest(store: ObjectStore, unit: int) -> UnitManifest:
 
     Raises:
         ObjectNotFoundError: The unit does not exist yet.
-        CorruptObjectError: It is damaged, or names other objects than shards of this unit: whoever
-            can write it would else choose what retention deletes.
+        CorruptObjectError: The manifest is damaged, or names objects other than this unit's shards.
+            Otherwise anyone who can write a manifest could choose what retention deletes.
     """
     key = manifest_key(unit)
     manifest = read_record(UnitManifest, store, key)
@@ -209,7 +210,7 @@ def read_block(store: ObjectStore, shard: SiteShard, number: int) -> SiteRows:
 
 
 def read_acts(store: ObjectStore, shard: SiteShard, number: int) -> Float[Tensor, "rows d_in"]:
-    """Read the activations of one block, read-only; raises like `read_block`."""
+    """Read the activations of one block into read-only memory; raise the errors of `read_block`."""
     data = _fetch(store, shard, number)
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
@@ -222,7 +223,7 @@ def read_acts(store: ObjectStore, shard: SiteShard, number: int) -> Float[Tensor
 
 
 def _fetch(store: ObjectStore, shard: SiteShard, number: int) -> bytes:
-    """Fetch a block and check it; fetch again if the checksum does not match."""
+    """Fetch a block and check it; retry if the checksum does not match."""
     block = shard.blocks[number]
     fault = ""
     for _ in range(READS):
@@ -253,9 +254,9 @@ def decode_block(data: bytes) -> SiteRows:
 def _encode(rows: SiteRows, dtype: str) -> dict[str, Tensor]:
     """Encode a block's tensors. int8 rounds each row to 255 levels between -max|x| and max|x|.
 
-    Language models have a few columns far from 0, which would take up all levels. So columns are
-    first standardised by their mean and deviation over the block. If that gains little, as with
-    outlier rows, the block is stored without.
+    In language models a few columns are far from 0 and would use up all levels. So columns are
+    first standardized by their mean and deviation over the block. If that gains little, for example
+    because of outlier rows, the block is stored without standardization.
     """
     columns = rows._asdict()
     if dtype == "int8":
@@ -267,9 +268,8 @@ def _encode(rows: SiteRows, dtype: str) -> dict[str, Tensor]:
 
         found, other = _int8(acts), _int8(acts, _mean_and_deviation(acts))
         columns |= found
-        if noise(other) < _INT8_GAIN * noise(
-            found
-        ):  # an older reader finds no acts, instead of wrong ones
+        if noise(other) < _INT8_GAIN * noise(found):
+            # under another name, so that an older reader finds no acts instead of wrong ones
             del columns["acts"]
             columns |= {"levels": other.pop("acts"), **other}
     name = "levels" if "levels" in columns else "acts"
@@ -280,7 +280,7 @@ def _encode(rows: SiteRows, dtype: str) -> dict[str, Tensor]:
 def _int8(
     acts: Float[Tensor, "rows d_in"], columns: Float[Tensor, "2 d_in"] | None = None
 ) -> dict[str, Tensor]:
-    """Compute the levels, as fp32, and the other tensors that `_restored` needs."""
+    """Compute the levels (as fp32) and the other tensors that `_restored` needs."""
     if columns is not None:
         acts = (acts - columns[0]) / columns[1]
     scales = (acts.abs().amax(dim=1) / _INT8_LARGEST).clamp_min(torch.finfo().tiny)
@@ -311,7 +311,7 @@ def _decode(tensors: dict[str, Tensor]) -> SiteRows:
 
 def _encode_tar(unit: int, blocks: list[dict[str, Tensor]]) -> bytes:
     stream = io.BytesIO()
-    # fixed times and owners: the same rows give the same bytes
+    # with fixed times and owners, the same rows give the same bytes
     with webdataset.TarWriter(stream, encoder=False, mtime=0.0, user="", group="") as writer:
         for number, block in enumerate(blocks):
             writer.write(

@@ -1,24 +1,25 @@
-"""The canonical streams: which rows make up global batch b, for any number of ranks.
+"""Canonical streams, which determine the rows of global batch b for any number of ranks.
 
-Training unit u belongs to stream u mod V. The first pass takes a stream's units in the order of the
-plan, which is random and is the order of production; each later pass draws another order.
-`window_units` of them at a time are merged row by row in a seeded random order, each unit read
-front to back (its rows were shuffled when it was written). Global batch b takes rows
-[b r, (b + 1) r) of every stream, r = batch_rows / V. So the step alone gives the position in the
-data, for any number of ranks: rank i of n takes the i-th of n parts of the batch, in which the
-streams' rows come one after the other. It serves V / n neighbouring streams, or shares one.
+Training unit u belongs to stream u mod V. In the first pass, a stream reads its units in plan
+order, which is random and is also the order of production. Each later pass draws a new order.
+`window_units` units at a time are merged row by row in a seeded random order. Each unit is read
+front to back, because its rows were shuffled when it was written. Global batch b consists of rows
+[b r, (b + 1) r) of every stream, r = batch_rows / V, one stream after the other. So the step alone
+determines the position in the data, for any number of ranks: rank i of n takes the i-th of n equal
+parts of the batch. It reads V / n neighboring streams, or shares a stream with other ranks.
 
-The plan promises as many rows of each stream as it estimates for the shortest. It does not know
-which rows will be excluded by norm, so a stream may end a little early. The stream then reads its
-last window again, merged anew, until the run has the promised rows. Rows read again are counted,
-and limited to the possible error of the estimate: a twentieth, or one document per pass where
-documents are few. Only the stream's own manifests decide this, so it does not depend on the number
-of ranks and needs no unit that retention may have deleted. Rows of longer streams would repeat
-none, but which streams are longer is known only once every manifest exists.
+The plan promises the same number of rows of each stream: its estimate for the shortest one. It does
+not know which rows will be excluded by norm, so a stream may end a little early. The stream then
+reads its last window again, merged in a new order, until the run has the promised rows. Rows read
+again are counted, and limited to the possible error of the estimate: a twentieth of the rows, or
+one document per pass if documents are few. Only the stream's own manifests decide this, so it does
+not depend on the number of ranks and needs no unit that retention may have deleted. Extra rows from
+longer streams would avoid the repetition, but which streams are longer is known only once every
+manifest exists.
 
-Every site has the same rows in the same blocks, so a stream reads all of its sites together. Memory
-holds `window_units` blocks per stream and site, and as many that are being fetched. The next window
-is opened when half of the present one is taken, so nothing of it is read before the first batch.
+Every site has the same rows in the same blocks, so a stream reads all of its sites together. Per
+stream and site, memory holds `window_units` blocks, and as many again that are being fetched. The
+next window is opened when half of the current one is taken, so it does not delay the first batch.
 """
 
 import itertools
@@ -42,15 +43,15 @@ from dist_sae.errors import DataExhaustedError
 logger = logging.getLogger(__name__)
 
 MOST_REPEATED_SHARE = 0.05
-"""Largest error of a plan's estimate for a stream, as a share of the rows."""
+"""Largest error of a plan's estimate of a stream's rows, as a share of these rows."""
 
 
 class StreamCursor(NamedTuple):
-    """Position of a window in a stream. A pure function of the plan and the row."""
+    """Position of a window in a stream. It depends only on the plan and the row."""
 
     data_pass: int
     first: int
-    """The window's first unit, counted among the stream's own in the order of the pass."""
+    """Index of the window's first unit among the stream's units, in the order of the pass."""
     rows_before: int
     """Rows of the stream in all earlier windows."""
 
@@ -59,7 +60,7 @@ START = StreamCursor(0, 0, 0)
 
 
 class _UnitReader:
-    """Reads a unit's rows at every site in order and fetches the next block ahead."""
+    """Reads a unit's rows in order, at all sites together, and prefetches the next block."""
 
     def __init__(
         self, activations: ActivationSet, manifest: UnitManifest, row: int, pool: Executor
@@ -77,18 +78,18 @@ class _UnitReader:
         self._row = row - before
 
     def put(self, rows: Mapping[str, NDArray[Any]], places: NDArray[np.int64]) -> None:
-        """Write the next `len(places)` rows of each site to these places of its `rows`."""
+        """Write the next `len(places)` rows of each site to these places in its `rows`."""
         while len(places):
             if not self._acts:
                 self._take_block()
             n = min(len(places), self._block_rows[self._number - 1] - self._row)
-            for site, acts in self._acts.items():  # 7 x as fast as cat and index_select
+            for site, acts in self._acts.items():  # 7x faster than cat and index_select
                 rows[site][places[:n]] = _whole_rows(acts[self._row : self._row + n])
             places = places[n:]
             self._row += n
             if self._row == self._block_rows[self._number - 1]:
                 self._acts, self._row = {}, 0
-                del acts  # or the block outlives its use while the next is fetched
+                del acts  # or the block stays in memory while the next is fetched
 
     def _take_block(self) -> None:
         assert self._next, "read past the end of a unit"
@@ -106,7 +107,7 @@ class _UnitReader:
 
 
 def _whole_rows(acts: Float[Tensor, "rows d_site"]) -> NDArray[Any]:
-    """View rows as NumPy elements of one row each, since NumPy has no bf16."""
+    """View each row as one NumPy element of raw bytes, because NumPy has no bf16."""
     row_bytes = acts.shape[1] * acts.itemsize
     rows: NDArray[Any] = acts.view(torch.uint8).numpy().view(f"V{row_bytes}")[:, 0]
     return rows
@@ -116,23 +117,23 @@ _Window = tuple[StreamCursor, np.ndarray, list[_UnitReader]]
 
 
 class Stream:
-    """Reads a canonical stream from any row on.
+    """Reads a canonical stream, starting at any row.
 
     Args:
-        number: Which of the V streams.
-        start: Number of the first row to read.
-        max_passes: How often the units may be gone through.
-        pool: Fetches blocks.
-        opener: Opens the next window while the present one is read. Not `pool`: its threads wait
-            for units that do not exist yet.
-        place: A window at or before `start`, which saves reading earlier manifests. Ignored if it
-            may be a window that a run of fewer passes read again, which has another place here.
+        number: Index of the stream, from 0 to V - 1.
+        start: Index of the first row to read.
+        max_passes: Maximum number of passes over the units.
+        pool: Executor that fetches blocks.
+        opener: Executor that opens the next window while the current one is read. It cannot be
+            `pool`, because its threads may wait for units that do not exist yet.
+        place: A window at or before `start`, which saves reading earlier manifests. Ignored if a
+            run with fewer passes may have read it again, because this run has it elsewhere.
     """
 
     place: StreamCursor
     """Window of the last row taken."""
     repeated_rows: int
-    """Rows taken again because the stream had ended."""
+    """Rows that were read again because the stream had ended."""
 
     def __init__(
         self,
@@ -165,10 +166,10 @@ class Stream:
         return self._readers[0].widths
 
     def put(self, acts: Mapping[str, Float[Tensor, "n d_site"]]) -> None:
-        """Fill `acts`, of every site, with the next rows.
+        """Fill the tensors in `acts`, one per site, with the next rows.
 
         Raises:
-            DataExhaustedError: The passes do not hold that many.
+            DataExhaustedError: The passes do not have that many rows.
         """
         rows = {site: _whole_rows(of_site) for site, of_site in acts.items()}
         left = len(next(iter(rows.values())))
@@ -201,9 +202,9 @@ class Stream:
         self._next = self._opener.submit(next, self._windows)
 
     def _open_windows(self, start: int, place: StreamCursor) -> Iterator[_Window]:
-        """Yield each window with the unit of each row in order, and the units' readers.
+        """Yield each window: its cursor, the index of each row's unit, and the units' readers.
 
-        Rows before `start` and windows before `place` are left out.
+        Rows before `start` and windows before `place` are skipped.
         """
         plan = self._activations.plan
         is_read_again = place.data_pass and place.first == self._last
@@ -234,11 +235,11 @@ class Stream:
             yield here, merged[skip:], readers
 
     def _most_repeated(self, own: int) -> int:
-        """Limit of the rows that the stream may read again after its `own`."""
+        """Return how many rows the stream may read again after its `own` rows."""
         plan = self._activations.plan
         if not plan.keeps_promise:
             return 0
-        document = math.ceil(plan.document_rows)  # one is lost if the tokenizer refuses it
+        document = math.ceil(plan.document_rows)  # the loss if the tokenizer refuses a document
         return max(int(MOST_REPEATED_SHARE * own), self._max_passes * document)
 
     def _exhausted(self, own: int) -> DataExhaustedError:
@@ -258,7 +259,7 @@ class Stream:
         return DataExhaustedError(f"{ends}; {remedy}")
 
     def _in_order(self, place: StreamCursor) -> Iterator[tuple[int, int, list[int]]]:
-        """Yield (pass, first, units) of each window from `place` on, the last one for ever."""
+        """Yield (pass, first, units) of each window from `place` on, the last one again forever."""
         plan = self._activations.plan
         own = plan.stream_units(self._number)
         for data_pass in itertools.count(place.data_pass):

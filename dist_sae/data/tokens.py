@@ -1,4 +1,4 @@
-"""Cutting documents into contexts of tokens, and packing these into batches."""
+"""Functions that cut documents into contexts of tokens and pack the contexts into batches."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -18,11 +18,11 @@ Tokenize = Callable[[Sequence[str]], list[list[int]]]
 
 
 class Context(NamedTuple):
-    """Input of one forward pass: a stretch of one document, after BOS if there is one."""
+    """One sequence of a forward pass: consecutive tokens of one document, after BOS if any."""
 
     document: int
     start: int
-    """Position within the document of the first token after BOS."""
+    """Position within the document of the context's first token after BOS."""
     tokens: list[int]
 
 
@@ -52,10 +52,10 @@ def cut(
     No token is lost and none appears twice. A document without tokens gives no context.
 
     Args:
-        context_tokens: Longest context.
-        bos: Begins each context, if there is one.
-        failed: Called with a document that the tokenizer refuses, or that no encoding can write
-            (half a surrogate pair), which is left out; without it the error is raised.
+        context_tokens: Maximum length of a context.
+        bos: Token that begins each context, if any.
+        failed: Callback for each document that is left out because the tokenizer refuses it or it
+            cannot be encoded (half a surrogate pair). Without a callback the error is raised.
 
     Raises:
         CorpusError: The tokenizer refuses all documents.
@@ -71,7 +71,7 @@ def cut(
 def _encodable(
     documents: Iterable[Document], failed: Callable[[Document, Exception], None] | None
 ) -> Iterator[Document]:
-    """Yield the documents without half surrogate pairs, which only some tokenizers accept."""
+    """Yield the documents that contain no half surrogate pairs, which many tokenizers refuse."""
     for document in documents:
         if is_encodable(document.text):
             yield document
@@ -121,8 +121,8 @@ def pack(
 ) -> Iterator[TokenBatch]:
     """Group contexts of similar length into few batches with little padding.
 
-    A batch has at most `batch_tokens`, unless one context alone has more. Padding is at most 5 % of
-    the tokens, or a sixteenth of `batch_tokens`.
+    A batch has at most `batch_tokens` tokens with padding, unless one context alone has more. All
+    padding is at most 5% of the tokens, or a sixteenth of `batch_tokens` if that is more.
     """
     contexts = sorted(contexts, key=lambda c: len(c.tokens), reverse=True)
     real = sum(len(context.tokens) for context in contexts)
@@ -137,7 +137,7 @@ def pack(
 def _groups(
     contexts: Sequence[Context], batch_tokens: int, likeness: float
 ) -> Iterator[list[Context]]:
-    """Group contexts of descending length, none below `likeness` of the longest in its group."""
+    """Group contexts of descending length; none is below `likeness` times its group's longest."""
     group: list[Context] = []
     for context in contexts:
         if group:

@@ -1,4 +1,4 @@
-"""Upkeep of an activation set: lists its contents and shards, and deletes orphaned shards."""
+"""Maintenance of an activation set: lists its contents and shards, and deletes orphaned shards."""
 
 import logging
 from collections import Counter
@@ -18,10 +18,10 @@ _READERS = 16  # threads that read manifests
 
 
 def ls(run: Run) -> dict[str, Any]:
-    """List the set: its units and bytes, the runs that read it, the claims of producers.
+    """Summarize the set: its units and bytes, the runs that read it, and the producers' claims.
 
     Raises:
-        PlanMismatchError: The store holds no plan, or another one.
+        PlanMismatchError: The store has no plan, or a plan that does not fit the run.
     """
     store = open_store(run.store.activations, run.store.s3)
     plan = load_plan(store, run)
@@ -54,17 +54,18 @@ def ls(run: Run) -> dict[str, Any]:
 
 
 def urls(run: Run, site: str, *, heldout: bool) -> list[str]:
-    """List the shards of one site in the order of the plan: paths, or s3:// URLs.
+    """List the shards of one site in plan order, as paths or s3:// URLs.
 
-    A pattern of file names would also match shards of the other part, and orphaned shards.
+    A glob pattern cannot replace this list, because it would mix training and held-out shards and
+    match orphaned ones.
 
     Args:
-        heldout: The held-out units' instead of those to train on.
+        heldout: Whether to list held-out units instead of training units.
 
     Raises:
         ConfigError: The activation set has no such site.
-        DataExhaustedError: There are no such units.
-        PlanMismatchError: The store holds no plan, or another one.
+        DataExhaustedError: No such units exist.
+        PlanMismatchError: The store has no plan, or a plan that does not fit the run.
     """
     store = open_store(run.store.activations, run.store.s3)
     plan = load_plan(store, run)
@@ -83,21 +84,22 @@ def urls(run: Run, site: str, *, heldout: bool) -> list[str]:
 
 
 def gc(run: Run, *, hours: float, delete: bool) -> dict[str, Any]:
-    """Find shards that no manifest names, and delete them if asked.
+    """Find shards that no manifest names, and delete them if `delete` is set.
 
-    A producer leaves them if it dies within a unit, or if another one was faster. Manifests are
-    written after their shards, so a young shard may still get one.
+    Such orphans remain if a producer dies within a unit, or if another producer finishes the unit
+    first. A manifest is written after its shards, so a young shard may still be named by one.
 
     Args:
-        hours: Age from which shards count as orphaned.
+        hours: Minimum age of an orphaned shard.
+        delete: Whether to delete the orphans or only list them.
 
     Raises:
-        PlanMismatchError: The store holds no plan, or another one.
+        PlanMismatchError: The store has no plan, or a plan that does not fit the run.
     """
     store = open_store(run.store.activations, run.store.s3)
     load_plan(store, run)
     retired = retired_below(store)
-    # shards are listed before manifests are read, so one that is sealed meanwhile is not an orphan
+    # list shards before manifests, or the shards of a unit finished in between would look orphaned
     old = {
         entry: int(key["unit"])
         for key, entry in SHARDS.entries(store)

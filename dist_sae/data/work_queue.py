@@ -1,8 +1,9 @@
-"""A queue of numbered work that any number of workers share through a store.
+"""Queue of numbered items that any number of workers share through an object store.
 
-Workers claim items, so that none does what another does. Correctness does not rest on claims: the
-object that marks an item as done is created once, whoever comes first. A store that cannot create
-exclusively has no claims: worker i of n does the items i, i + n, ...
+A worker claims an item so that no other worker does it too. Correctness does not depend on claims,
+because the object that marks an item as done is created only once, by whichever worker is first. If
+the store cannot create objects exclusively, there are no claims: worker i of n does the items i,
+i + n, ...
 """
 
 import json
@@ -27,52 +28,54 @@ logger = logging.getLogger(__name__)
 
 LEASE_SECONDS = 180.0
 POLL_SECONDS = 1.0
-"""First pause while no item is free; it grows with the number of workers."""
+"""First pause while no item is free. Later pauses are longer if there are many workers."""
 _SAY_EVERY_SECONDS = 30.0
 _MEMORY_SECONDS = 0.03
-"""Time for which a worker goes by one look, for each worker that there is: so all of them together
-look about 30 times a second. For as long an item seen in hand is left alone, and a wait pauses; and
-as much work is claimed at once."""
+"""Time for which a worker relies on one look at the store, per worker in the queue. So all workers
+together look about 30 times a second. For this time, a worker leaves an item alone after it saw
+another worker's claim on it; this is also the longest pause of a wait, and the amount of work that
+is claimed at once."""
 _MOST_AT_ONCE = 8
-_MOST_REFUSED = 3  # then the look is too old
+_MOST_REFUSED = 3  # refused claims after which the last look is out of date
 _MOST_LEFT_OVERS = 64
 
 
 class Worker(NamedTuple):
-    """A worker among the others."""
+    """Identity of a worker."""
 
     name: str
-    """Unique among live workers. Claims under it are from an earlier life of this one."""
+    """Unique name among live workers. Claims under this name are from an earlier life."""
     number: int = 0
-    """From 0, unique."""
+    """Unique index of the worker, from 0. It matters only if the store has no claims."""
     of: int = 1
-    """Number of workers. This and `number` matter where a store has no claims."""
+    """Number of workers. It decides how often each looks at the store, and, if the store has no
+    claims, which share of the items each does."""
 
 
 class QueueMetrics(NamedTuple):
-    """Names of the metrics that a queue keeps."""
+    """Names of the metrics that a queue reports."""
 
     claimed: str
-    """Gauge: items in hand."""
+    """Gauge: items that this worker has claimed."""
     done: str
-    """Gauge: items done, whoever did them."""
+    """Gauge: items that are done, by any worker."""
     takeovers: str
-    """Counter."""
+    """Counter: expired claims of other workers that this worker took over."""
     waited_seconds: str
-    """Counter, with the label `waited_for`."""
+    """Counter: seconds waited, with the label `waited_for`."""
     others: str
-    """`waited_for` while other workers have all that is left in hand."""
+    """Value of `waited_for` while other workers have claimed all remaining items."""
     limiters: str = ""
-    """`waited_for` while the limit holds the worker back; empty without a limit."""
+    """Value of `waited_for` while the limit holds the worker back; empty without a limit."""
     wait_seconds: str = ""
-    """Gauge: seconds waited so far; empty for none."""
+    """Gauge: seconds waited so far; empty for no gauge."""
 
 
 class Work(NamedTuple):
-    """Numbered work."""
+    """Items of a queue, and where their claims and results are stored."""
 
     item: str
-    """Word for an item, for messages."""
+    """Word for an item in messages."""
     items: Sequence[int]
     """Numbers of the items, ascending."""
     claims: NumberedKeys
@@ -80,25 +83,26 @@ class Work(NamedTuple):
     done: NumberedKeys
     """Keys of the objects that mark items as done."""
     limit: Callable[[], tuple[int, str]] | None = None
-    """Gives the first item that may not be begun yet, and for whom it waits."""
+    """Function that returns the first item that may not be started yet, and whom it waits for."""
     metrics: QueueMetrics | None = None
 
 
 class WorkQueue:
-    """Hands a worker items that are neither done nor claimed by a live worker, low ones first.
+    """Gives a worker items that are neither done nor claimed by a live worker, low numbers first.
 
-    A claim lives as long as it is renewed; the store's clock tells its age.
+    A claim expires `LEASE_SECONDS` after it was last renewed, by the store's clock.
 
-    Many workers that all try the lowest free item would refuse each other. So a worker draws from
-    the lowest `spread` free items: with few workers that is soon the lowest, and every collision
-    doubles it. What is done and what is claimed is looked up by pages of items, and only where the
-    worker is going to claim. Where items are short, it claims several after one look.
+    If many workers all tried to claim the lowest free item, all but one would be refused. So a
+    worker draws from the lowest `spread` free items. Success shrinks `spread`, so with few workers
+    it is soon the lowest item; every collision doubles it. A look at the store reads one page of
+    claims and results, and only where the worker is about to claim. If items take little time, the
+    worker claims several after one look.
 
     Args:
-        store: Where claims and results lie.
-        stopping: Ends every wait.
-        meter: Takes the metrics of `work`.
-        clock: Seconds, for pauses and for how old a look is.
+        store: Object store of claims and results.
+        stopping: Event that ends every wait.
+        meter: Receiver of the metrics of `work`.
+        clock: Function that returns seconds, for pauses and for the age of a look.
     """
 
     def __init__(
@@ -118,36 +122,37 @@ class WorkQueue:
         self._clock = clock
         self._items = np.asarray(work.items)
         self._share = None if store.exclusive else self._items % worker.of == worker.number
-        # `_done` and `_held` are shared by the worker's threads: single operations only
+        # `_done` and `_held` are shared by the worker's threads, so use only atomic operations
         self._done = np.zeros(len(self._items), dtype=bool)
         self._held: set[int] = set()
         self.reserved: list[int] = []
-        """Items that are claimed and not handed out yet."""
-        self._busy_until = np.zeros(len(self._items))  # others have it in hand, as far as is known
+        """Items that are claimed but that `take` has not returned yet."""
+        self._busy_until = np.zeros(len(self._items))  # another worker is assumed to do the item
         self._memory_seconds = max(
             POLL_SECONDS, min(_MEMORY_SECONDS * worker.of, LEASE_SECONDS / 6)
         )
         self._random = random.Random(worker.name)
-        self._spread = 4 * (worker.of - 1) if store.exclusive else 0  # each soon has 4 in hand
+        self._spread = 4 * (worker.of - 1) if store.exclusive else 0  # each soon has 4 claims
         self._limit = (-math.inf, "") if work.limit else (math.inf, "")
         self._item_seconds = math.inf
-        self._longest = POLL_SECONDS  # pause that may come next
+        self._longest = POLL_SECONDS  # upper limit of the next pause
         self._began = self._clock()
-        self._renewing = threading.Lock()  # a claim that is given back must not be written again
+        self._renewing = threading.Lock()  # or a renewal could write a claim again after a release
         if store.exclusive:
             self._drop_left_overs()
         self._say_held()
         self.waited_seconds = 0.0
-        """For the limit and for other workers."""
+        """Time spent waiting for the limit and for other workers."""
 
     def take(self, *, wait: bool = True) -> int | None:
-        """Claim an item; None when all are done or the worker is to stop.
+        """Claim an item and return it; return None if all are done or the worker should stop.
 
-        It waits for the limit, and while others have the rest in hand, in case they die.
+        Waits while the limit holds the worker back. Also waits while other workers do the remaining
+        items, in case they die.
 
         Args:
-            wait: Else None while nothing is free, too. A worker that still has something in hand
-                must not wait for others, which might wait for it.
+            wait: If False, also return None while no item is free. A worker with unfinished items
+                must not wait for others, because they may be waiting for it.
         """
         said = self._clock()
         while not self._stopping.is_set():
@@ -169,7 +174,10 @@ class WorkQueue:
         return None
 
     def wait_for_all(self) -> None:
-        """Wait for the shares of other workers, where a store has no claims, or until it stops."""
+        """Wait until all items are done or the worker should stop.
+
+        Without claims, `take` returns None once this worker's share is done; others may not be.
+        """
         said = self._clock()
         while self.pending() and not self._stopping.is_set():
             for page in np.unique(self._items[~self._done] // PAGE):
@@ -187,12 +195,13 @@ class WorkQueue:
 
     @contextmanager
     def renewed(self, lives: Callable[[], bool]) -> Iterator[None]:
-        """Renew the claims in hand every third of their lease, in a thread of its own.
+        """Renew this worker's claims every third of a lease, in a separate thread.
 
-        Fetching text, loading a model or a batch may take longer than a lease.
+        The thread is needed because fetching text or loading a model may outlast a lease.
 
         Args:
-            lives: Whether the worker makes progress; the claims of one that hangs run out.
+            lives: Function that returns whether the worker makes progress. A worker that hangs does
+                not renew, so its claims expire.
         """
         over = threading.Event()
 
@@ -201,7 +210,7 @@ class WorkQueue:
                 try:
                     if lives():
                         self.renew()
-                except StoreError as exc:  # the worker meets it, too, and ends by it
+                except StoreError as exc:  # the worker also gets this error, and ends
                     logger.warning("claims are not renewed: %s", exc)
 
         thread = threading.Thread(target=work, name="claims", daemon=True)
@@ -210,16 +219,16 @@ class WorkQueue:
             yield
         finally:
             over.set()
-            thread.join(LEASE_SECONDS)  # the store may be patient for longer
+            thread.join(LEASE_SECONDS)  # limited, because the store may retry for longer
 
     def renew(self) -> None:
-        """Renew the claims in hand."""
+        """Renew all of this worker's claims."""
         with self._renewing:
             for item in sorted(self._held):
                 self._write(item)
 
     def release(self, item: int, *, done: bool) -> None:
-        """Give an item back."""
+        """Release the claim on an item; `done` is False if the item is unfinished."""
         if done:
             seconds, self._began = self._clock() - self._began, self._clock()
             known = seconds if self._item_seconds == math.inf else self._item_seconds
@@ -227,43 +236,43 @@ class WorkQueue:
         self._give_back(item, done=done)
 
     def release_all(self) -> None:
-        """Give back what was claimed and not done, so that others need not wait for the lease."""
+        """Release unfinished items, so that other workers need not wait for the lease to expire."""
         self.reserved.clear()
         for item in sorted(self._held):
             self._give_back(item, done=False)
 
     def pending(self) -> bool:
-        """Tell whether items were missing at the last look."""
+        """Return whether any items were unfinished at the last look."""
         return not self._done.all()
 
     def left(self) -> set[int]:
-        """Items that were missing at the last look."""
+        """Return the items that were unfinished at the last look."""
         return set(self._items[~self._done].tolist())
 
     def done(self) -> int:
-        """Number of items done, as far as this worker has seen."""
+        """Return the number of items done, as far as this worker has seen."""
         return int(self._done.sum())
 
     def _open(self) -> NDArray[np.bool_]:
-        """Mark the items to do that are not in hand; without claims, of this worker's share."""
+        """Mark unfinished items that this worker has not claimed; without claims, in its share."""
         is_open = ~self._done if self._share is None else self._share & ~self._done
         is_open[self._places(sorted(self._held))] = False
         return is_open
 
     def _free(self) -> NDArray[np.intp]:
-        """Places of the open items that nobody has in hand, as far as is known."""
+        """Return the places of the open items that, as far as is known, nobody has claimed."""
         return np.flatnonzero(self._open() & (self._busy_until <= self._clock()))
 
     def _reserve(self) -> bool:
-        """Claim items to be handed out; False where none is free within the limit."""
+        """Claim items to be handed out; return False if none is free within the limit."""
         if self._claim_some() or self._work.limit is None or not len(self._free()):
             return bool(self.reserved)
-        # once for a wait: workers that are held back all want what the limit lets go
+        # read the limit once per pause, since all waiting workers compete for the items it frees
         self._limit = self._work.limit()
         return self._claim_some()
 
     def _claim_some(self) -> bool:
-        """Claim items within the limit as it is known; False where none is free."""
+        """Claim items within the last known limit; return False if none is free."""
         while len(free := self._within_limit(self._free())):
             page = int(self._items[free[self._draw(len(free))]]) // PAGE
             run_out = self._look(page)
@@ -291,7 +300,7 @@ class WorkQueue:
         return False
 
     def _drop_done(self, page: int) -> None:
-        """Give back what was finished between the look and the claim."""
+        """Release items that another worker finished between the look and the claim."""
         key = self._work.done.key
         if len(self.reserved) > 1:
             done = set(self._work.done.numbers(self._store, page))
@@ -305,23 +314,23 @@ class WorkQueue:
         return free[self._items[free] < self._limit[0]]
 
     def _draw(self, n: int) -> int:
-        """Draw one of the first `spread` of n places."""
+        """Draw one of n indices, among the first `spread` + 1."""
         return int(self._random.random() * min(self._spread + 1, n))
 
     def _at_once(self, n_free: int) -> int:
-        """Number of items to claim after a look: work for a while, at most a fair share."""
+        """Return how many items to claim after a look: enough until the next, or a fair share."""
         work = math.ceil(self._memory_seconds / max(self._item_seconds, 1e-9))
         busy = np.count_nonzero(self._busy_until > self._clock())
         return max(1, min(work, _MOST_AT_ONCE, n_free // (int(busy) + 1)))
 
     def _claim(self, item: int, *, may_have_run_out: bool) -> bool:
-        """Claim an item; one whose claim has run out is taken over."""
+        """Claim an item, or take it over if its claim has expired; return whether that worked."""
         key = self._work.claims.key(item)
         if not self._store.exclusive or self._store.put(key, self._lease, if_absent=True):
             return True
         if not may_have_run_out or item in self._claims(item // PAGE)[0]:  # another was faster
             return False
-        self._write(item)  # two may take over at once: work done twice, and nothing worse
+        self._write(item)  # two may take over at once; the item is done twice, which is harmless
         if self._work.metrics:
             self._meter.add(self._work.metrics.takeovers, 1)
         logger.warning(
@@ -330,9 +339,9 @@ class WorkQueue:
         return True
 
     def _look(self, page: int) -> set[int]:
-        """Note which items of a page are in hand or done; returns those whose claims have run out.
+        """Record which items of a page are claimed or done; return those with expired claims.
 
-        Claims come first: an item that is done by then need not be listed as claimed.
+        Claims are read first. Otherwise an item that is finished in between would look free.
         """
         run_out = set[int]()
         if self._store.exclusive:
@@ -345,13 +354,13 @@ class WorkQueue:
         return run_out
 
     def _claims(self, page: int) -> tuple[set[int], set[int]]:
-        """The items of a page whose claims live, and those whose claims have run out."""
+        """Return the items of a page with valid claims, and those with expired claims."""
         ages = self._work.claims.ages(self._store, page)
         live = {item for item, seconds in ages.items() if seconds < LEASE_SECONDS}
         return live, ages.keys() - live
 
     def _places(self, items: Iterable[int]) -> NDArray[np.intp]:
-        """Places of these items in the work; others are left out."""
+        """Return the places of these items in `Work.items`; unknown items are skipped."""
         wanted = np.fromiter(items, dtype=np.int64)
         places = np.searchsorted(self._items, wanted)
         known = places < len(self._items)
@@ -370,7 +379,7 @@ class WorkQueue:
     def _drop_left_overs(self) -> None:
         """Delete the claims of an earlier life of this worker.
 
-        Where many workers are, that would be many reads by each of them, so claims run out there.
+        If there are many claims, they are left to expire, because every worker would read them all.
         """
         there = list(islice(self._work.claims.keys(self._store), _MOST_LEFT_OVERS + 1))
         for key in there if len(there) <= _MOST_LEFT_OVERS else ():

@@ -1,1 +1,1 @@
-"""Text to tokens to activations to shards."""
+"""Production of activation sets: text to tokens to activations to shards."""

@@ -1,9 +1,9 @@
 """`dist-sae produce`: text -> tokens -> activations -> shards, unit by unit.
 
-Any number of producers work on one plan. Three stages overlap: a thread claims and tokenises the
-next unit, this thread runs the model on the present one, another thread checks, packs and stores
-the last one. The model never waits for the network unless storing a unit takes longer than
-computing it. In memory are the rows of two units, and once more of the one that is being stored.
+Any number of producers work on one plan. Three stages overlap: one thread claims and tokenizes the
+next unit, the calling thread runs the model on the current unit, and another thread checks, packs
+and stores the previous unit. So the model waits for storage only if storing a unit takes longer
+than computing it. Memory holds the rows of two units, and a second copy of the one being stored.
 """
 
 import logging
@@ -44,15 +44,16 @@ def produce(
     """Produce units until every unit of the plan exists.
 
     Args:
-        stopping: When set, leave the unit in hand and return.
-        open_source: Loads the model, once there is something to do; None: the run's.
+        stopping: Event that makes the producer abandon its current unit and end.
+        open_source: Function that loads the model, called once there is work to do. None loads the
+            run's model.
 
     Returns:
-        `units` and `rows` that this producer wrote.
+        The numbers of `units` and `rows` that this producer wrote.
 
     Raises:
-        PlanMismatchError: The store holds no plan, or another one.
-        NonFiniteError: The model gave NaN or infinity.
+        PlanMismatchError: The store has no plan, or a plan that does not fit the run.
+        NonFiniteError: The model returned NaN or infinity.
         Stopped: `stopping` was set before the work was done.
     """
     producer = _Producer(run, worker, stopping, telemetry, open_source)
@@ -73,7 +74,7 @@ def produce(
 def _first_of(
     upcoming: Future[TokenizedUnit | None], finishing: Future[UnitManifest] | None
 ) -> TokenizedUnit | None:
-    """Wait for the next unit, which may take long; if storing the last one fails, raise that."""
+    """Wait for the next unit; if storing the previous one fails meanwhile, raise that error."""
     if finishing is not None:
         either: list[Future[Any]] = [upcoming, finishing]
         wait(either, return_when=FIRST_COMPLETED)
@@ -110,7 +111,7 @@ class _Producer:
         if ahead is not None:
             telemetry.set("dist_sae_produce_max_ahead_units", ahead)
         if len(list(existing_units(store))) < len(plan.units):
-            check_model(run, plan)  # before any unit is claimed: it reads all weights
+            check_model(run, plan)  # before any unit is claimed, because it reads all weights
         self.progress = Progress(plan, self._queue, telemetry)
         self.progress.say(doing="loads the model")
         self._tokenizer = build_tokenizer(run)
@@ -122,18 +123,18 @@ class _Producer:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Renew claims meanwhile; stop the threads and give back what was not done at the end.
+        """Renew claims within the block; at its end, stop the threads and release unfinished units.
 
         Raises:
-            Stopped: Units are missing still.
+            Stopped: The producer was stopped and units are still missing.
         """
         with self._queue.renewed(lambda: self._telemetry.pulse.fault("/livez") is None):
             try:
                 yield
             except BaseException:
-                self._stopping.set()  # wakes the thread that may wait for other producers
+                self._stopping.set()  # wakes the claiming thread, which may wait for producers
                 raise
-            finally:  # no thread may claim or finish anything after the release
+            finally:  # stop the threads first: none may claim or finish a unit after the release
                 self._tokenizing.shutdown(cancel_futures=True)
                 self._finishing.shutdown()
                 self._queue.release_all()
@@ -147,7 +148,7 @@ class _Producer:
 
     def compute(self, unit: TokenizedUnit) -> ComputedUnit:
         """Run the model over a unit."""
-        self._telemetry.life.begin()  # not before: others may have all the work for days
+        self._telemetry.life.begin()  # not earlier: others may have claimed all units for days
         if self._forward is None:
             stored = self._run.activations.dtype
             held = None if stored == "int8" else DTYPES[stored]

@@ -1,4 +1,4 @@
-"""`dist-sae plan`: read the corpus once and fix which documents make up which unit."""
+"""`dist-sae plan`: reads the corpus once and decides which documents form which unit."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -32,19 +32,19 @@ _MUCH_LOST = 0.05
 
 
 def plan(run: Run, meter: Meter = UNMETERED) -> Plan:
-    """Make or find the plan of a run's activation set; see `foresee`."""
+    """Create or find the plan of a run's activation set; see `foresee`."""
     return foresee(run, meter)[0]
 
 
 def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
-    """Make or find the plan of a run's activation set, and forecast what it gives.
+    """Create or find the plan of a run's activation set, and forecast its units, rows and bytes.
 
     Raises:
-        ConfigError: DeepSpeed does not take `train.deepspeed`, or the run cannot begin.
+        ConfigError: DeepSpeed does not accept `train.deepspeed`, or the run cannot start.
         CorpusError: The text is missing, unreadable, empty or too small.
-        ModelError: The model cannot be found, or cannot be recorded at a site.
-        DataExhaustedError: `train.rows` asks for more than there will be.
-        PlanMismatchError: The store holds a plan made from other settings or other text.
+        ModelError: The model cannot be found, or has no activations to record at a site.
+        DataExhaustedError: `train.rows` exceeds the rows that the plan promises.
+        PlanMismatchError: The store has a plan made from other settings, text or model.
     """
     for job in jobs_of(run):
         check_deepspeed(job)  # before anything is read or written
@@ -53,7 +53,7 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
     known: CorpusIndex | None = None
     if is_planned:
         earlier = load_plan(store, run)
-        run = as_planned(run, earlier)  # what the hub had then, whatever it has now
+        run = as_planned(run, earlier)  # with the plan's commits, even if the hub has newer ones
         known = _known_text(run, earlier)
     try:
         corpus = Corpus(run.corpus, run.store.s3)
@@ -68,7 +68,7 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
         made = found or make_plan(run, index, count_rows(run, corpus, index, pace), content)
     except HubUnavailableError as exc:
         if not is_planned:
-            exc.exit_code = EXIT_USER  # nothing has shown yet that the name is right
+            exc.exit_code = EXIT_USER  # without a plan, the name on the hub may be wrong
         raise
     started = [(_start(job, made, meter), job) for job in jobs_of(run)]
     jobs = [(start.resolve(job, made), start.taken_rows(made)) for start, job in started]
@@ -93,7 +93,7 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
 
 
 def _known_text(run: Run, plan: Plan) -> CorpusIndex | None:
-    """What an earlier plan knows of the run's text, if nobody reads the text itself any more."""
+    """Return an earlier plan's index of the run's text, if the text need not be read again."""
     if not (
         plan.texts_stored and Corpus(run.corpus, run.store.s3).holds(plan.files, plan.corpus_commit)
     ):
@@ -102,7 +102,7 @@ def _known_text(run: Run, plan: Plan) -> CorpusIndex | None:
 
 
 def _start(run: Run, plan: Plan, meter: Meter) -> Start:
-    """Find what training would start from now."""
+    """Return the state that training would start from now."""
     runs = open_store(run.store.runs, run.store.s3, meter)
     newest = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
     if newest and newest.scalars.get("plan") == plan.hash:
@@ -113,19 +113,20 @@ def _start(run: Run, plan: Plan, meter: Meter) -> Start:
 def forecast(
     run: Run, plan: Plan, widths: Mapping[str, int], taken_rows: int = 0
 ) -> dict[str, Any]:
-    """Forecast what the plan gives, before anything is produced.
+    """Forecast the units, rows and bytes of a plan, before anything is produced.
 
     Args:
-        run: The run, resolved by the plan.
+        run: Run, resolved by the plan.
         widths: Width of each site.
         taken_rows: Rows of the set that the run's parents took.
 
     Returns:
-        Counts: `documents`, `train_units`, `heldout_units`; `streams`, `window_units`, `unit_rows`
-        of the layout and `first_unit_rows`; `first_windows_units`, without which no training
-        begins; rows, about: `train_rows` and `heldout_rows` to be stored, `pass_rows` that a pass
-        gives to training, `unusable_rows`, which it does not; `bytes` of all rows in the store; of
-        the run `taken_rows` by its parents, and `run_rows` and `passes` of its own.
+        `plan`, its hash; the counts `documents`, `train_units` and `heldout_units`; the layout
+        `streams`, `window_units`, `unit_rows` and `first_unit_rows`; `first_windows_units`, which
+        must exist before training begins; the estimates `train_rows` and `heldout_rows` of stored
+        rows, `pass_rows` that a pass gives to training, `unusable_rows` that it does not, and
+        `bytes` of all rows in the store; `taken_rows` of the run's parents, and the run's own
+        `run_rows` and `passes`.
     """
     rows = plan.rows_of_units
     return {
@@ -148,13 +149,13 @@ def forecast(
 
 
 def row_bytes(dtype: str, widths: Mapping[str, int]) -> int:
-    """Compute the bytes of a row at all sites."""
+    """Compute the bytes of one row, summed over all sites."""
     scale = 4 if dtype == "int8" else 0
     return sum(DTYPES[dtype].itemsize * d_in + scale + ORIGIN_BYTES for d_in in widths.values())
 
 
 def describe(told: dict[str, Any]) -> str:
-    """Write a forecast as a sentence."""
+    """Return a forecast as a sentence."""
     after = f" after the {told['taken_rows']:,} of its parents" if told["taken_rows"] else ""
     return (
         f"{told['documents']:,} documents in {told['train_units']} units to train on and "

@@ -1,4 +1,4 @@
-"""Progress of production, for telemetry and for the terminal."""
+"""Progress of production, for telemetry and the terminal."""
 
 import time
 from collections import Counter
@@ -12,11 +12,11 @@ from dist_sae.telemetry.exporter import Telemetry
 
 
 class Progress:
-    """Counts rows: those of units that exist, and of the unit in hand so far."""
+    """Counts the rows of finished units, and the rows so far of units in progress."""
 
     def __init__(self, plan: Plan, queue: WorkQueue, telemetry: Telemetry) -> None:
         self.written = Counter(units=0, rows=0)
-        """By this producer."""
+        """Numbers of units and rows that this producer has written."""
         self._rows = plan.rows_of_units
         self._queue = queue
         self._telemetry = telemetry
@@ -25,10 +25,10 @@ class Progress:
         self._began = 0.0
 
     def within(self, unit: int, n_rows: int, tokenize_seconds: float) -> None:
-        """Say how many rows of a unit the model has given, when that is due.
+        """Report how many rows of a unit the model has computed, if a report is due.
 
         Args:
-            tokenize_seconds: How long its text took.
+            tokenize_seconds: Time that tokenizing the unit's text took.
         """
         if unit not in self._in_hand:
             self._began = time.monotonic()

@@ -1,4 +1,4 @@
-"""The stages of a unit: text to tokens, tokens to rows of activations, rows to shards."""
+"""Stages of producing a unit: text to tokens, tokens to rows of activations, rows to shards."""
 
 import logging
 import threading
@@ -33,11 +33,11 @@ from dist_sae.telemetry.exporter import Telemetry
 
 logger = logging.getLogger(__name__)
 
-_SITES_AT_ONCE = 4  # while they are stored; each needs its rows in order, and them again as bytes
+_SITES_AT_ONCE = 4  # limits memory: storing a site needs a shuffled copy of its rows, and its tar
 
 
 class TokenizedUnit(NamedTuple):
-    """A unit that waits for the model."""
+    """A unit that is ready for the model."""
 
     unit: int
     documents: int
@@ -47,18 +47,18 @@ class TokenizedUnit(NamedTuple):
 
 
 class ComputedUnit(NamedTuple):
-    """A unit that waits to be packed."""
+    """A unit that is ready to be packed and stored."""
 
     source: TokenizedUnit
     transfers: list[RowTransfer]
     """Rows of the unit at every site, batch by batch."""
     origin: tuple[Tensor, ...]
-    """Tokens, positions and documents of these rows."""
+    """Tokens, positions and documents of the rows."""
     excluded: Counter[str]
 
 
 def tokenize(run: Run, text: PlannedText, tokenizer: Tokenizer, unit: int) -> TokenizedUnit:
-    """Read the documents of a unit, cut them into contexts and these into batches."""
+    """Read the documents of a unit, cut them into contexts, and pack the contexts into batches."""
     seconds, refused = Counter[str](), list[int]()
     activations, model = run.activations, run.model
 
@@ -91,7 +91,7 @@ def compute(
     telemetry: Telemetry,
     progress: Progress,
 ) -> ComputedUnit:
-    """Run the model over a unit and keep the rows that the rules for tokens admit."""
+    """Run the model over a unit, and drop the rows that are excluded by a rule about tokens."""
     if not work.batches:
         raise CorpusError(
             f"unit {work.unit}: none of its {work.documents} documents has a token; "
@@ -125,7 +125,7 @@ def finish(
     worker: str,
     queue: WorkQueue,
 ) -> UnitManifest:
-    """Check, exclude by norm, shuffle, store the shards, and the manifest last."""
+    """Check and shuffle a unit's rows, exclude rows by norm, and store shards and manifest."""
     unit, documents, refused, _, seconds = computed.source
     with ThreadPoolExecutor(_SITES_AT_ONCE, "site") as pool:
         with _timed(seconds, "pack"):
@@ -160,7 +160,7 @@ def finish(
         seconds={stage: round(s, 3) for stage, s in seconds.items()},
         sites=shards,
     )
-    # if another producer was faster its unit stands, and this one's shards are orphans
+    # if another producer was faster, its manifest stays and the shards stored here are orphans
     store.put(manifest_key(unit), seal(manifest), if_absent=True)
     queue.release(unit, done=True)
     return manifest
@@ -170,7 +170,7 @@ def _usual(activations: ActivationsConfig, site: str, rows: SiteRows) -> Tensor:
     """Mark the rows of a site that are not excluded by their norm.
 
     Raises:
-        NonFiniteError: The model gave NaN or infinity.
+        NonFiniteError: The model returned NaN or infinity.
     """
     finite = rows.acts.isfinite().all(dim=1)
     if not finite.all():

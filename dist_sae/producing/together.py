@@ -1,4 +1,4 @@
-"""Producing with a language model that several ranks hold together."""
+"""Production with a language model that is sharded over several ranks."""
 
 import threading
 
@@ -22,8 +22,8 @@ def produce_together(
     """Produce as one of the `model.tensor_parallel` ranks that share a model; the first leads.
 
     Raises:
-        RankLostError: Another rank is gone, hung or has failed.
-        PlanMismatchError: The store holds no plan, or another one.
+        RankLostError: Another rank is gone, hangs or has failed.
+        PlanMismatchError: The store has no plan, or a plan that does not fit the run.
     """
     run = as_planned(run, load_plan(open_store(run.store.activations, run.store.s3), run))
     timeouts = run.timeouts
@@ -46,7 +46,7 @@ def produce_together(
             return in_step(build_source(run.model, run.activations.sites).run)
 
         if not mesh.is_first:
-            telemetry.pulse.rest()  # ready; whether it hangs is the watch's to say
+            telemetry.pulse.rest()  # ready; from here on, the watch detects whether it hangs
             follow(open_work, mesh, watch)
             return {}
         with leading(mesh):

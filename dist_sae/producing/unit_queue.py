@@ -1,4 +1,4 @@
-"""The queue of units to produce."""
+"""Queue of the units to produce."""
 
 import threading
 import time
@@ -35,18 +35,19 @@ def unit_queue(
     idle_hours: float | None = None,
     keys: tuple[NumberedKeys, NumberedKeys] = (CLAIMS, MANIFESTS),
 ) -> WorkQueue:
-    """Open the queue of a plan's units, which keeps step with the runs that read them.
+    """Open the queue of a plan's units, limited by the progress of the runs that read them.
 
     Args:
-        store: The activation set.
-        stopping: Ends every wait.
-        max_ahead_units: No unit this far ahead of the slowest run is begun; None: no limit.
+        store: Object store of the activation set.
+        stopping: Event that ends every wait.
+        max_ahead_units: Distance from the slowest run's unit from which on no unit is started; None
+            for no limit.
         clock: See `WorkQueue`.
-        idle_hours: A worker that was held back for so long, and no run lives, ends: `take` raises
-            `AbandonedError`. None: it waits for ever.
-        keys: Of claims, and of what marks a unit as done.
+        idle_hours: Hours that a worker is held back at the same limit, without any live run, before
+            `take` raises `AbandonedError`. None waits forever.
+        keys: Keys of the claims, and of the objects that mark units as done.
     """
-    held: tuple[int, float] | None = None  # back at which limit, since when
+    held: tuple[int, float] | None = None  # limit that holds this worker back, and since when
 
     def is_idle(seconds: float) -> bool:
         return idle_hours is not None and seconds > 3600 * idle_hours

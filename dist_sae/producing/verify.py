@@ -1,4 +1,4 @@
-"""Checking an activation set: every object against its manifest, every row against the text."""
+"""Verification of an activation set: objects against their manifests, rows against the text."""
 
 import hashlib
 import logging
@@ -35,16 +35,16 @@ def verify(run: Run, *, text: bool = False) -> dict[str, Any]:
     """Read the whole activation set once and check it.
 
     Args:
-        text: Also read the corpus: every row must have the token at its document and position.
+        text: Whether to compare every row's token with the corpus, by its document and position.
 
     Returns:
-        `objects` and `bytes` that were read; `missing_units` of the plan, not produced yet or lost;
-        `retired_units`, whose shards were deleted after all runs had read them; with `text` also
-        `rows_compared_with_text`; `bad`, the number of bad objects, and `bad_objects`, their faults
+        The numbers of `objects` and `bytes` read; `missing_units`, which are not produced yet or
+        lost; `retired_units`, whose shards were deleted after all runs had read them; with `text`,
+        `rows_compared_with_text`; `bad`, the number of bad objects; and `bad_objects`, their faults
         by key.
 
     Raises:
-        PlanMismatchError: The store holds no plan, or another one.
+        PlanMismatchError: The store has no plan, or a plan that does not fit the run.
         CorpusError: The text has changed since the plan was made.
     """
     store = open_store(run.store.activations, run.store.s3)
@@ -86,7 +86,7 @@ def verify(run: Run, *, text: bool = False) -> dict[str, Any]:
 
 
 def _text_reader(run: Run, plan: Plan, store: ObjectStore) -> Callable[[int], UnitText]:
-    """A function that reads the text of a unit."""
+    """Return a function that reads and tokenizes the text of a unit."""
     run = as_planned(run, plan)
     tokenizer = build_tokenizer(run)
     text = PlannedText(run, plan, store)

@@ -1,4 +1,4 @@
-"""Immutable objects under keys, on a local disk or an S3-compatible endpoint."""
+"""Object stores on a local disk or an S3-compatible endpoint."""
 
 import threading
 
@@ -20,13 +20,13 @@ def open_store(
 
     Args:
         url: URL or path of the store.
-        s3: How to reach an S3-compatible endpoint.
-        meter: Receives counts of operations, bytes, seconds, errors and S3 requests.
-        stopping: Once set, calls retry for a few seconds only.
+        s3: Settings of the S3-compatible endpoint.
+        meter: Receiver of counts of operations, bytes, seconds, errors and S3 requests.
+        stopping: Event after which calls retry for only a few seconds.
     """
     store: ObjectStore
     if url.startswith("s3://"):
-        from dist_sae.storage.s3 import S3Store  # boto3 takes .7 s to import
+        from dist_sae.storage.s3 import S3Store  # boto3 takes 0.7 s to import
 
         store = S3Store(url, s3 or S3Config(), meter, stopping)
     else:

@@ -10,14 +10,14 @@ class Entry(NamedTuple):
     key: str
     bytes: int
     age_seconds: float
-    """Time since the last write, by the store's own clock alone."""
+    """Time since the last write, measured only by the store's own clock."""
     tag: str = ""
-    """The store's name for this content (S3's ETag); empty where it has none."""
+    """Identifier that the store gives this content (S3's ETag); empty if it gives none."""
 
 
 @runtime_checkable
 class Meter(Protocol):
-    """Receives metrics; implemented by `telemetry.exporter.Telemetry`."""
+    """Receiver of metrics; implemented by `telemetry.exporter.Telemetry`."""
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""
@@ -28,12 +28,12 @@ class Meter(Protocol):
         ...
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        """Put a value into a histogram."""
+        """Add a value to a histogram."""
         ...
 
 
 class _Unmetered:
-    """Discards metrics."""
+    """Receiver that discards metrics."""
 
     def add(self, name: str, value: float, **labels: str) -> None: ...
 
@@ -48,22 +48,23 @@ class ObjectStore(Protocol):
     """Key-value store of whole objects; keys are relative and `/`-separated.
 
     A reader never sees a half-written object. Every method raises a `StoreError` that names the
-    store and the key. A call that the endpoint cannot answer now is retried until a deadline, then
-    raises `UnavailableError`.
+    store and the key. While the endpoint is unavailable, a call is retried until a deadline; then
+    it raises `UnavailableError`.
     """
 
     @property
     def url(self) -> str:
-        """The store's URL or path."""
+        """URL or path of the store."""
         ...
 
-    if TYPE_CHECKING:  # isinstance() would read it, and so probe the endpoint
+    if TYPE_CHECKING:  # at run time, isinstance() would read the property and probe the endpoint
 
         @property
         def exclusive(self) -> bool:
             """True if exactly one of several racing `if_absent` writers wins.
 
-            Some endpoints accept the condition and ignore it, so the first read probes the store.
+            Some endpoints accept the condition but ignore it. So the first time this is read, the
+            store is probed.
             """
             ...
 
@@ -71,51 +72,51 @@ class ObjectStore(Protocol):
         """Read an object's bytes `[start, stop)`; fewer if the object ends earlier.
 
         Raises:
-            ObjectNotFoundError: There is no such object.
+            ObjectNotFoundError: No object exists under the key.
         """
         ...
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Write an object durably.
 
-        Racing `if_absent` writers must write different bytes: a writer that lost the answer reads
-        the object back to see whether it won.
+        Racing `if_absent` writers must write different bytes, because a writer that lost the
+        response reads the object back to see whether it won.
 
         Returns:
-            False when `if_absent` is set and the object already exists. It is then left unchanged,
+            False if `if_absent` is set and the object already exists. The object is then unchanged,
             unless the store is not `exclusive` and another writer writes at the same instant.
         """
         ...
 
     def put_stream(self, key: str, content: Callable[[], Iterable[bytes]]) -> None:
-        """Write an object durably, as `put` does, without ever holding the whole of it.
+        """Write an object durably, as `put` does, without having all of it in memory at once.
 
         Args:
-            key: Of the object.
-            content: Makes its bytes, in order, in pieces of any size. It is called again where a
-                write has to begin anew.
+            key: Key of the object.
+            content: Function that yields the object's bytes in order, in pieces of any size. It is
+                called again if the write has to start over.
         """
         ...
 
     def size(self, key: str) -> int | None:
-        """The object's size in bytes, or None when there is none."""
+        """Return the object's size in bytes, or None if the object does not exist."""
         ...
 
     def entries(self, prefix: str = "") -> Iterator[Entry]:
-        """List the objects whose keys start with `prefix`, ascending within a folder.
+        """List the objects whose keys start with `prefix`, in ascending order within each folder.
 
-        Most endpoints sort by whole key; some list one folder after another.
+        Most endpoints sort by the whole key, but some list one folder after another.
         """
         ...
 
     def keys(self, prefix: str = "") -> Iterator[str]:
-        """List the keys of `entries`."""
+        """List the keys that start with `prefix`, in the order of `entries`."""
         ...
 
     def folders(self, prefix: str) -> list[str]:
-        """Names of the folders right below `prefix`, which ends with a slash or is empty; sorted.
+        """Return the sorted names of the folders directly below `prefix`, without their contents.
 
-        What is in them is not listed.
+        The prefix must end with a slash or be empty.
         """
         ...
 
@@ -124,5 +125,5 @@ class ObjectStore(Protocol):
         ...
 
     def delete_many(self, keys: Sequence[str]) -> None:
-        """Remove these objects, where they exist: in S3 a thousand with each request."""
+        """Remove these objects, if they exist; in S3, a thousand per request."""
         ...

@@ -1,11 +1,11 @@
-"""Tells the parts of a run that one of them has failed for good.
+"""Notice to all parts of a run that one of them has failed for good.
 
-    <run>/failure.json    which pod, why, and in which attempt
+    <run>/failure.json    which pod has failed, why, and in which attempt
 
-A JobSet ends all of its parts when one fails. Parts that are Jobs by themselves
-(`cluster.producer.apart`, `cluster.jobset: false`) would wait for it and hold their devices. So a
-program that ends with 2 says so here, and the others look every minute. What an earlier attempt has
-left says nothing: `submit` gives each attempt a name of its own.
+A JobSet ends all of its parts when one fails. Parts that have their own Jobs
+(`cluster.producer.apart`, `cluster.jobset: false`) would instead wait forever and occupy their
+devices. So a program that exits with 2 writes this notice, and the other parts look for it every
+minute. A notice from an earlier attempt is ignored, because `submit` gives each attempt a new name.
 """
 
 import logging
@@ -29,14 +29,14 @@ from dist_sae.storage.records import Record, read_record, seal
 logger = logging.getLogger(__name__)
 
 ATTEMPT = "DIST_SAE_ATTEMPT"
-"""Environment variable with the name of the attempt. Where it is not set, nothing is told."""
+"""Environment variable with the name of the attempt. If it is not set, no notice is written."""
 POD = "POD_NAME"
 """Environment variable with the name of the pod."""
 _LOOK_SECONDS = 60.0
 
 
 class Failure(Record):
-    """Content of the object."""
+    """Content of `<run>/failure.json`."""
 
     schema_version: Literal[1] = 1
     attempt: str
@@ -45,7 +45,7 @@ class Failure(Record):
 
 
 def tell(run: Run, error: DistSaeError) -> None:
-    """Tell the other parts of this attempt that this one fails for good; the first cause stands."""
+    """Notify the other parts of this attempt that this one has failed; the first notice counts."""
     attempt = os.environ.get(ATTEMPT)
     if not attempt or isinstance(error, PartFailedError):
         return
@@ -62,17 +62,17 @@ def tell(run: Run, error: DistSaeError) -> None:
 def ending_with_others(
     run: Run, stopping: threading.Event, look_seconds: float = _LOOK_SECONDS
 ) -> Iterator[None]:
-    """End if another part of this attempt fails for good; looks at once, and then every minute.
+    """End if another part of this attempt fails for good; check at once and then every minute.
 
-    Only in the first rank of a pod, which stops the others.
+    Only the first rank of a pod checks; it stops the other ranks.
 
     Args:
         run: The run.
-        stopping: Is set then, so that the program saves what it has.
-        look_seconds: Pause between looks.
+        stopping: Event that is set if another part has failed, so that the program saves its state.
+        look_seconds: Pause between checks.
 
     Raises:
-        PartFailedError: One has failed.
+        PartFailedError: Another part has failed.
     """
     from dist_sae.device import local_rank  # imports torch
 
@@ -92,10 +92,10 @@ def ending_with_others(
                 if failure := _read(store, run.name, attempt):
                     found.append(failure)
                     stopping.set()
-            except StoreError as exc:  # the program meets it, too
+            except StoreError as exc:  # the program itself also gets this error
                 logger.warning("cannot look whether another part has failed: %s", exc)
 
-    # a daemon, because the store may be patient for longer than the program lives
+    # a daemon, because the program must not wait at its exit while the store retries
     threading.Thread(target=watch, name="failure", daemon=True).start()
     try:
         yield
@@ -119,7 +119,7 @@ def _key(run: str) -> str:
 
 
 def _read(store: ObjectStore, run: str, attempt: str) -> Failure | None:
-    """The failure of this attempt, if there is one."""
+    """Return the failure of this attempt, if any."""
     try:
         failure = read_record(Failure, store, _key(run))
     except (ObjectNotFoundError, CorruptObjectError):

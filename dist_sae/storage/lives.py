@@ -1,12 +1,12 @@
-"""Counts the lives of a pod that end without progress, one after the other.
+"""Count of a pod's lives in a row that made no progress.
 
-    <run>/lives/<part>-<index>.json    lives in a row of this pod and its predecessors
+    <run>/lives/<part>-<index>.json    the count for a pod and the pods that it replaces
 
-Kubernetes counts the crashes of an index for as long as its Job exists and forgets none, however
-far the run has come since, and it counts no preemption and no exit with 75. So pods count here, and
-Kubernetes only restarts them (`kubernetes/jobs.py`). A life counts from when it has work to do. If
-it has made progress, the count begins anew; a life that finds too many before it ends the run. A
-planner has nothing to show before the plan: its count begins anew when it ends by itself.
+Kubernetes counts all crashes of an index for as long as its Job exists, however much progress the
+run has made since. It does not count preemptions or exits with 75. So pods count here, and
+Kubernetes only restarts them (`kubernetes/jobs.py`). A life counts once it has work to do, and its
+first progress resets the count. A pod that finds too many such lives before its own ends the run. A
+planner makes no progress before the plan, so its count is reset when it exits resumably.
 """
 
 import os
@@ -20,9 +20,9 @@ from dist_sae.storage.base import ObjectStore
 from dist_sae.storage.records import Record, read_record, seal
 
 JOB = "DIST_SAE_JOB"
-"""Environment variable with the identifier of a pod's Job: in another one the count is 0."""
+"""Environment variable with the identifier of a pod's Job. A new Job starts with a count of 0."""
 Part = Literal["planner", "trainer", "producer", "index"]
-"""Parts whose lives are counted."""
+"""Parts of a run whose lives are counted."""
 _PROGRESS: dict[Part, str] = {
     "planner": "a plan",
     "trainer": "a new checkpoint",
@@ -31,42 +31,42 @@ _PROGRESS: dict[Part, str] = {
 }
 _REMEDY = {"trainer": ", save more often (train.save_every_steps)"}
 
-_begun = threading.Event()  # of this process
+_begun = threading.Event()  # set once this process's life counts
 
 
 class Lives(Record):
-    """Content of the object."""
+    """Content of `<run>/lives/<part>-<index>.json`."""
 
     schema_version: Literal[1] = 1
     job: str
     in_a_row: int
-    """Lives that began to work and made no progress."""
+    """Number of consecutive lives that had work to do and made no progress."""
 
 
 class Life:
     """A life that is not counted: outside pods, and in all ranks of a pod but the first."""
 
     def begin(self) -> None:
-        """Note that there is work to do; only the first call counts.
+        """Record that there is work to do; only the first call has an effect.
 
         Raises:
             LivesSpentError: Too many lives before this one made no progress.
         """
 
     def progressed(self) -> None:
-        """Note progress; only the first call counts."""
+        """Record progress; only the first call has an effect."""
 
 
 class PodLife(Life):
-    """The life of a pod.
+    """A pod's life, which is counted.
 
     Args:
-        store: The store of runs.
+        store: Store of runs.
         run: Name of the run.
         part: Part of the run.
-        index: Number of the pod.
-        job: Identifier of its Job.
-        retries: Lives in a row, after a first one, that may make no progress.
+        index: Index of the pod in its Job.
+        job: Identifier of the Job.
+        retries: Number of lives in a row, after the first, that may make no progress.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class PodLife(Life):
 
 
 def this_life(run: Run, part: Part, store: ObjectStore) -> Life:
-    """The life of this process: a pod's, in its first rank, or one that nobody counts."""
+    """Return the life of this process; it is counted only in the first rank of a pod."""
     job = os.environ.get(JOB)
     if job is None or not _is_first():
         return Life()
@@ -118,12 +118,12 @@ def this_life(run: Run, part: Part, store: ObjectStore) -> Life:
 
 
 def crash_code() -> int | None:
-    """Exit code of a bug in a life that is counted here; None elsewhere."""
+    """Return the exit code of a crash if this life is counted here; otherwise None."""
     counted = JOB in os.environ and (_begun.is_set() or not _is_first())
     return EXIT_CRASHED if counted else None
 
 
 def _is_first() -> bool:
-    from dist_sae.device import local_rank  # imports torch, which rendering needs not
+    from dist_sae.device import local_rank  # imports torch, which rendering does not need
 
     return local_rank() == 0

@@ -27,7 +27,7 @@ class LocalStore:
         folder = folder_of(url)
         assert folder is not None
         self.root = Path(folder)
-        self._read_only = False  # as far as is known
+        self._read_only = False  # until a write fails
 
     @property
     def url(self) -> str:
@@ -44,7 +44,7 @@ class LocalStore:
 
     @contextmanager
     def file(self, key: str) -> Iterator[Path]:
-        """An object's file, to be read in other ways within a `with` block."""
+        """Yield the path of an object's file, for readers that need a file instead of bytes."""
         with self._errors(key):
             yield self.root / key
 
@@ -125,11 +125,11 @@ class LocalStore:
             self.delete(key)
 
     def _now(self) -> float:
-        """Current time by the clock that dates files: the server's on a network file system."""
+        """Return the time by the clock that dates files; on a network file system, the server's."""
         probe = self.root / f"{uuid.uuid4().hex[:12]}{_TEMPORARY}"
         try:
             probe.touch(exist_ok=False)
-            os.utime(probe)  # a server may date a new file by the client's clock, but not this
+            os.utime(probe)  # a server may date new files by the client's clock, but not this call
             return probe.stat().st_mtime
         except OSError:
             if not self._read_only:
@@ -161,7 +161,7 @@ class LocalStore:
 
 
 def _is_system_folder(folder: str) -> bool:
-    """True for snapshots, trash and the like, which are often large or unreadable."""
+    """Return whether a folder is for snapshots, trash etc., which are often large or unreadable."""
     return folder.startswith(".") or folder == "lost+found"
 
 
@@ -172,12 +172,12 @@ def _unless_gone(exc: OSError) -> None:
 
 
 def _create(path: Path) -> BinaryIO:
-    """Create a file, and its folders where they are missing."""
+    """Create a file and its missing parent folders."""
     for _ in range(_RACES):
         with suppress(FileNotFoundError):
             return path.open("xb")
         new = [folder for folder in path.parents if not folder.exists()]
-        with suppress(FileNotFoundError):  # another process has just deleted an empty folder
+        with suppress(FileNotFoundError):  # another process has just deleted the empty folder
             path.parent.mkdir(parents=True, exist_ok=True)
         for folder in new:
             _sync_folder(folder.parent)

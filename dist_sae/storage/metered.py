@@ -1,4 +1,4 @@
-"""A wrapper that counts and times the operations of any store."""
+"""Wrapper that counts and times the operations of any store."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -81,7 +81,7 @@ class MeteredStore:
         since = time.monotonic()
         try:
             yield
-        except ObjectNotFoundError:  # a valid answer, not a failure
+        except ObjectNotFoundError:  # a valid response, not a failure
             raise
         except StoreError as exc:
             self._meter.add("dist_sae_store_errors_total", 1, error=type(exc).__name__)

@@ -1,10 +1,11 @@
-"""Models that are folders of a store (`model.path: s3://bucket/folder`): their files here.
+"""Local copies of models that are folders of a store (`model.path: s3://bucket/folder`).
 
-They are fetched once into a folder of this machine, which pods may share (`cluster.cache`). It is
-named after what the store lists (names, sizes, entity tags), so a model that was written anew gets
-another one, and one that was moved keeps its own. A file is there whole or not at all, with its
-checksum beside it, and each process compares the two before it uses the file. Only what
-`transformers` reads as data is fetched, and of weights only safetensors: a pickle can run any code.
+The files are fetched once into a folder on this machine, which pods may share (`cluster.cache`).
+The folder is named after the store's listing (names, sizes, entity tags). So a model that is
+rewritten gets a new folder, and a model that is moved keeps its folder. A file appears only when it
+is complete, together with its checksum, and each process compares the two before it uses the file.
+Only files that `transformers` reads as data are fetched, and weights only as safetensors, because a
+pickle can run any code.
 """
 
 import fcntl
@@ -36,16 +37,16 @@ _forgotten = set[Path]()
 
 
 def place_of(model: HuggingFaceModel, *, weights: bool) -> str:
-    """Where `transformers` finds a model: a name on the hub, or a folder of this machine.
+    """Return where `transformers` finds a model: a name on the hub, or a folder on this machine.
 
-    Files of a model in a store are fetched if they are not in that folder.
+    If the model is in a store, files that are missing from that folder are fetched first.
 
     Args:
-        model: The model, by itself.
-        weights: Whether weights are needed, too.
+        model: One model; `model.other` is ignored.
+        weights: Whether the weights are needed too.
 
     Raises:
-        ModelError: The store lacks files of the model, or they cannot be kept here.
+        ModelError: The store lacks files of the model, or they cannot be stored on this machine.
     """
     if not model.is_stored:
         return model.place
@@ -67,11 +68,11 @@ def place_of(model: HuggingFaceModel, *, weights: bool) -> str:
 
 
 def forget(models: Iterable[HuggingFaceModel]) -> bool:
-    """Fetch the files of models in stores again when they are next needed.
+    """Delete the local files of models in stores, so that they are fetched again when needed.
 
     Returns:
-        True if there was one to forget; False the second time in a process, since what comes again
-        as it was is not damaged.
+        True if the files of any model were deleted. A model's files are deleted only once per
+        process, because files that are the same after a second fetch are not damaged.
     """
     there = [_folder(_listing(model)[1]) for model in models if model.is_stored]
     fresh = [folder for folder in there if folder not in _forgotten]
@@ -84,9 +85,9 @@ def forget(models: Iterable[HuggingFaceModel]) -> bool:
 
 
 def weight_checksums(model: HuggingFaceModel) -> dict[str, str]:
-    """Checksums (xxh3, 128 bits) of the weights of a model in a store, by file name.
+    """Return checksums (xxh3, 128 bits) of the weights of a model in a store, by file name.
 
-    Files that are not on this machine are read, but not kept.
+    Files that are not on this machine are read from the store but not saved.
     """
     store, entries = _listing(model)
     folder = _folder(entries)
@@ -100,16 +101,16 @@ def weight_checksums(model: HuggingFaceModel) -> dict[str, str]:
 
 
 def checksum(path: Path) -> str:
-    """Checksum (xxh3, 128 bits) of a file."""
+    """Compute the checksum (xxh3, 128 bits) of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def _listing(model: HuggingFaceModel) -> tuple[ObjectStore, dict[str, Entry]]:
-    """The store of a model, and the objects in it that belong to the model.
+    """Return the store of a model, and the objects in it that belong to the model.
 
     Raises:
-        ModelError: Some are missing.
+        ModelError: Some of the model's objects are missing.
     """
     store = open_store(model.path, model.s3)
     found = {
@@ -134,7 +135,7 @@ def _listing(model: HuggingFaceModel) -> tuple[ObjectStore, dict[str, Entry]]:
 
 
 def _named_in(index: bytes, model: HuggingFaceModel) -> set[str]:
-    """Names of the files that an index of weights names."""
+    """Return the names of the files that an index of weights lists."""
     try:
         return {str(name) for name in json.loads(index)["weight_map"].values()}
     except (ValueError, LookupError, TypeError, AttributeError) as exc:
@@ -144,7 +145,7 @@ def _named_in(index: bytes, model: HuggingFaceModel) -> set[str]:
 
 
 def _folder(entries: dict[str, Entry]) -> Path:
-    """The folder of a model on this machine: of the same objects the same, wherever they lie."""
+    """Return a model's folder on this machine. It depends on the objects, not on their location."""
     told = sorted((entry.key, entry.bytes, entry.tag) for entry in entries.values())
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
     digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
@@ -152,7 +153,7 @@ def _folder(entries: dict[str, Entry]) -> Path:
 
 
 def _is_whole(folder: Path, entry: Entry) -> bool:
-    """True if the file is there with the bytes that were fetched."""
+    """Return whether the file exists with the bytes that were fetched."""
     file = folder / entry.key
     if not file.exists():
         return False
@@ -165,13 +166,13 @@ def _is_whole(folder: Path, entry: Entry) -> bool:
 
 @cache
 def _is_as_fetched(file: Path, *_: int) -> bool:
-    """Compare a file with its checksum; once in a process, while its inode and time stay."""
+    """Compare a file with its checksum, once per process unless its inode or time changes."""
     told = file.parent / "checksums" / file.name
     return told.exists() and told.read_text() == checksum(file)
 
 
 def _fetch(store: ObjectStore, entry: Entry, folder: Path, part: Path) -> None:
-    """Fetch an object into its file, which appears whole."""
+    """Fetch an object into its file, which appears only when it is complete."""
     logger.info("fetches %s/%s, %.2f GB", store.url, entry.key, entry.bytes / 1e9)
     hashed = xxhash.xxh3_128()
     with part.open("wb") as file:
@@ -204,9 +205,9 @@ def _digest(pieces: Iterator[bytes]) -> str:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[Path]:
-    """Keep other processes from fetching the same file; yields a path to write it to.
+    """Keep other processes from fetching the same file, and yield a path to write it to.
 
-    Where a file system has no locks, each fetches it, to a path of its own.
+    On a file system without locks, each process fetches the file to a separate path.
     """
     with path.with_name(f"{path.name}.lock").open("w") as lock:
         part = path.with_name(f"{path.name}.part")

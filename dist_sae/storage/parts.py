@@ -1,4 +1,4 @@
-"""Objects that are written in parts: cutting their bytes, and a bounded number in flight."""
+"""Helpers for writing objects in parts: cutting bytes, and limiting the parts in flight."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +10,7 @@ Result = TypeVar("Result")
 
 
 def in_parts(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
-    """Cut bytes that come in pieces of any size into parts of `size`; the last may be smaller."""
+    """Regroup pieces of bytes of any size into parts of `size` bytes; the last may be smaller."""
     held: list[memoryview] = []
     n_held = 0
     for piece in pieces:
@@ -30,9 +30,9 @@ def map_ahead(
 ) -> Iterator[Result]:
     """Yield the results of a call on each item, in order, as `Executor.map` does.
 
-    Only `ahead` items are taken before their results are asked for, so that few are in memory.
-    However it ends, no call still runs then: a part that arrives after its upload was aborted would
-    stay in the bucket.
+    At most `ahead` + 1 items are in flight at a time, so that few are in memory. When the iteration
+    ends, even by an error, no call is still running. Otherwise a part could arrive after its upload
+    was aborted, and stay in the bucket.
     """
     pending: deque[Future[Result]] = deque()
     try:

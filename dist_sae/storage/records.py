@@ -1,4 +1,4 @@
-"""JSON objects that carry their own checksum; a read that does not match is repeated."""
+"""JSON objects that contain their own checksum; a read that does not match it is repeated."""
 
 import hashlib
 import json
@@ -30,8 +30,8 @@ def _check_key(key: str, info: ValidationInfo) -> str:
 
 
 Key = Annotated[str, AfterValidator(_check_key)]
-"""Key of an object that a record names: it must lie in the folder that `read_record` is told, since
-whoever can write the record would else choose what is read or deleted elsewhere."""
+"""Key of an object that a record names. It must be inside the folder `within` of `read_record`.
+Otherwise anyone who can write the record could choose what is read or deleted elsewhere."""
 Some = TypeVar("Some", bound=Record)
 
 
@@ -41,7 +41,7 @@ def digest(record: Record) -> str:
 
 
 def seal(record: Record) -> bytes:
-    """Serialise a record as JSON, with the checksum of the other fields as its last field."""
+    """Serialize a record as JSON, with an extra field for the checksum of the other fields."""
     content = record.model_dump(mode="json")
     return _canonical({**content, _SEAL: _digest(content)})
 
@@ -57,16 +57,16 @@ def unseal(
     """Parse the bytes that `seal` wrote.
 
     Args:
-        model: Their kind.
-        data: The bytes.
-        store: Where they are from, for messages.
-        key: Their key.
+        model: Class of the record.
+        data: Bytes to parse.
+        store: Store that the bytes are from, for messages.
+        key: Key that the bytes are from, for messages.
         remedy: What a user can do about a damaged object.
-        within: Folder in which every `Key` of it must lie.
+        within: Folder that must contain every `Key` of the record.
 
     Raises:
-        CorruptObjectError: The bytes are damaged, their schema version is unknown, or a key lies
-            elsewhere.
+        CorruptObjectError: The bytes are damaged, their schema version is unknown, or a key is
+            outside of `within`.
     """
     then = remedy and f"; {remedy}"
     try:
@@ -93,19 +93,19 @@ def unseal(
 def read_record(
     model: type[Some], store: ObjectStore, key: str, remedy: str = "", within: str = ""
 ) -> Some:
-    """Read a record, and read it again if it arrives damaged.
+    """Read a record; retry if it arrives damaged.
 
     Args:
-        model: Its kind.
-        store: Where it is.
-        key: Its key.
-        remedy: What a user can do about a damaged one.
-        within: Folder in which every `Key` of it must lie.
+        model: Class of the record.
+        store: Store to read from.
+        key: Key of the record.
+        remedy: What a user can do about a damaged record.
+        within: Folder that must contain every `Key` of the record.
 
     Raises:
-        ObjectNotFoundError: There is no object under the key.
-        CorruptObjectError: The record is damaged in the store, has another schema version, or names
-            a key elsewhere.
+        ObjectNotFoundError: No object exists under the key.
+        CorruptObjectError: The record is damaged in the store, has an unknown schema version, or
+            names a key outside of `within`.
     """
     for _ in range(READS - 1):
         try:

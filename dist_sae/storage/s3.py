@@ -29,7 +29,7 @@ from dist_sae.storage.s3_patience import S3Patience
 
 logger = logging.getLogger(__name__)
 
-# error codes of endpoints, or HTTP statuses where an endpoint sends no code
+# error codes of endpoints, or HTTP statuses if an endpoint sends no code
 _EXISTS = {"PreconditionFailed", "412"}
 _NOT_IMPLEMENTED = {"NotImplemented", "501"}
 _NO_BATCHES = {*_NOT_IMPLEMENTED, "MethodNotAllowed", "405"}
@@ -39,10 +39,10 @@ _OUT_OF_RANGE = {"InvalidRange", "416"}
 PART_BYTES = 16 * 2**20
 """Size of a part of a transfer."""
 CONCURRENT_PARTS = 8
-"""Parts of an object that are transferred at a time."""
+"""Number of parts of an object that are transferred at a time."""
 MULTIPART_FROM_BYTES = 2 * PART_BYTES
 """Objects of at least this size are uploaded in parts."""
-_DELETED_AT_ONCE = 1000  # the most that DeleteObjects takes
+_DELETED_AT_ONCE = 1000  # limit of DeleteObjects
 _PROBE_READS = 3
 _RACERS = 4
 _CUT = "the endpoint's answer was cut short"
@@ -53,21 +53,21 @@ class ConditionNotImplementedError(Exception):
 
 
 class BatchNotImplementedError(Exception):
-    """The endpoint deletes one object with a request, not several."""
+    """The endpoint cannot delete several objects with one request."""
 
 
 class UploadGoneError(Exception):
-    """The endpoint no longer knows a multipart upload: it is aborted or already complete."""
+    """The endpoint no longer knows a multipart upload: it was aborted or is already complete."""
 
 
 class S3Store:
-    """Store at `s3://bucket/prefix`; makes its client on first use and drops it when pickled.
+    """Store at `s3://bucket/prefix`; creates its client on first use and drops it when pickled.
 
     Args:
         url: `s3://bucket/prefix`.
-        config: How to reach the endpoint.
-        meter: Receives counts and durations of requests.
-        stopping: Once set, calls retry for a few seconds only.
+        config: Settings of the endpoint.
+        meter: Receiver of counts and durations of requests.
+        stopping: Event after which calls retry for only a few seconds.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class S3Store:
         except ConditionNotImplementedError:
             won = []
             self.put(key, b"first")
-        # "first", or "second" if the condition was ignored; up to 3 reads: one may be damaged
+        # "first", or "second" if the condition was ignored; retried, as a read may be damaged
         if not any(self.get(key, 1, 3) in (b"ir", b"ec") for _ in range(_PROBE_READS)):
             raise StoreError(
                 "a read does not return what was just written; use a store that is consistent",
@@ -122,7 +122,7 @@ class S3Store:
 
     def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         if stop is not None and stop <= start:
-            self._get_part(key, 0, 1)  # raises when there is no object
+            self._get_part(key, 0, 1)  # raises if the object does not exist
             return b""
         first_stop = start + PART_BYTES
         first, size = self._get_part(key, start, min(first_stop, stop or first_stop))
@@ -153,7 +153,7 @@ class S3Store:
         self._patiently(key, write)
 
     def size(self, key: str) -> int | None:
-        # not HEAD: without a body a missing key and a missing bucket look the same
+        # not HEAD: its error has no body, so a missing key and a missing bucket look the same
         try:
             return self._get_part(key, 0, 1)[1]
         except ObjectNotFoundError:
@@ -200,7 +200,7 @@ class S3Store:
             if code_of(exc) in _NO_BATCHES:
                 raise BatchNotImplementedError from exc
             raise
-        for error in answer.get("Errors", ()):  # as a DELETE of this key would have answered
+        for error in answer.get("Errors", ()):  # raise what a DELETE of this key would raise
             raise ClientError({"Error": error}, "DeleteObjects")
 
     def _pages(self, prefix: str, **options: str) -> Iterator[Any]:
@@ -219,14 +219,14 @@ class S3Store:
         page = self.client.list_objects_v2(
             Bucket=self._bucket, Prefix=self._prefix + prefix, **options
         )
-        if "IsTruncated" not in page:  # boto takes an empty body for an empty list
+        if "IsTruncated" not in page:  # boto parses an empty body as an empty list
             raise UnavailableError(_CUT, url=self.url, key=prefix or None)
         return page
 
     def _get_part(self, key: str, start: int, stop: int) -> tuple[bytes, int]:
-        """Download bytes [start, stop) of an object; returns them and the object's size.
+        """Download bytes [start, stop) of an object; return them and the object's size.
 
-        An endpoint without range requests returns everything from `start` on.
+        If the endpoint ignores ranges, everything from `start` on is returned.
         """
 
         def download() -> tuple[bytes, int]:
@@ -283,7 +283,7 @@ class S3Store:
 
     def _begin_upload(self, where: Mapping[str, str]) -> str:
         answer = self.client.create_multipart_upload(**where, **self._encryption)
-        if "UploadId" not in answer:  # boto takes an empty body for an answer
+        if "UploadId" not in answer:  # boto parses an empty body as a valid response
             raise UnavailableError(_CUT, url=self.url)
         return str(answer["UploadId"])
 
@@ -307,8 +307,8 @@ class S3Store:
             return True
 
         created = self._patiently(key, create)
-        if not created and attempts > 1:  # the answer to a successful attempt may have been lost
-            with suppress(ObjectNotFoundError):  # another writer's, deleted since
+        if not created and attempts > 1:  # the response to a successful attempt may have been lost
+            with suppress(ObjectNotFoundError):  # it was another writer's object, deleted since
                 created = self.get(key) == data
         return created
 
@@ -321,14 +321,14 @@ class S3Store:
 
     @cached_property
     def _encryption(self) -> Mapping[str, str]:
-        """Server-side encryption, as arguments of a PUT."""
+        """Settings of server-side encryption, as arguments of a PUT."""
         config = self._config
         given = {"ServerSideEncryption": config.encryption, "SSEKMSKeyId": config.kms_key_id}
         return {name: value for name, value in given.items() if value is not None}
 
     @cached_property
     def client(self) -> Any:
-        """Client of boto3, made at its first use."""
+        """boto3 client, created at its first use."""
         client = make_client(self.url, self._config, 4 * CONCURRENT_PARTS)
         if self._meter:
             client.meta.events.register("request-created.s3", _start_clock)
@@ -336,13 +336,13 @@ class S3Store:
         return client
 
     def _renew(self) -> None:
-        """Drop the client: one that found no credentials never looks for them again."""
+        """Drop the client: a client that found no credentials never looks for them again."""
         self.__dict__.pop("client", None)
 
     def _count_request(
         self, operation: Any, attempts: int, request_dict: Any, response: Any, **_: object
     ) -> None:
-        """Record the status of one boto attempt and the time until its headers came."""
+        """Record the status of one boto attempt and the time until its headers arrived."""
         assert self._meter is not None
         status = "none" if response is None else str(response[0].status_code)
         started = request_dict["context"].get("dist_sae_started")
@@ -372,6 +372,6 @@ def _start_clock(request: Any, **_: object) -> None:
 
 
 def _clock(answer: Mapping[str, Any]) -> datetime:
-    """Read the endpoint's clock from an answer's Date header."""
+    """Read the endpoint's clock from the Date header of a response."""
     date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
     return parsedate_to_datetime(date) if date else datetime.now(UTC)

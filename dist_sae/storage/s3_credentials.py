@@ -1,8 +1,9 @@
-"""Errors about AWS credentials, told apart as passing or permanent; for `s3_errors.py` alone.
+"""Errors about AWS credentials, classified as temporary or permanent; only for `s3_errors.py`.
 
 Credentials come from services: instance metadata (EC2), a container's endpoint (ECS, EKS Pod
-Identity), STS for a web identity. When many pods start at once these are busy, and a program
-retries as it does with the store itself. Missing credentials are reported at once.
+Identity), or STS for a web identity. When many pods start at once, these services are busy, so
+their errors are retried in the same way as errors of the store itself. Missing credentials are
+reported at once.
 """
 
 import os
@@ -23,10 +24,10 @@ from botocore.exceptions import (
 
 from dist_sae.errors import AccessError, UnavailableError
 
-_FIELDS = {"AccessKeyId", "SecretAccessKey", "Token", "Expiration"}  # in an endpoint's answer
+_FIELDS = {"AccessKeyId", "SecretAccessKey", "Token", "Expiration"}  # in an endpoint's response
 _STILL_EXPIRED = "refreshed credentials are still expired"
 _METADATA = "http://169.254.169.254"
-_METADATA_SECONDS = 1.0  # as botocore has it
+_METADATA_SECONDS = 1.0  # same as in botocore
 _SERVICES = re.compile("AssumeRole|GetRoleCredentials|GetSessionToken|CreateToken|CreateOAuth2")
 
 
@@ -44,7 +45,7 @@ def is_busy(status: int) -> bool:
 
 @contextmanager
 def mapped(url: str, key: str | None) -> Iterator[None]:
-    """Raise botocore's credential errors as ours; `answer_of_service` handles STS answers."""
+    """Raise botocore's credential errors as ours; `answer_of_service` handles errors from STS."""
     try:
         yield
     except CredentialRetrievalError as exc:
@@ -63,7 +64,7 @@ def mapped(url: str, key: str | None) -> Iterator[None]:
             "AWS_PROFILE or a web identity",
             url=url,
         ) from exc
-    except (RuntimeError, KeyError) as exc:  # by botocore: the answer lacks them or has expired
+    except (RuntimeError, KeyError) as exc:  # from botocore: fields are missing or have expired
         if _STILL_EXPIRED not in str(exc) and str(exc).strip("'") not in _FIELDS:
             raise
         raise UnavailableError(
@@ -80,17 +81,17 @@ def mapped(url: str, key: str | None) -> Iterator[None]:
 def answer_of_service(
     exc: ClientError, code: str, url: str, key: str | None, *, busy: bool
 ) -> AccessError | UnavailableError | None:
-    """Map a refusal by a credentials service; None if the store itself refused.
+    """Map an error of a credentials service; return None if the error is the store's own.
 
-    An expired web identity token is renewed outside the program, and the issuer of a token may be
-    unreachable: both pass, though their codes do not say so.
+    Two errors are temporary although their codes do not show it: an expired web identity token,
+    which is renewed outside the program, and a token issuer that cannot be reached.
 
     Args:
-        exc: The refusal.
-        code: Its code.
-        url: The store.
-        key: The requested object.
-        busy: True if the code alone says that the service is busy.
+        exc: Error to map.
+        code: Code of the error.
+        url: URL of the store.
+        key: Key of the requested object.
+        busy: True if the code alone shows that the service is busy.
     """
     if not _SERVICES.match(exc.operation_name):
         return None
@@ -105,19 +106,19 @@ def answer_of_service(
 
 
 def _is_passing(text: str) -> bool:
-    """True if the credentials endpoint may answer later; botocore gives only a text to go by."""
+    """Return whether the credentials endpoint may respond later, judged by botocore's message."""
     if status := re.search(r"non 200 response (\d+)", text):
         return is_busy(int(status[1]))
     return (
-        "container metadata" in text  # no answer, or not JSON
-        or "Credential refresh failed" in text  # it gave credentials before
+        "container metadata" in text  # no response, or not JSON
+        or "Credential refresh failed" in text  # the endpoint has given credentials before
     )
 
 
 def _metadata_is_busy() -> bool:
-    """True if instance metadata exists but fails.
+    """Return whether instance metadata exists but fails, which botocore reports as no credentials.
 
-    Botocore reports this as no credentials. If nothing answers, the machine has no metadata.
+    If nothing responds, the machine has no metadata.
     """
     if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
         return False
@@ -126,7 +127,7 @@ def _metadata_is_busy() -> bool:
     status, token = _ask(f"{base}/latest/api/token", "PUT", headers)
     if status != HTTPStatus.REQUEST_TIMEOUT and is_busy(status):
         return True
-    # the token's hop limit may not reach a container; then this request tells more
+    # because of its hop limit, the token may not reach a container; then try without one
     headers = {"x-aws-ec2-metadata-token": token} if status == HTTPStatus.OK else {}
     status, role = _ask(f"{base}/latest/meta-data/iam/security-credentials/", "GET", headers)
     return is_busy(status) or (
@@ -135,7 +136,7 @@ def _metadata_is_busy() -> bool:
 
 
 def _ask(url: str, method: str, headers: dict[str, str]) -> tuple[int, str]:
-    """Send a request; returns (status, text): 408 without an answer, 0 without a connection."""
+    """Send a request; return (status, text): 408 without a response, 0 without a connection."""
     request = urllib.request.Request(url, method=method, headers=headers)
     try:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

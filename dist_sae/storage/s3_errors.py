@@ -1,4 +1,4 @@
-"""Mapping from errors of S3 endpoints and boto to ours; for `s3.py` alone."""
+"""Mapping from errors of S3 endpoints and boto to the errors of `errors.py`."""
 
 import re
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from dist_sae.errors import (
 )
 from dist_sae.storage import s3_credentials
 
-# patterns, since implementations vary the codes
+# patterns, because implementations use different codes
 _REFUSALS = {
     "NoSuchBucket": "no such bucket; create it or correct the URL",
     "InvalidBucketName": "not a valid bucket name; correct the URL",
@@ -70,7 +70,7 @@ _BUSY = re.compile(
     "|BadDigest|ContentSHA256Mismatch|ChecksumMismatch|IncompleteBody).*"  # damaged in transit
 )
 _BUSY_STATUSES = {
-    404,  # with no code above: from a proxy that has lost its server
+    404,  # without a code that is listed above: from a proxy that has lost its server
     409,
 }
 _REFUSED_STATUSES = {401, 403}
@@ -117,7 +117,7 @@ def _mapped(exc: ClientError, url: str, key: str | None) -> StoreError:
     busy = bool(_BUSY.fullmatch(code)) or s3_credentials.is_busy(status)
     if refusal := s3_credentials.answer_of_service(exc, code, url, key, busy=busy):
         return refusal
-    if "kms:" in str(exc):  # the permission that is lacking
+    if "kms:" in str(exc):  # the name of the missing permission
         return AccessError(f"{line_of(exc)}; check store.s3.kms_key_id", url=url)
     for shape, error, message in _ANSWERS:
         if re.fullmatch(shape, "507" if status == _FULL_STATUS else code):
@@ -130,13 +130,13 @@ def _mapped(exc: ClientError, url: str, key: str | None) -> StoreError:
 
 
 def _asked(exc: Exception) -> str | None:
-    """The endpoint that did not answer: the store's or a credentials service's."""
+    """Return the endpoint that did not respond: the store's or a credentials service's."""
     url = urlsplit(getattr(exc, "kwargs", {}).get("endpoint_url") or "")
     return f"{url.scheme}://{url.netloc}" if url.netloc else None
 
 
 def code_of(exc: ClientError) -> str:
-    """The endpoint's error code, or the HTTP status if boto cannot parse the answer."""
+    """Return the endpoint's error code, or the HTTP status if boto cannot parse the response."""
     return str(exc.response.get("Error", {}).get("Code") or _status(exc))
 
 
@@ -146,5 +146,5 @@ def _status(exc: ClientError) -> int | None:
 
 
 def line_of(exc: Exception) -> str:
-    """A boto error's message on one line."""
+    """Return a boto error's message on one line."""
     return " ".join(str(exc).split())

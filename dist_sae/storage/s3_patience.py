@@ -1,7 +1,8 @@
-"""Patience with an S3 endpoint.
+"""Retries of calls to an S3 endpoint.
 
-Boto retries a request a few times. Longer faults (an endpoint that is down for minutes, a
-connection that breaks in the middle of a body) are retried here, for `store.s3.deadline_seconds`.
+Boto retries a request a few times. Longer faults (an endpoint that is down for minutes) and faults
+that boto does not retry (a connection that breaks within a body) are retried here, for
+`store.s3.deadline_seconds`.
 """
 
 import logging
@@ -24,11 +25,11 @@ class S3Patience:
     """Retries calls until the endpoint answers or the deadline passes.
 
     Args:
-        url: Of the store, for messages.
-        config: Endpoint and deadline.
-        meter: Receives the number of retries.
-        stopping: Once set, calls retry for a few seconds only.
-        renew: Called when no credentials were found, before the next attempt.
+        url: URL of the store, for messages.
+        config: Settings of the endpoint, including the deadline.
+        meter: Receiver of the number of retries.
+        stopping: Event after which calls retry for only a few seconds.
+        renew: Function that is called before the next attempt if no credentials were found.
     """
 
     def __init__(
@@ -47,15 +48,15 @@ class S3Patience:
         self._patiently = Patience(config.deadline_seconds, stopping, UnavailableError, logger)
 
     def __call__(self, key: str | None, call: Callable[[], Result]) -> Result:
-        """Call until it succeeds.
+        """Repeat a call until it succeeds, and return its result.
 
         Args:
-            key: The object, for messages.
-            call: A request. Its errors are mapped to those of `errors.py`.
+            key: Key of the object, for messages.
+            call: Function that sends a request. Its errors are mapped to those of `errors.py`.
 
         Raises:
-            UnavailableError: The endpoint did not answer before the deadline.
-            StoreError: Waiting does not mend it.
+            UnavailableError: The endpoint did not respond before the deadline.
+            StoreError: The call failed with an error that a retry cannot fix.
         """
 
         def attempt() -> Result:
