@@ -245,9 +245,10 @@ def _ranks(counts: Int, first: int, top: int, per_decile: int, seed: int) -> _Ra
     many = np.flatnonzero(counts > top)
     parts = DECILES * per_decile
     for part in range(parts):
-        low, high = (-(-counts[many] * n // parts) for n in (part, part + 1))  # rounded up as in `_decile_ranks`
+        # rounded up as in `_decile_ranks`
+        low, high = (-(-counts[many] * n // parts) for n in (part, part + 1))
         chance = chances(seed, DECILE_CHANCE, first + many, np.full(len(many), part))
-        chance = (chance >> np.uint64(40)).astype(np.int64)  # 24 bits, so that the product fits into 63
+        chance = (chance >> np.uint64(40)).astype(np.int64)  # 24 bits, so the product fits into 63
         rank = low + (chance * (high - low) >> 24)
         kept = high > low
         found.append((many[kept], np.full(kept.sum(), part // per_decile), rank[kept]))
