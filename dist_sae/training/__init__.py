@@ -1,1 +1,1 @@
-"""One training job: how it begins, its loop, its numbers."""
+"""Training: setting up jobs, the training loop, and the metrics of jobs."""

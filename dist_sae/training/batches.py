@@ -1,4 +1,4 @@
-"""The batches that a rank trains on: what all jobs that read one stream share."""
+"""The batches that a rank trains on, shared by all jobs that read the same stream."""
 
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from dist_sae.training.clock import Times
 
 _STALL_SECONDS = 0.01
 KEPT_BYTES = 2**29
-"""Most bytes of first batches that a rank keeps for training, unless jobs share them."""
+"""Maximum bytes of first batches that a rank keeps in memory if only one job starts from them."""
 
 
 class StreamPosition(NamedTuple):
@@ -36,10 +36,13 @@ class StreamPosition(NamedTuple):
     cursors: Mapping[int, StreamCursor]
     """Position of each of this rank's streams."""
     repeated_rows: int
-    """Rows read again because a stream had ended; rank 0's count includes earlier processes'."""
+    """Rows that were read again because a stream had ended.
+
+    Rank 0's count also includes the total of all ranks in the checkpoint that was restored.
+    """
 
     def after(self, batch: Batch) -> "StreamPosition":
-        """The position after the next batch."""
+        """Return the position after the next batch."""
         repeated_rows = self.repeated_rows + batch.repeated_rows
         return StreamPosition(batch.step + 1, batch.cursors, repeated_rows)
 
@@ -48,9 +51,10 @@ class TrainingBatch:
     """This rank's part of a global batch.
 
     Args:
-        loaded: As the loader gave it.
-        device: This rank's.
-        wants_to_meet: Tells whether this rank must meet the others before the next batch.
+        loaded: The batch from the loader.
+        device: This rank's device.
+        wants_to_meet: Returns whether this rank must synchronize with the others before the next
+            batch.
     """
 
     def __init__(
@@ -63,9 +67,9 @@ class TrainingBatch:
         self._rows: dict[Hashable, Rows] = {}
 
     def rows(self, normalisers: SiteNormalisers) -> Rows:
-        """The rows of these sites on the device, normalised, in fp32.
+        """Return the rows of these sites on the device, normalized, in fp32.
 
-        They are copied and normalised once, however many jobs ask.
+        The rows are copied and normalized once, however many jobs use them.
         """
         key = normalisers.key
         if key not in self._rows:
@@ -73,55 +77,59 @@ class TrainingBatch:
         return self._rows[key]
 
     def told(self, *, meet: bool) -> None:
-        """Note whether any rank must meet the others, as a step on this batch has told all."""
+        """Record whether any rank must synchronize, which all ranks learned in a step."""
         self._said.append(meet)
 
     @property
     def meets(self) -> bool:
-        """Whether ranks meet before the next batch; also if no step on this one has told them."""
+        """Whether the ranks synchronize before the next batch.
+
+        They also do if no step ran on this batch, because then no rank knows about the others.
+        """
         return any(self._said) or not self._said
 
 
 class Reader(Protocol):
-    """What `Batches` knows of a job that reads them."""
+    """The part of a training job that `Batches` uses."""
 
     position: StreamPosition
     registration: Registration
-    """Tells producers and other runs how far the job has read."""
+    """Publishes how far the job has read, for producers and other runs."""
 
     @property
     def steps(self) -> range:
-        """Steps that the job will still make; it needs the batches of these numbers."""
+        """The job's remaining steps, which are also the numbers of the batches that it needs."""
 
 
 @dataclass(eq=False)
 class Batches:
-    """Iterates over the batches that the jobs still need and exports how they arrive.
+    """Iterates over the batches that the jobs still need, and exports metrics about loading.
 
-    A batch is fetched once, however many jobs train on it. Reading begins with the job that is
-    furthest behind; the others join it where they stopped.
+    A batch is fetched once, however many jobs train on it. Reading starts at the position of the
+    job that is furthest behind. Each of the other jobs skips batches until its own next step.
 
-    Ranks meet before a batch only if one of them must stop, or has none at hand. They learn that in
-    a step on the batch before, from a number that travels with its counts of dead latents. So all
-    of them stop after the same step, and a step for which all batches are there begins at once.
+    Ranks synchronize before a batch only if one of them must stop or has no batch ready. All ranks
+    learn this in a step on the previous batch: the flag is summed over ranks by the same all-reduce
+    as the counts of dead latents. So all ranks stop after the same step, and a step starts without
+    a collective if all ranks have their batches.
     """
 
     mesh: Mesh
     watch: Watch
-    """Learns that this rank waits for a batch."""
+    """Notified when this rank waits for a batch."""
     jobs: Sequence[Reader]
     open_loader: Callable[[range, Mapping[int, StreamCursor]], Loader]
-    """Opens a loader of the batches of these steps; the cursors are those of the first."""
+    """Opens a loader for the batches of these steps, given the cursors of the first batch."""
     reading: ExitStack
-    """Closes the loader."""
+    """Exit stack that closes the loader."""
     times: Times
     telemetry: Telemetry
     stopping: threading.Event
     """When set on any rank, the iteration ends on all."""
     loader: Loader | None = None
-    """The open loader, if there is one: it gives the batches from the first that a job needs."""
+    """The open loader, if any. Its next batch is the first one that a job needs."""
     ready_units: int | None = None
-    """Training units that exist, once they have been counted."""
+    """Number of existing training units; None until they have been counted."""
 
     def __iter__(self) -> Iterator[TrainingBatch]:
         """Yield batches until no job needs one, or until a rank must stop. Collective."""
@@ -134,7 +142,7 @@ class Batches:
             loader, meets = self.loader, True
             for step in steps:
                 if not any(step in job.steps for job in self.jobs):
-                    break  # those that are left begin further on
+                    break  # the remaining jobs start at a later step: reopen the loader there
                 self.times.step = step
                 self.watch.at(step, working=False)
                 self.telemetry.set("dist_sae_train_loaded_batches", loader.loaded)
@@ -151,7 +159,7 @@ class Batches:
         return not is_last and (self.stopping.is_set() or not loader.is_ready)
 
     def raise_if_stopped(self) -> None:
-        """Raise why the iteration ended before the last step of a job, if it did.
+        """Raise an error if the iteration ended before a job's last step.
 
         Raises:
             Stopped: A rank was asked to stop.
@@ -166,11 +174,11 @@ class Batches:
 
     @property
     def reached(self) -> int:
-        """Unit that reading has reached, for the job that is furthest behind."""
+        """The unit that the job furthest behind has reached."""
         return min(job.registration.reached for job in self.jobs)
 
     def show_ready(self, units: int) -> None:
-        """Export how many training units exist. Called in a thread, on rank 0."""
+        """Export how many training units exist. Called on rank 0, from a background thread."""
         self.ready_units = units
         self.telemetry.set("dist_sae_train_ready_units", units)
         self._export_backlog()
@@ -190,16 +198,16 @@ class Batches:
 
 
 class FirstBatches:
-    """The first batches, from which new dictionaries take their initial values.
+    """The first batches of the stream, from which new dictionaries are initialized.
 
-    They are kept in memory for the other jobs and for training, which begins with them, so nothing
-    is read twice. Those of a single job are kept up to `KEPT_BYTES`: a million latents take as many
-    rows, which would be memory on top of what training needs.
+    Batches are kept in memory for the other jobs and for training, which starts with them, so
+    nothing is read twice. For a single job they are kept only up to `KEPT_BYTES`: a million latents
+    need a million rows, which would take memory on top of what training needs.
 
     Args:
-        n: Number of batches, at most.
-        loader: Gives them, and then those that follow.
-        several: Whether several jobs begin with them.
+        n: Maximum number of batches.
+        loader: Returns these batches, and then the following ones.
+        several: Whether several jobs are initialized from them.
     """
 
     def __init__(
@@ -226,14 +234,14 @@ class FirstBatches:
 
         Raises:
             Stopped: A stop was requested.
-            DataExhaustedError: There are too few rows.
+            DataExhaustedError: The activation set has too few rows.
         """
         for number in range(n):
             batch = self._kept[number] if number < len(self._kept) else self._take()
             yield normalisers.rows(batch.acts, self._mesh.device)
 
     def loader(self) -> Loader | None:
-        """The loader, which gives all batches from the first on; None if they were not kept."""
+        """Return the loader, rewound to the first batch; None if the batches were not kept."""
         if len(self._kept) < self._taken:
             return None
         self._loader.put_back(self._kept)
@@ -260,7 +268,7 @@ def open_loader(
     lineage: Lineage,
     cursors: Mapping[int, StreamCursor] | None,
 ) -> Loader:
-    """This rank's share of the batches of these steps."""
+    """Create a loader for this rank's share of the batches of these steps."""
     return Loader(
         activation_set,
         rank=mesh.rank,
@@ -277,11 +285,11 @@ def open_loader(
 def next_batch(
     loader: Loader, mesh: Mesh, stopping: threading.Event, times: Times, *, meets: bool = True
 ) -> Batch | None:
-    """The next batch once all ranks have theirs; None if any rank has none or must stop.
+    """Return the next batch once all ranks have theirs; None if any rank has none or must stop.
 
     Args:
-        meets: Whether the ranks meet; the same on all of them. While one waits for its data, all
-            wait. Without meeting, every rank must have a batch at hand.
+        meets: Whether the ranks synchronize; must be the same on all of them. If they do, all wait
+            while one waits for its data. If they do not, every rank must have a batch ready.
     """
     batch = loader.next(times.waiting)
     waited = batch.waited_seconds if batch else 0.0

@@ -1,4 +1,4 @@
-"""Measures and exports where a rank's time goes, from the start of training on."""
+"""Measures and exports where a rank's time goes, beginning with the setup of training."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ class Times:
 
     Args:
         device: The device whose clock is used.
-        telemetry: Exports the metrics of each job, by its name.
+        telemetry: Metrics exporter of each job, by job name.
     """
 
     step: int = 0
     """Steps done."""
     steps: int = 0
-    """Steps of the run, once they are known."""
+    """Total steps of the run; 0 until they are known."""
 
     def __init__(self, device: torch.device, telemetry: Mapping[str, Telemetry]) -> None:
         self.clock = Clock(device)
@@ -33,19 +33,21 @@ class Times:
         axis.mark = self.clock.mark if self.clock.is_cuda else None
         axis.take_spans()
         self._exported_early = {job: defaultdict[str, float](float) for job in telemetry}
-        """Seconds by phase that were exported since the last report."""
+        """Seconds by job and phase that were exported since the job's last report."""
         self._waited = 0.0
-        """Seconds of this wait for data that this rank has reported."""
+        """Seconds of the current wait for data that this rank has already reported."""
 
     def end(self, phase: str, job: str | None = None, *, waited: float = 0.0) -> None:
-        """End a phase: the time since the last call belongs to it.
+        """End a phase, and count the time since the last call as this phase.
 
-        Time inside collectives belongs to `ranks`: on a GPU, that between two marks of its clock.
+        Time inside collectives counts as `ranks`. On a GPU, this time is measured between marks of
+        the GPU's clock.
 
         Args:
-            phase: Its name.
-            job: Name of the job that it is of; None if it is all jobs'.
-            waited: Seconds of it, at most, that belong to `wait`: another rank waited for data.
+            phase: Name of the phase.
+            job: Name of the job that the phase belongs to; None if it belongs to all jobs.
+            waited: Maximum seconds of the phase that count as `wait`, because another rank waited
+                for data.
         """
         exchanged, self._exchanged = axis.seconds - self._exchanged, axis.seconds
         in_ranks = {} if self.clock.is_cuda else {"ranks": exchanged}
@@ -55,13 +57,14 @@ class Times:
             self._report_waiting()
 
     def stood_still(self, seconds: float) -> None:
-        """Count the time for which this rank has waited for its data so far, this time."""
-        since = self._waited if self._waited <= seconds else 0.0  # for one unit after another
+        """Count the seconds for which this rank has waited in the current wait for data."""
+        # fewer seconds than reported before: a new wait, such as for the normalisers' next unit
+        since = self._waited if self._waited <= seconds else 0.0
         for telemetry in self._telemetry.values():
             telemetry.add("dist_sae_train_wait_seconds_total", seconds - since)
 
     def waiting(self, seconds: float) -> None:
-        """Report `seconds` of waiting for data now, since the next report may be far away."""
+        """Report `seconds` of an ongoing wait for data. The next regular report may be far away."""
         self._phases.end("wait")
         self.stood_still(seconds)
         for job, early in self._exported_early.items():
@@ -71,7 +74,7 @@ class Times:
         self._report_waiting()
 
     def take(self, job: str) -> dict[str, float]:
-        """Seconds of a job since the last call for it, by phase. On a GPU this waits for it."""
+        """Return a job's seconds by phase since its last call. On a GPU, wait for the device."""
         spent = self._export(job)
         early, self._exported_early[job] = self._exported_early[job], defaultdict(float)
         return {phase: spent.get(phase, 0.0) + early.get(phase, 0.0) for phase in {*spent, *early}}
@@ -90,6 +93,6 @@ class Times:
 
 
 def rows_per_worked_second(rows: int, phases: Mapping[str, float]) -> float:
-    """Rows per second of the time in steps, without `STANDING` phases."""
+    """Return rows per second of the time spent in steps, without `STANDING` phases."""
     worked = sum(seconds for phase, seconds in phases.items() if phase not in STANDING)
     return rows / worked

@@ -1,4 +1,4 @@
-"""Tells whether a run is complete."""
+"""Checks whether a run, or its activation set, is complete."""
 
 from typing import Any
 
@@ -14,20 +14,20 @@ from dist_sae.storage import ObjectStore, open_store
 
 
 def completed_result(run: Run) -> dict[str, float] | None:
-    """The result of training, if the run, which is no sweep, is complete; else None.
+    """Return the result of training if the run is complete, else None. The run is not a sweep.
 
-    Checked before the rendezvous, because a rank that is restarted after the others have finished
-    would wait for them in vain.
+    Call this before the rendezvous. A rank that is restarted after the others have finished would
+    otherwise wait for them until the timeout.
 
     Raises:
-        PlanMismatchError: The run's checkpoints were made with other settings.
+        PlanMismatchError: The run's checkpoints were written with other settings.
     """
     runs = open_store(run.store.runs, run.store.s3)
     checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
     if checkpoint is None:
         return None
     stored, lineage = checkpoint.scalars["run"], Lineage.from_scalars(checkpoint.scalars)
-    # text, model and activations may be gone by now
+    # the text, the model and the activations may have been deleted by now
     run = planned(run, stream_rows=lineage.stream_rows) or as_begun(run, stored)
     check_settings(checkpoint, run, runs)
     if checkpoint.step < run.steps:
@@ -37,11 +37,11 @@ def completed_result(run: Run) -> dict[str, float] | None:
 
 
 def check_settings(checkpoint: Checkpoint, run: Run, runs: ObjectStore) -> None:
-    """Check that a checkpoint of the run's name was made with the settings of this run.
+    """Check that a checkpoint under the run's name was written with this run's settings.
 
     Args:
         checkpoint: A checkpoint under the run's name.
-        run: The run, resolved.
+        run: The resolved run.
         runs: The store of runs.
 
     Raises:
@@ -55,7 +55,7 @@ def check_settings(checkpoint: Checkpoint, run: Run, runs: ObjectStore) -> None:
 
 
 def completed_results(run: Run) -> dict[str, Any] | None:
-    """The result of `train`, if the run, or every job of the sweep, is complete; else None."""
+    """Return `train`'s result if the run, or every job of the sweep, is complete; else None."""
     results = {job.name: completed_result(job) for job in jobs_of(run)}
     if not all(results.values()):
         return None
@@ -63,11 +63,11 @@ def completed_results(run: Run) -> dict[str, Any] | None:
 
 
 def all_units_exist(run: Run) -> bool:
-    """True if the activation set holds every unit of the run's plan."""
+    """Return True if the activation set contains every unit of the run's plan."""
     store = open_store(run.store.activations, run.store.s3)
     try:
         plan = load_plan(store, run)
-    except PlanMismatchError:  # `plan` replaces it or says why not
+    except PlanMismatchError:  # `dist-sae plan` replaces the plan, or reports why it cannot
         return False
     if ReadyUnits(store, plan, lambda _: None).count() < len(plan.train_units):
         return False

@@ -1,4 +1,4 @@
-"""`dist-sae train --find-lr`: short runs of several learning rates on one stream, side by side."""
+"""`dist-sae train --find-lr`: short runs with several learning rates, trained on one stream."""
 
 import math
 from collections.abc import Sequence
@@ -9,25 +9,25 @@ from dist_sae.storage import open_store
 from dist_sae.telemetry.history import read_history
 
 _FACTORS = tuple(2.0**power for power in range(-4, 5))
-_RECORDS = 20  # of each curve
-_WARMUP_SHARE = 0.1  # of the steps, at most
+_RECORDS = 20  # points of each curve
+_WARMUP_SHARE = 0.1  # maximum share of the steps
 _SAYS = "train.lr stays what the run file says; to take another, set it there"
 
 
 def lr_sweep(run: Run, steps: int) -> Run:
-    """The sweep over learning rates from a sixteenth to sixteen times the run's.
+    """Build the sweep over learning rates from 1/16 to 16 times the run's.
 
-    Its jobs have folders of their own below `store.runs`, named `NAME-find-lr-lrRATE`. Their
-    schedule is the run's, over so many steps, with a warm-up of at most a tenth of them.
+    Each job has its own folder under `store.runs`, named `NAME-find-lr-lrRATE`. Jobs use the run's
+    schedule, shortened to `steps` steps, with a warm-up of at most a tenth of them.
 
     Raises:
-        ConfigError: A run of so few steps contradicts another setting.
+        ConfigError: A run of only `steps` steps contradicts another setting.
     """
     train = run.train
     rates = [float(f"{run.lr * factor:.3g}") for factor in _FACTORS]
     sections = sections_of(run)
     sections["name"] = f"{run.name}-find-lr"
-    sections["sae"]["dead_after_rows"] = None  # it follows from the number of rows
+    sections["sae"]["dead_after_rows"] = None  # derived from the number of rows
     sections["train"] |= {
         "rows": steps * train.batch_rows,
         "warmup_steps": min(train.warmup_steps, int(_WARMUP_SHARE * steps)),
@@ -42,16 +42,17 @@ def lr_sweep(run: Run, steps: int) -> Run:
 
 
 def lr_table(sweep: Run, own: float) -> dict[str, Any]:
-    """The rates that `lr_sweep` tried, and which one ended with the lowest loss.
+    """Return the rates that `lr_sweep` tried, and which one ended with the lowest loss.
 
     Args:
-        sweep: The sweep, trained.
-        own: Learning rate of the run that was asked for.
+        sweep: The sweep, after training.
+        own: Learning rate of the run itself.
 
     Returns:
-        `rates`: for each rate its `lr`, `loss`, `fvu`, `l0` and `dead_share` at the end, and
-        `curve`, its FVU after a quarter, half, three quarters and all of the steps; None where it
-        has diverged. `best`, the rate of the lowest loss, and `said`: what is to be known of it.
+        `own`; `rates`, with each rate's `lr`, its final `loss`, `fvu`, `l0` and `dead_share`, and
+        its `curve`: the FVU after a quarter, half, three quarters and all of the steps. Numbers of
+        a rate that diverged are None from then on. `best` is the rate with the lowest loss, `said`
+        summarizes the result for the user, and `compare` is the command that plots the runs.
     """
     runs = open_store(sweep.store.runs, sweep.store.s3)
     rates = [_rate(job, read_history(runs, job.name)) for job in jobs_of(sweep)]

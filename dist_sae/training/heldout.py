@@ -14,7 +14,10 @@ from dist_sae.distributed.mesh import Mesh
 
 
 class HeldoutFvu:
-    """The first `train.heldout_rows` held-out rows, split among the ranks and kept in memory."""
+    """Measures FVU on the first `train.heldout_rows` held-out rows.
+
+    The rows are split among the ranks and stay in memory.
+    """
 
     def __init__(
         self, run: Run, mesh: Mesh, activation_set: ActivationSet, normalisers: SiteNormalisers
@@ -27,12 +30,13 @@ class HeldoutFvu:
 
     @torch.no_grad()
     def measure(self, state: TrainingState) -> float | None:
-        """FVU of the weights that an evaluation would take. Collective.
+        """Compute the FVU of the weights that an evaluation would use. Collective.
 
-        On a GPU by products in TF32, since it is measured at every save; an evaluation's are fp32.
+        These are the running average if there is one. On a GPU, products are in TF32 for speed,
+        because this runs at every save. An evaluation computes in fp32.
 
         Returns:
-            None if `train.heldout_rows` is 0, or while held-out units are missing.
+            The FVU, or None if `train.heldout_rows` is 0 or a held-out unit is missing.
         """
         if not self._rows:
             return None
@@ -48,7 +52,7 @@ class HeldoutFvu:
         return float(missed / total)
 
     def _read(self) -> bool:
-        """Read this rank's rows; False if a unit does not exist yet."""
+        """Read this rank's rows. Return False if a unit does not exist yet."""
         numbers, mesh = self._activation_set.plan.heldout_units, self._mesh
         if mesh.any_rank(not self._activation_set.exist(numbers)):
             return False

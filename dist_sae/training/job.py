@@ -1,4 +1,4 @@
-"""A training job: one dictionary, its optimiser, its checkpoints and its numbers."""
+"""A training job: one dictionary with its optimizer, checkpoints and metrics."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,26 +35,27 @@ def training_step(
     end_phase: Callable[[str], None],
     wants_to_meet: Callable[[], bool] = lambda: False,
 ) -> tuple[Output, float, bool]:
-    """Forward, backward, optimiser, dead latents, running average. Collective.
+    """Run forward, backward and optimizer; update dead latents and running average. Collective.
 
     Args:
-        rows: This rank's rows, normalised.
+        rows: This rank's rows, normalized.
         engine: Computes the objective and updates the parameters.
-        dead: Counts idle rows of each latent.
+        dead: Counts the rows since each latent last fired.
         average: Running average of the weights, if there is one.
         batch_rows: Rows of the global batch.
-        variance: The data set's, in the scale of the rows.
+        variance: Variance of the data set's targets, in the scale of the rows.
         progress: Share of the run's steps that are done.
         lr: Learning rate.
-        end_phase: Called with `forward`, `backward` and `optimiser` as each of them ends.
-        wants_to_meet: Tells whether this rank wants to meet the others before the next batch.
+        end_phase: Called with `forward`, `backward` and `optimiser` as each phase ends.
+        wants_to_meet: Returns whether this rank must synchronize with the others before the next
+            batch.
 
     Returns:
-        The objective's output, the norm of the gradient before clipping, and whether any rank wants
-        to meet: all ranks learn it without a collective of its own.
+        The objective's output, the norm of the gradient before clipping, and whether any rank must
+        synchronize. All ranks learn the last one without an extra collective.
 
     Raises:
-        NonFiniteError: The gradient is not finite; the weights are as before.
+        NonFiniteError: The gradient is not finite. The weights are unchanged.
     """
     context = StepContext(variance, dead.mask, dead.count, progress, dead.counts_here)
     output = engine.objective(rows, context)
@@ -79,37 +80,37 @@ class TrainingJob:
     run: Run
     mesh: Mesh
     watch: Watch
-    """Learns when this rank saves, which may take long."""
+    """Notified of each step and each save, because a long save must not look like a hung step."""
     engine: Engine
     state: TrainingState
-    """The dictionary, its dead latents and its average."""
+    """The dictionary, its dead latents and its running average."""
     normalisers: SiteNormalisers
     registration: Registration
-    """Tells producers and other runs how far the job has read."""
+    """Publishes how far the job has read, for producers and other runs."""
     lineage: Lineage
-    """The runs before this one."""
+    """The ancestors of this run."""
     report: TrainingReporter
     heldout: HeldoutFvu
     saver: Saver
     position: StreamPosition
     alone: bool = True
-    """Whether it is no sweep's; a failure is then raised at once."""
+    """Whether the job is outside a sweep. If so, its failure is raised immediately."""
     failure: NonFiniteError | None = None
     """Why the job ended before its last step."""
 
     @property
     def steps(self) -> range:
-        """Steps that are left; none after a failure."""
+        """The remaining steps; empty after a failure."""
         done = self.position.step
         return range(done, done if self.failure else self.run.steps)
 
     def step(self, batch: TrainingBatch) -> None:
         """Train on a batch, report, and save if a checkpoint is due. Collective.
 
-        Does nothing if the batch is not that of the job's next step. A loss or gradient that is not
-        finite ends the job, and the weights are as before.
+        Does nothing if the batch does not belong to the job's next step. A loss or gradient that is
+        not finite ends the job and leaves the weights unchanged.
         """
-        if self.failure:  # producers need not wait for it, but it may still begin again
+        if self.failure:  # producers must not wait for this job, though it may be restarted later
             self.registration.at(batch.loaded.cursors)
         if batch.loaded.step not in self.steps[:1]:
             return
@@ -153,7 +154,7 @@ class TrainingJob:
             self._save()
 
     def finish(self) -> None:
-        """Save the last step and wait until it is durable; nothing after a failure. Collective."""
+        """Save the last step, except after a failure, and wait for all saves. Collective."""
         if not self.failure:
             self._save()
         self.saver.finish()
@@ -161,13 +162,13 @@ class TrainingJob:
             self.report.telemetry.ended()
 
     def result(self) -> dict[str, float]:
-        """Steps and rows trained on, and the last numbers reported."""
+        """Return the steps and rows trained on, and the last metrics reported."""
         done = self.position.step
         rows = done * self.run.train.batch_rows
         return {"step": done, **self.lineage.totals(rows), **self.report.last}
 
     def _save(self) -> None:
-        """Measure on held-out rows and start to save, unless this step is saved already."""
+        """Measure the held-out FVU and start a save, unless this step is already saved."""
         done, cursors, repeated_here = self.position
         if done == self.saver.last_step:
             return

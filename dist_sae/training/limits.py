@@ -1,13 +1,13 @@
-"""The present limit of a run, in one line. Pure."""
+"""What limits a run's speed at present, in one line. Pure."""
 
 from collections.abc import Mapping
 
 from dist_sae.telemetry.metric import OTHERS
 
-_STALLED = 0.1  # share of the time: above it, standing still is the first thing to mend
+_STALLED = 0.1  # share of the time; a longer stall is reported before anything else
 SLOW = 1.2
-"""Time at work over that of the median rank from which on a rank is called slow."""
-_DENSE = 0.5  # share of step time: from it on, the encoder product is the limit
+"""A rank is slow if its working time is at least this multiple of the median rank's."""
+_DENSE = 0.5  # share of step time from which on the encoder product is reported as the limit
 _IGNORED = ("begin", OTHERS)
 _NAMES = {
     "ranks": "waiting for other ranks",
@@ -30,10 +30,10 @@ def describe_limit(
 
     Args:
         phases: Seconds of training by phase (`telemetry.metric.PHASES`); empty before training.
-            `begin` is ignored, since it is over, and `others`, which other jobs' limits are about.
+            `begin` is ignored because it is over, and `others` because it is other jobs' time.
         product_share: Share of step time that the bare encoder product takes, if known.
         slowest_stage: The producers' slowest stage, if known.
-        slow_rank: The rank that others wait for, if there is one (`describe_slow`).
+        slow_rank: Description of the rank that others wait for, if any (`describe_slow`).
         all_produced: Whether every unit exists.
     """
     phases = {phase: spent for phase, spent in phases.items() if phase not in _IGNORED}
@@ -64,12 +64,12 @@ def _of_steps(
 
 
 def describe_slow(rank: str, host: str, ratio: float) -> str | None:
-    """Name the slowest rank, if it is slow.
+    """Describe the slowest rank. Return None if it is not slow.
 
     Args:
-        rank: Its number.
-        host: Its host.
-        ratio: Its time at work over that of the median rank.
+        rank: Number of the rank.
+        host: Host of the rank.
+        ratio: The rank's working time divided by the median rank's.
     """
     return f"rank {rank} ({host}) takes {ratio:.1f} x the median's time" if ratio >= SLOW else None
 

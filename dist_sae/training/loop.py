@@ -25,28 +25,28 @@ def train(
 ) -> dict[str, Any]:
     """Train from the run's newest checkpoint, from its parent's (`train.parent`), or from scratch.
 
-    The jobs of a sweep do so together, each from its own.
+    The jobs of a sweep train together, each from its own start.
 
-    What a step does is in `training_step` and `TrainingJob.step` (training/job.py).
+    For what a step does, see `training_step` and `TrainingJob.step` (training/job.py).
 
     Args:
         run: The run.
         mesh: This rank and its process groups.
-        watch: Learns at which step this rank is, to tell whether it hangs.
+        watch: Notified of this rank's current step, to detect a hang.
         stopping: When set on any rank, all ranks save and stop.
         telemetry: Exports the metrics.
-        group: Number of the group of ranks that `mesh` is (`groups_of`), which trains its jobs.
+        group: Number of this group of ranks, which trains its own jobs of a sweep (`groups_of`).
 
     Returns:
-        `step` and `rows` reached, with parents also `rows_with_parents`, and the last numbers
-        reported. Of a sweep this by the names of the runs.
+        The `step` and `rows` reached, `rows_with_parents` if the run has ancestors, and the last
+        metrics reported. For a sweep, a dictionary of these results by run name.
 
     Raises:
         ConfigError: The kernels, the parent or the DeepSpeed configuration cannot be used.
-        Stopped: `stopping` was set; a checkpoint holds everything so far.
+        Stopped: `stopping` was set. All progress is saved in a checkpoint.
         DataExhaustedError: The activation set has too few rows.
-        NonFiniteError: The loss or the gradient is not finite; the weights are as before.
-        JobsFailedError: This happened to jobs of a sweep.
+        NonFiniteError: The loss or the gradient is not finite. The weights are unchanged.
+        JobsFailedError: The loss or the gradient is not finite in some jobs of a sweep.
     """
     runs = groups_of(run)[group]
     store = open_store(run.store.runs, run.store.s3, telemetry, stopping)
@@ -54,7 +54,7 @@ def train(
         check_kind(store, each)
     done = mesh.of_first(lambda: _completed(runs)) if run.sweep else {}
     left = [each for each in runs if each.name not in done]
-    if run.sweep and mesh.is_first:  # every command takes the folder for the run file
+    if run.sweep and mesh.is_first:  # commands accept this folder in place of the run file
         store.put(run_file_key(run.name), dump_run(with_absolute_paths(run)).encode())
     if not left:
         return done
@@ -74,5 +74,5 @@ def train(
 
 
 def _completed(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
-    """Results of the jobs that are complete. Rank 0 asks, so that all ranks train the same jobs."""
+    """Return the results of complete jobs. Only rank 0 checks, so all ranks train the same jobs."""
     return {run.name: result for run in runs if (result := completed_result(run))}

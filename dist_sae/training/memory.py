@@ -1,4 +1,4 @@
-"""Memory that a dictionary takes in training, known before any of it is allocated."""
+"""Memory that training a dictionary takes, computed before any of it is allocated."""
 
 import logging
 import socket
@@ -19,28 +19,28 @@ from dist_sae.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of versions 2 and 1
+_CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # cgroup v2 and v1
 _MOMENTS = 2
 
 
 class StateBytes(NamedTuple):
-    """Bytes of what a rank trains: the least that it needs."""
+    """Bytes of a rank's training state, the minimum memory that the rank needs."""
 
     weights: int
     gradients: int
     moments: int
     running_mean: int
     encoder_copy: int
-    """In the products' precision."""
+    """A copy of W_enc in the products' precision."""
 
 
 def state_bytes(run: Run, widths: Widths, axis: LatentAxis = WHOLE) -> StateBytes:
-    """Bytes of a rank's part.
+    """Compute the bytes of a rank's training state.
 
     Args:
         run: The run.
         widths: Widths of the sites.
-        axis: The rank's place.
+        axis: The rank's place among shards and replicas.
     """
     with torch.device("meta"):
         sae = build_sae(run.sae, widths, axis)
@@ -50,7 +50,7 @@ def state_bytes(run: Run, widths: Widths, axis: LatentAxis = WHOLE) -> StateByte
     gradients = weights // (axis.replicas if stage > 1 else 1)
     moments = _MOMENTS * weights // (axis.replicas if stage else 1)
     if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
-        moments = 0  # they are elsewhere
+        moments = 0  # offloaded to the CPU's memory
     mean = weights if run.train.ema_decay else 0
     products = PRODUCT_DTYPES[run.train.products]
     is_copied = not stage and products != sae.W_enc.dtype
@@ -59,12 +59,12 @@ def state_bytes(run: Run, widths: Widths, axis: LatentAxis = WHOLE) -> StateByte
 
 
 def check_memory(jobs: Sequence[tuple[Run, Widths, Mesh]], mesh: Mesh) -> None:
-    """Say what the dictionaries take, and refuse those that no device of the run's can hold.
+    """Log the memory that the dictionaries take, and refuse those that do not fit on a device.
 
-    Collective: ranks of one machine's CPU share its memory.
+    Collective, because ranks on the CPU of one machine share its memory.
 
     Args:
-        jobs: A run for each dictionary, the widths of its sites, and its own ranks.
+        jobs: For each dictionary its run, the widths of its sites, and its mesh.
         mesh: The ranks.
 
     Raises:
@@ -72,7 +72,7 @@ def check_memory(jobs: Sequence[tuple[Run, Widths, Mesh]], mesh: Mesh) -> None:
     """
     own = [sum(state_bytes(run, widths, own.axis)) for run, widths, own in jobs]
     place, there = memory_of(mesh.device)
-    if mesh.groups_here > 1 and mesh.device.type == "cpu":  # others of the sweep take theirs
+    if mesh.groups_here > 1 and mesh.device.type == "cpu":  # the sweep's other groups take the rest
         place = f"{place} (an equal share for each of {mesh.groups_here} groups of ranks)"
         there //= mesh.groups_here
     needs: dict[str, int] = {}
@@ -110,7 +110,7 @@ def check_memory(jobs: Sequence[tuple[Run, Widths, Mesh]], mesh: Mesh) -> None:
 
 
 def memory_of(device: torch.device) -> tuple[str, int]:
-    """Where a device's memory is, and its bytes."""
+    """Return the location of a device's memory (host, or host and GPU) and its size in bytes."""
     host = socket.gethostname()
     if device.type == "cuda":
         return f"{host}, GPU {device.index}", torch.cuda.mem_get_info(device)[1]

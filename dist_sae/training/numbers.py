@@ -1,4 +1,4 @@
-"""Numbers of a training step over all ranks. Everything here is collective."""
+"""Metrics of a training step over all ranks. All functions here are collective."""
 
 from collections.abc import Sequence
 
@@ -20,12 +20,12 @@ def batch_numbers(
     targets: Float[Tensor, "batch d_out"],
     mean: Float[Tensor, " d_out"],
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Losses and counts of the last batch, and quantiles of its rows' explained variance.
+    """Compute losses and counts of the last batch, and quantiles of its rows' explained variance.
 
     Args:
-        axis: This rank's place.
+        axis: This rank's place among shards and replicas.
         output: The objective's output on the batch.
-        targets: This rank's rows of the batch, normalised.
+        targets: This rank's targets in the batch, normalized.
         mean: Mean of the targets over the data set, in the same scale.
     """
     terms = output.terms
@@ -36,7 +36,7 @@ def batch_numbers(
     wanted = targets.new_tensor([float(q) for q in QUANTILES])
     losses = torch.stack([terms.fvu, terms.auxk, terms.sparsity, terms.total]).detach()
     quantiles = explained.quantile(wanted) / axis.shards
-    local = torch.cat([losses, active, quantiles])  # one collective, and one wait for the device
+    local = torch.cat([losses, active, quantiles])  # one collective, and one wait for the GPU
     values = (axis.total(local) / axis.replicas).tolist()
     fvu, auxk, sparsity, loss = values[:4]
     by_shard, of_rows = values[4 : 4 + axis.shards], values[4 + axis.shards :]
@@ -52,7 +52,7 @@ def batch_numbers(
 
 
 def prefix_fvus(axis: LatentAxis, output: Output, widths: Sequence[int]) -> dict[str, float]:
-    """FVU of each nested dictionary on the last batch, by its latents."""
+    """Compute the FVU of each nested dictionary on the last batch, by its number of latents."""
     values = (axis.total(torch.stack(list(output.prefix_fvu)).detach()) / axis.replicas).tolist()
     return dict(zip(map(str, widths), values, strict=True))
 
@@ -60,10 +60,10 @@ def prefix_fvus(axis: LatentAxis, output: Output, widths: Sequence[int]) -> dict
 def site_fvus(
     axis: LatentAxis, error: Float[Tensor, "batch d_out"], normalisers: SiteNormalisers
 ) -> dict[str, float]:
-    """FVU of each written site on the last batch.
+    """Compute the FVU of each written site on the last batch.
 
     Args:
-        axis: This rank's place.
+        axis: This rank's place among shards and replicas.
         error: targets - x_hat of this rank's rows.
         normalisers: Variances and columns of the sites.
     """
@@ -81,7 +81,7 @@ def site_fvus(
 def starved_share(
     axis: LatentAxis, second_moment: Float[Tensor, "n_local d_in"], eps: float
 ) -> float:
-    """Share of latents whose Adam updates are dominated by eps, by their encoder rows."""
+    """Compute the share of latents whose encoder rows get Adam updates dominated by eps."""
     starved = (second_moment.mean(dim=1).sqrt() < _FAR_ABOVE_EPS * eps).sum()
     return int(axis.total(starved)) / (axis.replicas * axis.shards * len(second_moment))
 
@@ -89,10 +89,10 @@ def starved_share(
 def expert_numbers(
     axis: LatentAxis, load: Int[Tensor, " experts"], dead: Bool[Tensor, " n_local"]
 ) -> tuple[dict[str, float], list[int]]:
-    """Return the experts' balance and worst dead share, and the experts without any row.
+    """Compute the experts' load balance and worst dead share, and list the experts with no rows.
 
     Args:
-        axis: This rank's place.
+        axis: This rank's place among shards and replicas.
         load: Rows of the global batches sent to each expert.
         dead: Dead latents of this shard.
     """

@@ -11,22 +11,22 @@ from dist_sae.dictionaries.base import Dictionary
 from dist_sae.telemetry.metric import OTHERS
 
 MOST_MARKS = 256
-"""Marks of a GPU's clock that are kept before past ones are read."""
-_SAMPLE_LATENTS = (1024, 2048)  # least and most of a sample: fewer are slower per latent
+"""Number of stored marks above which the oldest is read, if this needs no wait for the GPU."""
+_SAMPLE_LATENTS = (1024, 2048)  # minimum and maximum of a sample; fewer are slower per latent
 _SAMPLE_ROWS = 4096
 _SAMPLED_SHARE = 1 / 32
 MOST_SAMPLE_SHARE = 0.002
-"""Share of the whole time that samples may take."""
+"""Maximum share of the total time that samples may take."""
 
 
 class Clock:
-    """The device's clock: a mark is set when the work before it is done, and read later."""
+    """The device's clock. A mark records when all work queued before is done, and is read later."""
 
     def __init__(self, device: torch.device) -> None:
         self.is_cuda = device.type == "cuda"
 
     def mark(self) -> Any:
-        """The current time; on a GPU the time when the work queued so far is done."""
+        """Return a mark of the current time; on a GPU, of the end of the work queued so far."""
         if not self.is_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -34,7 +34,7 @@ class Clock:
         return event
 
     def is_past(self, mark: Any) -> bool:
-        """True if a mark can be read without waiting."""
+        """Return True if a mark can be read without waiting."""
         return bool(mark.query()) if self.is_cuda else True
 
     def await_(self, mark: Any) -> None:
@@ -43,14 +43,15 @@ class Clock:
             mark.synchronize()
 
     def seconds(self, start: Any, end: Any) -> float:
-        """Seconds between two marks, both in the past."""
+        """Return the seconds between two marks, which must both be in the past."""
         return float(start.elapsed_time(end) / 1e3 if self.is_cuda else end - start)
 
 
 class Phases:
-    """Time of each job by phase. For a job they add up to the time passed.
+    """Time of each job by phase. A job's phases add up to the elapsed time.
 
-    A phase is one job's, and for the other jobs it is time in `OTHERS`; or it is all jobs'.
+    A phase belongs either to all jobs or to one job. For the other jobs, the time of one job's
+    phase counts as `OTHERS`.
 
     Args:
         jobs: Names of the jobs.
@@ -69,20 +70,20 @@ class Phases:
         within: Mapping[str, float] | None = None,
         in_ranks: Sequence[tuple[Any, Any]] = (),
     ) -> None:
-        """End a phase: the time since the last call belongs to it.
+        """End a phase, and count the time since the last call as this phase.
 
         Args:
-            phase: Its name.
-            job: The job that it is of; None if it is all jobs'.
-            within: Seconds of it, at most, that belong to other phases, in this order.
-            in_ranks: Marks before and after each part of it that belongs to `ranks`.
+            phase: Name of the phase.
+            job: The job that the phase belongs to; None if it belongs to all jobs.
+            within: Maximum seconds that count as other phases instead, subtracted in this order.
+            in_ranks: Marks before and after each part of the phase that counts as `ranks`.
         """
         self._marks.append(_Mark(phase, job, within or {}, in_ranks, self._clock.mark()))
         if len(self._marks) > MOST_MARKS and self._clock.is_past(self._marks[1].end):
             self._fold()
 
     def take(self, job: str) -> dict[str, float]:
-        """Seconds of a job since the last call for it, by phase. On a GPU this waits for it."""
+        """Return a job's seconds by phase since its last call. On a GPU, wait for the device."""
         self._clock.await_(self._marks[-1].end)
         while len(self._marks) > 1:
             self._fold()
@@ -117,10 +118,11 @@ class _Mark(NamedTuple):
 
 
 class ProductSamples:
-    """Time of a step's bare encoder product on this rank, the lower bound of a step.
+    """Times a step's bare encoder product on this rank, which is a lower bound for the step.
 
-    Now and then a small part of the product is timed and scaled up. The fastest sample counts: the
-    others shared the machine. Samples take a bounded share of the time.
+    Now and then, a small part of the product is timed and scaled up. The fastest sample counts,
+    because slower ones shared the machine with other work. Samples take a bounded share of the
+    time (`MOST_SAMPLE_SHARE`).
     """
 
     def __init__(self, sae: Dictionary, clock: Clock) -> None:
@@ -137,13 +139,13 @@ class ProductSamples:
         return None if self._best == float("inf") else self._best
 
     def at_most(self, seconds: float) -> None:
-        """Bound the time by that of a mean forward pass, which includes the product."""
+        """Cap the time at that of an average forward pass, which includes the product."""
         if self._best != float("inf"):
             self._best = min(self._best, seconds)
 
     @torch.no_grad()
     def sample(self, x: torch.Tensor) -> None:
-        """Time a part of the product on this rank's rows `x`."""
+        """Time a part of the product on this rank's rows `x`, unless samples took too long."""
         self._read()
         if self._spent > MOST_SAMPLE_SHARE * (time.monotonic() - self._since):
             return
@@ -151,7 +153,7 @@ class ProductSamples:
         least, most = _SAMPLE_LATENTS
         n = min(len(sae.W_enc), max(least, min(most, int(_SAMPLED_SHARE * len(sae.W_enc)))))
         weights = sae.W_enc[:n].to(dtype)
-        rows = x[:_SAMPLE_ROWS, : weights.shape[1]].to(dtype)  # as wide as what a latent reads
+        rows = x[:_SAMPLE_ROWS, : weights.shape[1]].to(dtype)  # only as wide as a latent's input
         out = torch.empty(len(rows), n, dtype=dtype, device=x.device)
         torch.mm(rows[:64], weights.T, out=out[:64])  # warm-up: map memory, load libraries
         start = self._clock.mark()
@@ -168,5 +170,5 @@ class ProductSamples:
         start, end, scale = self._under_way
         self._under_way = None
         seconds = self._clock.seconds(start, end)
-        self._spent += 2 * seconds  # includes the copies
+        self._spent += 2 * seconds  # roughly includes the copies
         self._best = min(self._best, seconds * scale)

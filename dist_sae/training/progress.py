@@ -1,4 +1,4 @@
-"""Shows the progress of a local run: bars in a terminal of 80 columns, else a line now and then."""
+"""Shows a local run's progress: bars in a terminal of 80 columns, otherwise a line at intervals."""
 
 import re
 import threading
@@ -57,13 +57,13 @@ class ProgressView:
         return Group(self._progress, self._limit)
 
     def begin(self, name: str) -> None:
-        """Start a part of the run that reports no progress, after all before it."""
+        """Announce a part of the run that reports no progress. Show all earlier parts as done."""
         self._finish(*self._tasks)
         self._limit.truncate(0)
         self._console.print(f"{name} ...", highlight=False)
 
     def show(self, process: str, record: Mapping[str, Any]) -> None:
-        """Show a progress record of a process."""
+        """Show a progress record that a process reported."""
         name = record["role"]
         role = self._roles.setdefault(name, _Role(record["done"]))
         role.take(process, record)
@@ -73,7 +73,7 @@ class ProgressView:
         limit = f"limit: {self._describe_limit()}"
         if self._console.is_terminal:
             if name not in self._tasks:
-                self._finish("plan")  # before all others; it leaves before it says that it is done
+                self._finish("plan")  # it ends before all others, without reporting that it is done
                 self._tasks[name] = self._progress.add_task(
                     name, total=role.total, completed=round(role.done), note="", left=""
                 )
@@ -104,7 +104,7 @@ class ProgressView:
                 )
 
     def warn(self, level: str, text: str) -> None:
-        """Show a warning once, even if many processes give it, with other numbers."""
+        """Show a warning once, even if many processes log it with different numbers."""
         kind = re.sub(r"\d+", "", text)
         with self._warning:
             if kind in self._warned:
@@ -116,7 +116,7 @@ class ProgressView:
     def _describe_limit(self) -> str:
         trainings = [role for name, role in self._roles.items() if name.startswith("train")]
         producing = self._roles.get("produce")
-        # jobs of a sweep report one by one, and wait together, under `train`
+        # a sweep's jobs report under their own names, but wait for data together, as `train`
         numbers = next((role.numbers for role in trainings if "phases" in role.numbers), {})
         waits = any(role.waiting for role in trainings)
         phases = {"wait": 1.0} if waits else numbers.get("phases", {})
@@ -136,7 +136,7 @@ class _Role:
         self.done = done
         self.total = 0.0
         self.numbers: Mapping[str, Any] = {}
-        """The last record of any of them."""
+        """The latest numbers of the process that reported last."""
         self.waiting: dict[str, float] = {}
         """Seconds that processes have waited for data, by process."""
         self._of_each: dict[str, Mapping[str, Any]] = {}
@@ -147,12 +147,13 @@ class _Role:
         self._said = float("-inf")
 
     def take(self, process: str, record: Mapping[str, Any]) -> None:
-        """Take in a record of one of the processes."""
+        """Update from a record of one of the processes."""
         self._at_hand[process] = record.get("at_hand", 0)
-        if self.done == self._began[0]:  # the first progress since the start
+        if self.done == self._began[0]:  # rates are measured from the record before any progress
             self._began = self.done, self._heard
         self._heard = time.monotonic()
-        # a producer sees its own share at once, and may see units that another had at hand
+        # producers see each other's finished units with a delay, so their records can disagree:
+        # let the count only grow
         there = max(self._there, record["done"])
         self._there = there
         self.done = min(max(self.done, there + sum(self._at_hand.values())), record["total"])
@@ -162,18 +163,18 @@ class _Role:
             if seconds:
                 self.waiting[process] = seconds
             return
-        self.waiting.clear()  # a step was made, so none is waiting
+        self.waiting.clear()  # a step was trained, so no process is waiting
         self.numbers = self._of_each[process] = {**self._of_each.get(process, {}), **record}
 
     @property
     def slowest_stage(self) -> str | None:
-        """The stage that is the slowest for most producers."""
+        """The stage that is slowest for the largest number of producers."""
         stages = Counter(r["busiest"] for r in self._of_each.values() if "busiest" in r)
         return max(stages, key=lambda stage: stages[stage]) if stages else None
 
     @property
     def left(self) -> timedelta | None:
-        """Time left at the rate so far; None if unknown."""
+        """Remaining time at the rate so far; None if unknown."""
         first, since = self._began
         if self.done in (first, self.total):
             return None
@@ -181,7 +182,7 @@ class _Role:
         return timedelta(seconds=round(seconds))
 
     def is_due(self) -> bool:
-        """Tell whether a line is due; if so, it counts as printed."""
+        """Return whether a line is due. If so, count it as printed."""
         over = self.done == self.total and self._said < float("inf")
         if not over and time.monotonic() - self._said < PLAIN_EVERY_SECONDS:
             return False
@@ -189,13 +190,13 @@ class _Role:
         return True
 
     def amount(self) -> str:
-        """The amount done and the whole, as text."""
+        """Format the amount done and the total."""
         if self.total == 1:
             return f"{self.done:.0%}"
         return f"{self.done:,.0f}/{self.total:,.0f}"
 
     def describe(self) -> str:
-        """Rates and numbers in a few words, for 80 columns."""
+        """Describe rates and metrics in a few words, to fit into 80 columns."""
         rates = [
             record.get("worked_rows_per_second", record.get("rows_per_second", 0.0))
             for record in self._of_each.values()

@@ -1,7 +1,7 @@
-"""Publishes the numbers of a training job: to Prometheus, its history and the terminal.
+"""Publishes a training job's metrics to Prometheus, its history and the terminal.
 
-A step costs a count on the device and a few marks of its clock. Everything that is collective or
-waits for the device happens every `train.log_every_steps` steps.
+Most steps only update counts on the device and record a few timing marks. Everything that is
+collective or waits for the device happens only every `train.log_every_steps` steps.
 """
 
 import logging
@@ -48,7 +48,7 @@ _EDGES = [float(edge) for edge in DENSITIES if edge != NEVER]
 
 @dataclass(eq=False)
 class TrainingReporter:
-    """Counts every step and publishes every `train.log_every_steps`."""
+    """Counts every step, and publishes metrics every `train.log_every_steps` steps."""
 
     run: Run
     mesh: Mesh
@@ -57,18 +57,18 @@ class TrainingReporter:
     times: Times
     """This rank's time by phase."""
     sinks: Sequence[Sink]
-    """Where rank 0 writes its records."""
+    """Outputs that rank 0 writes its records to; empty on other ranks."""
     state: TrainingState
-    """The dictionary, its dead latents and its optimiser."""
+    """The dictionary, its dead latents and its optimizer."""
     normalisers: SiteNormalisers
     reported: int
-    """Step of the last report; at first the steps done already."""
+    """Step of the last report. Initially the number of steps already done."""
     role: str = "train"
-    """Name of its progress."""
+    """Name under which progress is reported."""
     counted_rows: int = 0
-    """Rows over which earlier runs counted idle rows of latents."""
+    """Rows over which ancestors counted the latents' idle rows, if the counts were taken over."""
     last: dict[str, float] = field(default_factory=dict)
-    """The last numbers reported."""
+    """The last metrics reported."""
 
     def __post_init__(self) -> None:
         run, telemetry, device = self.run, self.telemetry, self.mesh.device
@@ -101,22 +101,22 @@ class TrainingReporter:
             sink.close()
 
     def end(self, phase: str) -> None:
-        """End a phase of this job: the time since the last call belongs to it."""
+        """End a phase of this job, and count the time since the last call as this phase."""
         self.times.end(phase, self.run.name)
 
     def step(
         self, step: int, rows: Rows, output: Output, *, lr: float, gradient_norm: float
     ) -> None:
-        """Count a step; every `log_every_steps`, gather and publish. Collective then.
+        """Count a step. Every `log_every_steps`, gather and publish metrics, which is collective.
 
         Args:
             step: Steps done, including this one.
-            rows: This rank's rows, normalised.
+            rows: This rank's rows, normalized.
             output: The objective's output.
             lr: Learning rate of the update.
             gradient_norm: Norm of the gradient before clipping.
         """
-        self.telemetry.pulse.rest()  # the pod is ready; whether a step hangs is up to the watch
+        self.telemetry.pulse.rest()  # the pod is ready; hung steps are left to the watch to detect
         self._counts["dist_sae_train_stuck_latents_total"] += self.state.dead.n_stuck
         self._densities.add(output.firings, self.run.train.batch_rows)
         if output.routing:
@@ -148,7 +148,7 @@ class TrainingReporter:
         }
         if self.counted_rows + step * run.train.batch_rows >= run.dead_after_rows:
             numbers["dead_share"] = state.dead.share
-        else:  # not known before so many rows
+        else:  # unknown until dead_after_rows rows have been counted
             numbers.pop("expert_dead_share", None)
         self.end("rest")
         phases, slow = self._of_all_ranks(self.times.take(self.run.name))
@@ -194,17 +194,17 @@ class TrainingReporter:
             self._doubted = True
 
     def _record(self, record: Mapping[str, Any]) -> None:
-        """Export a record's gauges and append it to the sinks, which rank 0 has."""
+        """Export a record's gauges, and append the record to the sinks, which only rank 0 has."""
         for name, value, labels in gauges("train", record):
             self.telemetry.set(name, value, **labels)
         for sink in self.sinks:
             sink.append(record)
 
     def _of_all_ranks(self, phases: Mapping[str, float]) -> tuple[dict[str, float], str | None]:
-        """Mean time of each phase over all ranks, and the name of the slowest rank. Collective.
+        """Return each phase's mean time over ranks, and a description of a slow rank. Collective.
 
-        A mean, because the `forward` of a slow rank is the `ranks` of those that wait for it.
-        Exports both on rank 0.
+        Times are averaged because a slow rank's `forward` appears as `ranks` on the ranks that wait
+        for it. Rank 0 exports both.
         """
         mesh = self.mesh
         table = torch.zeros(mesh.world, len(PHASES), dtype=torch.float64)
@@ -225,17 +225,17 @@ class TrainingReporter:
         return mean, describe_slow(str(slowest), host, ratio)
 
     def heldout(self, step: int, fvu: float | None) -> None:
-        """Publish the held-out FVU after a step, if it was measured."""
+        """Publish the held-out FVU at a step, if it was measured."""
         if fvu is not None:
             self._record({"step": step, "heldout_fvu": fvu})
 
     def failed(self, failure: DistSaeError) -> None:
-        """Tell that this job ends before its last step, while others go on."""
+        """Report that this job ends before its last step, while other jobs continue."""
         self.telemetry.ended(failure)
         logger.warning("%s ends, other jobs go on: %s", self.run.name, failure)
 
     def saved(self, saved: Saved) -> None:
-        """Export that a checkpoint is durable. Called in the saver's thread."""
+        """Export the metrics of a checkpoint that is now durable. Called in the saver's thread."""
         self.telemetry.set("dist_sae_checkpoint_step", saved.step)
         self.telemetry.set("dist_sae_checkpoint_timestamp_seconds", time.time())
         self.telemetry.set("dist_sae_checkpoint_seconds", saved.seconds)
@@ -259,7 +259,7 @@ class ExpertLoads:
         self._load = routing.load if self._load is None else self._load + routing.load
 
     def take(self, axis: LatentAxis, dead: Tensor) -> dict[str, float]:
-        """Numbers since the last call; empty without experts. Collective."""
+        """Return metrics since the last call; empty without experts. Collective."""
         if self._load is None:
             return {}
         numbers, idle = expert_numbers(axis, self._load, dead)

@@ -1,12 +1,12 @@
-"""Warns of a dictionary that is not becoming useful: not sparse, empty or mostly dead."""
+"""Warns of a dictionary that trains badly: not sparse, without active latents, or mostly dead."""
 
 from collections.abc import Mapping
 
 from dist_sae.config import Run
 
-# share of the run after which coefficients have risen, and most latents that will die are dead
+# share of the run; by then, coefficients have warmed up and most latents that will die are dead
 _FROM_PROGRESS = 0.25
-_MOST_L0 = 0.5  # per dimension of the rows: above it codes are no sparser than the rows
+_MOST_L0 = 0.5  # maximum L0 per dimension of the rows; above it, codes are no sparser than rows
 _MOST_DEAD = 0.3
 
 
@@ -20,7 +20,7 @@ def doubt(run: Run, d_in: int, step: int, numbers: Mapping[str, float]) -> str |
         numbers: `l0_latents`, and `dead_share` once it is known.
 
     Returns:
-        One line; None if there is no problem or it is too early to tell.
+        One line, or None if there is no problem or it is too early to tell.
     """
     if step < _FROM_PROGRESS * run.steps:
         return None

@@ -63,11 +63,11 @@ def open_training(
     *,
     is_sweep: bool,
 ) -> Iterator[tuple[Batches, list[TrainingJob]]]:
-    """Open the batches and jobs of runs that read one stream, where each continues.
+    """Open the batches and jobs of runs that read one stream, each at the step it continues from.
 
     Args:
         runs: The jobs of a sweep that are not complete, or one run.
-        is_sweep: Whether they are of a sweep: one that fails then leaves the others alone.
+        is_sweep: Whether the runs belong to a sweep. If so, a job that fails does not stop others.
 
     See `train` for the other arguments.
     """
@@ -79,12 +79,12 @@ class _Begun(NamedTuple):
     """A run and where it continues from, before its dictionary is built."""
 
     run: Run
-    """Resolved by the plan."""
+    """The run, resolved by the plan."""
     mesh: Mesh
-    """With the run's own latent shards."""
+    """The ranks, arranged in the run's number of latent shards."""
     kernels: Kernels
     telemetry: Telemetry
-    """Its own series."""
+    """Exporter of the run's series."""
     registration: Registration
     checkpoints: Checkpoints
     start: Start
@@ -100,7 +100,7 @@ def _open(
     *,
     is_sweep: bool,
 ) -> tuple[Batches, list[TrainingJob]]:
-    shared = runs[0]  # the sections of the stream are the same for all
+    shared = runs[0]  # all runs have the same settings for the stream
     for run in runs:
         check_deepspeed(run)  # before anything is read or written
         warn_if_emulated("train.products", run.train.products, mesh.device)
@@ -137,7 +137,7 @@ def _open(
     reading = opened.enter_context(ExitStack())
     new = [job for job in begun if not job.start.found]
     first_batches = None
-    if new:  # after the normalisers, whose manifests would queue behind its blocks
+    if new:  # after the normalisers: reads of their manifests would queue behind blocks of batches
         loader = reading.enter_context(open_(range(times.steps), new[0].start.cursors))
         n = max(init_batches(job.run, job.start) for job in new)
         several = len(new) > 1
@@ -299,7 +299,7 @@ def _registration(run: Run, plan: Plan, activations: ObjectStore, mesh: Mesh) ->
 def _ready_units(
     activation_set: ActivationSet, mesh: Mesh, batches: Batches
 ) -> AbstractContextManager[object]:
-    """Count the units that exist, on rank 0."""
+    """Count the existing units in a thread, on rank 0 only."""
     if not mesh.is_first:
         return nullcontext()
     batches.telemetry.set("dist_sae_train_plan_units", len(activation_set.plan.train_units))
@@ -309,9 +309,9 @@ def _ready_units(
 def _normalisers(
     begun: Sequence[_Begun], activation_set: ActivationSet, times: Times
 ) -> dict[str, SiteNormalisers]:
-    """Normalisers of each job: the stored ones of this activation set, or new ones.
+    """Return each job's normalisers: stored ones if measured on this activation set, or new ones.
 
-    New ones are measured once for all jobs; those of a child are at its parent's scales.
+    New normalisers are measured once for all jobs. A child's are converted to its parent's scales.
     """
     measured: dict[str, Normaliser] = {}
     found = {}
@@ -334,7 +334,10 @@ def _normalisers(
 def _build(
     begun: _Begun, normalisers: SiteNormalisers, first_batches: FirstBatches | None
 ) -> tuple[TrainingState, DeepSpeedEngine]:
-    """Build the dictionary, initialised or from the parent, with its engine, counts and average."""
+    """Build the dictionary, its engine, its counts of dead latents and its running average.
+
+    A new dictionary is initialized from the parent or from the first batches.
+    """
     run, mesh, start = begun.run, begun.mesh, begun.start
     sae = build_sae(
         run.sae, normalisers.widths, mesh.axis, begun.kernels, PRODUCT_DTYPES[run.train.products]
@@ -359,9 +362,10 @@ def initialise(
     start: Start,
     first_batches: FirstBatches,
 ) -> None:
-    """Initialise a new dictionary from the first batch; use as many batches as needed. Collective.
+    """Initialize a new dictionary from the first batch, and more batches if needed. Collective.
 
-    Latents that a parent does not give take directions from rows, one row for each latent.
+    Latents that are initialized from data need one row each. If there is a parent, these are the
+    latents that it does not have; otherwise, the recipe decides.
     """
     parent = start.parent
     known = warm_start.width(parent) if parent else 0
@@ -376,12 +380,12 @@ def initialise(
 
 
 def init_batches(run: Run, start: Start) -> int:
-    """Number of batches from which a new dictionary takes its initial values."""
+    """Return the number of batches that initialize a new dictionary."""
     return max(1, -(-start.init_rows(run) // run.train.batch_rows))
 
 
 def _restore(begun: _Begun, state: TrainingState) -> StreamPosition:
-    """Load the run's checkpoint, or a parent's optimiser state; return where the stream is."""
+    """Load the run's checkpoint or a parent's optimizer state, and return the stream position."""
     start, checkpoints, telemetry = begun.start, begun.checkpoints, begun.telemetry
     if start.parent and start.lineage.updates:
         state.read(start.parent)()

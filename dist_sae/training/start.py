@@ -37,22 +37,22 @@ class Start(NamedTuple):
     """The parent's checkpoint, if the run has none of its own."""
     lineage: Lineage = Lineage()
     cursors: Mapping[int, StreamCursor] = {}
-    """Positions of the streams: its own, or its parent's if `train.parent.data` is `continue`."""
+    """Stream positions of the run, or of its parent if `train.parent.data` is `continue`."""
 
     @classmethod
     def of_own(cls, found: Sequence[Checkpoint]) -> Self:
-        """The start of a run that has checkpoints."""
+        """Return the start of a run that has checkpoints."""
         return cls(
             found, lineage=Lineage.from_scalars(found[0].scalars), cursors=cursors_of(found[0])
         )
 
     @classmethod
     def of_others(cls, runs: ObjectStore, run: Run, plan: Plan) -> Self:
-        """The start of a run without checkpoints: its parent's, if it names one.
+        """Return the start of a run without checkpoints: a parent, converted weights, or nothing.
 
         Args:
             runs: The store of runs.
-            run: The run as its file says.
+            run: The run, as written in its run file.
             plan: The plan of its activation set.
 
         Raises:
@@ -72,31 +72,31 @@ class Start(NamedTuple):
         return cls((), parent, lineage, cursors_of(parent) if reads_on else {})
 
     def resolve(self, run: Run, plan: Plan) -> Run:
-        """Resolve the run by the plan, less the rows that its parents took."""
+        """Resolve the run by the plan, without the rows that its ancestors took."""
         return plan.resolve(run, self.lineage.stream_rows)
 
     def taken_rows(self, plan: Plan) -> int:
-        """Rows of the activation set that the parents took."""
+        """Return the number of rows of the activation set that the ancestors took."""
         return self.lineage.stream_rows * plan.streams
 
     def init_rows(self, run: Run) -> int:
-        """Rows that give initial directions to latents."""
+        """Return the number of rows that give latents their initial directions."""
         if self.found:
             return 0
         if self.parent is None:
             return run.sae.init_rows
-        return run.sae.n_latents - warm_start.width(self.parent)  # the parent gives the others
+        return run.sae.n_latents - warm_start.width(self.parent)  # the parent has the others
 
     def knows_rows_of(self, plan: Plan) -> Checkpoint | None:
-        """A checkpoint whose normaliser was measured on this plan, if there is one."""
+        """Return a checkpoint whose normaliser was measured on this plan, if there is one."""
         known = self.found[0] if self.found else self.parent
         return known if known and known.scalars.get("plan") == plan.hash else None
 
     def check(self, run: Run, plan: Plan) -> None:
-        """Check that the activation set suffices.
+        """Check that the activation set has enough rows.
 
         Args:
-            run: The run, resolved.
+            run: The resolved run.
             plan: The plan of its activation set.
 
         Raises:
@@ -112,7 +112,7 @@ class Start(NamedTuple):
 def find_start(
     runs: ObjectStore, run: Run, plan: Plan, checkpoints: Checkpoints, mesh: Mesh
 ) -> Start:
-    """Find what the run starts from: the same on all ranks. Collective.
+    """Find what the run starts from, which is the same on all ranks. Collective.
 
     Raises:
         Stopped: The ranks found different checkpoints of the parent.
@@ -136,7 +136,8 @@ def find_checkpoints(
 
     Raises:
         CorruptObjectError: There are checkpoints, but no manifest is intact.
-        PlanMismatchError: They belong to other settings or to another activation set.
+        PlanMismatchError: The checkpoints belong to other settings or another activation set.
+        ConfigError: The run's folder contains an imported dictionary.
     """
     found = list(checkpoints.newest_first())
     steps = {checkpoint.step for checkpoint in found}
@@ -175,12 +176,12 @@ def restore(
     mesh: Mesh,
     telemetry: Telemetry,
 ) -> StreamPosition:
-    """Load the first of these checkpoints that is intact for all ranks. Collective.
+    """Load the newest of these checkpoints that is intact on all ranks. Collective.
 
-    Later ones are damaged; they are counted and deleted.
+    Newer checkpoints are damaged, so they are counted and deleted.
 
     Raises:
-        CorruptObjectError: None is intact.
+        CorruptObjectError: No checkpoint is intact on all ranks.
     """
     for checkpoint in found:
         damage: CorruptObjectError | ObjectNotFoundError | None = None
@@ -193,12 +194,12 @@ def restore(
                 logger.error("%s; using the checkpoint before it", damage)
             continue
         take()
-        if mesh.is_first:  # or they would be the newest again
+        if mesh.is_first:  # otherwise the next start would try the damaged ones first
             for step in checkpoints.steps():
                 if step > checkpoint.step:
                     telemetry.add("dist_sae_checkpoint_damaged_total", 1)
                     checkpoints.delete(step)
-        # streams differ in what they repeat; the total is counted on rank 0
+        # stored as the total over ranks, so rank 0 alone continues the count
         repeated_rows = checkpoint.scalars.get("repeated_rows", 0) if mesh.is_first else 0
         return StreamPosition(checkpoint.step, cursors_of(checkpoint), repeated_rows)
     raise CorruptObjectError(
@@ -208,5 +209,5 @@ def restore(
 
 
 def cursors_of(checkpoint: Checkpoint) -> dict[int, StreamCursor]:
-    """Positions of the streams by number."""
+    """Return the stream positions in a checkpoint, by stream number."""
     return {int(v): StreamCursor(*cursor) for v, cursor in checkpoint.scalars["places"].items()}

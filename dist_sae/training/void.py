@@ -1,4 +1,4 @@
-"""Finds settings without effect in a run, and data too small to measure on. Pure."""
+"""Finds settings that have no effect, and data that is too small to measure on. Pure."""
 
 import math
 from collections.abc import Iterator
@@ -7,18 +7,18 @@ from dist_sae.config import Run
 from dist_sae.config.dictionary import CountsLatentsConfig
 from dist_sae.data.plan import Plan
 
-_FEW_DOCUMENTS = 30  # from here on a mean is about normally distributed
+_FEW_DOCUMENTS = 30  # from 30 samples on, a mean is roughly normally distributed
 
 
 def void_settings(run: Run, plan: Plan) -> list[str]:
-    """Warn of settings without effect before a run costs anything.
+    """List warnings about settings without effect, before a run costs anything.
 
     Args:
         run: The run, resolved by its plan.
         plan: The plan of its activation set.
 
     Returns:
-        One line for each, starting with its key; empty for most runs.
+        One line per setting, starting with its key. Empty for most runs.
     """
     return [
         f"{key}: {words}"
@@ -29,7 +29,7 @@ def void_settings(run: Run, plan: Plan) -> list[str]:
 
 def _dictionary(run: Run) -> Iterator[tuple[str, str]]:
     sae, window = run.sae, run.dead_after_rows
-    begun = run.train.parent is not None and run.train.parent.state  # the counts continue too
+    begun = run.train.parent is not None and run.train.parent.state  # counts continue
     if window >= run.rows and not begun:
         auxk = ", so AuxK never acts" if isinstance(sae, CountsLatentsConfig) and sae.auxk else ""
         yield (

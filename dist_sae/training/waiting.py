@@ -1,4 +1,4 @@
-"""`--wait`: programs that are started together, as plain Kubernetes Jobs, wait for their input."""
+"""`--wait`: waits for input, in programs that are started together as plain Kubernetes Jobs."""
 
 import logging
 import threading
@@ -38,14 +38,14 @@ def await_end(run: Run, stopping: threading.Event) -> None:
     store = open_store(run.store.runs, run.store.s3, None, stopping)
     checkpoints = Checkpoints(store, run.name, run.train.keep_checkpoints)
     last = "the last step" if run.train.rows == "all" else f"step {run.steps}"
-    if run.train.rows == "all":  # a plan of other settings is refused, not waited for
+    if run.train.rows == "all":  # refuse a plan with other settings early
         await_plan(run, stopping)
         load_plan(open_store(run.store.activations, run.store.s3, None, stopping), run)
 
     def has_ended() -> bool:
-        with suppress(ObjectNotFoundError):  # a newer one has replaced it
+        with suppress(ObjectNotFoundError):  # a newer checkpoint replaced it meanwhile
             if newest := checkpoints.latest():
-                # raises if it has other settings: it might never get to that step
+                # raises if the run has other settings, because it might never reach that step
                 return newest.step >= trained_run(newest, run).steps
         return False
 
@@ -53,10 +53,10 @@ def await_end(run: Run, stopping: threading.Event) -> None:
 
 
 def await_until(what: str, is_there: Callable[[], bool], stopping: threading.Event) -> None:
-    """Wait until something is there.
+    """Wait until something exists.
 
     Args:
-        what: Its name, for messages.
+        what: Name of the thing, for messages.
 
     Raises:
         Stopped: `stopping` was set first.
