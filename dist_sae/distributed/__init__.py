@@ -1,1 +1,1 @@
-"""Ranks, engines and agreed stops."""
+"""Ranks, process groups, optimizer engines, and detection of lost or hung ranks."""

@@ -1,4 +1,4 @@
-"""Adam of a dictionary, in one pass over the parameters."""
+"""Adam for a dictionary, in one pass over the parameters."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,22 +14,22 @@ from dist_sae.dictionaries.base import Dictionary
 from dist_sae.kernels import Adam
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Names of the state tensors of a parameter."""
+"""Names of the state tensors of each parameter."""
 
 
 class OnePassAdam(torch.optim.Optimizer):
-    """Dense Adam without weight decay, with what follows it: unit rows, and a copy of W_enc.
+    """Dense Adam without weight decay, which also normalizes decoder rows and copies W_enc.
 
-    Each tensor is read and written once (`Kernels.update`). The copy is W_enc in the products'
-    precision. It is kept up to date by every step, and made again after `forget`; only what runs
-    within `encoder_at_hand` reads it.
+    Each tensor is read and written once per step (`Kernels.update`). The copy is W_enc in the
+    products' precision. Every step updates it, and it is rebuilt after `forget`. The copy is only
+    read within `encoder_at_hand`.
     """
 
     updates: int = 0
-    """Updates so far. A step does not count itself: whether it was one is known when the norm is
-    read."""
-    # torch marks these two as not for its compiler, and imports the compiler at the first call:
-    # 1.4 s of CPU, a third of a trainer's start
+    """Number of updates so far, set by the caller: `step` does not know yet whether the norm is
+    finite, so that it changes anything."""
+    # torch wraps these two to exclude them from compilation. The wrapper imports the compiler at
+    # the first call, which takes 1.4 s of CPU, a third of a trainer's start
     add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
 
@@ -41,7 +41,7 @@ class OnePassAdam(torch.optim.Optimizer):
         self._next: Adam | None = None
 
     def prepare(self, lr: float, norm: Float[Tensor, ""]) -> None:
-        """Say what the next step is to do: clip, and change nothing if the norm is not finite.
+        """Set up the next step: clip by the norm, and change nothing if the norm is not finite.
 
         Args:
             lr: Learning rate.
@@ -84,7 +84,7 @@ class OnePassAdam(torch.optim.Optimizer):
 
     @contextmanager
     def encoder_at_hand(self) -> Iterator[None]:
-        """Let the dictionary's products in its own precision read the copy while this lasts."""
+        """Let the dictionary use the copy for products in its precision, in a `with` block."""
         sae = self._sae
         if self._copy is None and sae.product_dtype != sae.W_enc.dtype:
             self._copy = sae.W_enc.detach().to(sae.product_dtype)
@@ -95,5 +95,5 @@ class OnePassAdam(torch.optim.Optimizer):
             sae.encoder_copy = None
 
     def forget(self) -> None:
-        """Make the copy again before it is used: W_enc was changed by others."""
+        """Discard the copy, because other code changed W_enc. It is rebuilt before its next use."""
         self._copy = None

@@ -1,4 +1,4 @@
-"""The latent axis as collectives between the ranks of a mesh (`dictionaries/axis.py`)."""
+"""The latent axis (`dictionaries/axis.py`), implemented with collectives between ranks."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,23 +13,23 @@ from torch.autograd.function import once_differentiable
 
 from dist_sae.dictionaries.axis import LatentAxis
 
-# names of torch 2.13, where the older ones warn
+# torch 2.13 introduces these names, and warns about the older ones
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 entered = 0
 """Number of collectives that this rank has entered."""
 seconds = 0.0
-"""Seconds spent in them. On a GPU this is the time to launch them."""
+"""Seconds spent in collectives. On a GPU, only the time to launch them."""
 mark: Callable[[], Any] | None = None
-"""Marks the device's clock, where that differs from the host's."""
+"""Records a mark on the GPU's clock. None on a CPU, where `seconds` is the whole time."""
 spans: list[tuple[Any, Any]] = []
-"""Marks before and after each collective, until somebody takes them."""
+"""Marks before and after each collective since the last `take_spans`."""
 
 
 @dataclass(kw_only=True, eq=False)
 class ShardedAxis(LatentAxis):
-    """Ranks of a replica are neighbours: rank = replica * shards + shard."""
+    """The axis over several ranks. A replica has neighboring ranks: replica * shards + shard."""
 
     within: dist.ProcessGroup
     """The ranks of this replica."""
@@ -48,7 +48,7 @@ class ShardedAxis(LatentAxis):
         return result
 
     def kth_largest(self, keys: Tensor, k: int) -> Tensor:
-        """Each rank decides for an equal part of the rows, from all ranks' candidates."""
+        """Return each row's k-th largest; each rank finds those of an equal share of the rows."""
         if self.shards == 1:
             return super().kth_largest(keys, k)
         per_rank = keys.reshape(self.shards, -1, keys.shape[1])
@@ -90,7 +90,7 @@ class ShardedAxis(LatentAxis):
 
 @dataclass(kw_only=True, eq=False)
 class SameRowsAxis(ShardedAxis):
-    """Latents are sharded, and all ranks of a replica have the same rows; for inference alone."""
+    """The axis when all ranks of a replica already have the same rows. For inference only."""
 
     def gather(self, x: Tensor) -> Tensor:
         return x
@@ -123,7 +123,7 @@ class _ScatterSum(torch.autograd.Function):
 
 
 class _Replicated(torch.autograd.Function):
-    """The identity forward, all-reduce backward."""
+    """Identity forward, all-reduce backward."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -137,7 +137,7 @@ class _Replicated(torch.autograd.Function):
 
 
 class _Exchange(torch.autograd.Function):
-    """All-to-all of rows forward, and backward the other way."""
+    """All-to-all of rows forward, the reverse all-to-all of gradients backward."""
 
     @staticmethod
     def forward(
@@ -183,7 +183,7 @@ def _summed(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 @contextmanager
 def collective() -> Iterator[None]:
-    """Count a collective and its time."""
+    """Count the collective in a `with` block, and measure its time."""
     global entered, seconds  # noqa: PLW0603 - of the process, like the process groups
     entered += 1
     since = time.perf_counter()
@@ -197,7 +197,7 @@ def collective() -> Iterator[None]:
 
 
 def take_spans() -> list[tuple[Any, Any]]:
-    """The marks of collectives since the last call."""
+    """Return the marks of collectives since the last call."""
     taken = spans[:]
     spans.clear()
     return taken

@@ -1,4 +1,4 @@
-"""Checks `train.deepspeed` against DeepSpeed, which ignores keys that it does not know."""
+"""Checks `train.deepspeed`, including for unknown keys, which DeepSpeed itself would ignore."""
 
 import difflib
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from dist_sae.errors import ConfigError
 
 
 class _Asked(dict[str, Any]):
-    """A configuration that remembers which keys were looked for, there or not."""
+    """A configuration that records which keys were looked up, whether or not they exist."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         super().__init__(content)
@@ -36,10 +36,10 @@ class _Asked(dict[str, Any]):
 
 
 def check_deepspeed(run: Run) -> None:
-    """Refuse a DeepSpeed configuration that cannot be, or that has keys DeepSpeed does not know.
+    """Refuse a DeepSpeed configuration that is invalid or has keys that DeepSpeed does not know.
 
     Raises:
-        ConfigError: With one line for every problem.
+        ConfigError: The configuration is invalid. The message has one line for every problem.
     """
     config = _Asked(deepspeed_config(run))
     if not run.train.deepspeed:
@@ -49,10 +49,10 @@ def check_deepspeed(run: Run) -> None:
         deepspeed.runtime.config.DeepSpeedConfig(config)
     except ValidationError as exc:
         raise ConfigError("\n".join(_explain(exc, run.train.deepspeed))) from exc
-    except Exception as exc:  # assertions, ValueErrors and more: the run's own part is sound
+    except Exception as exc:  # of many types; the derived keys are valid, so the user's are not
         reason = " ".join(str(exc).split()) or type(exc).__name__
         raise ConfigError(f"train.deepspeed: DeepSpeed refuses it: {reason}") from exc
-    constants = vars(deepspeed.runtime.constants)  # some are looked for later, by the engine
+    constants = vars(deepspeed.runtime.constants)  # some are looked up later, by the engine
     known = config.keys_asked | {v for k, v in constants.items() if k.isupper() and type(v) is str}
     unknown = [key for key in run.train.deepspeed if key not in known]
     if unknown:
@@ -62,7 +62,7 @@ def check_deepspeed(run: Run) -> None:
 
 
 def _explain(exc: ValidationError, given: Mapping[str, Any]) -> list[str]:
-    """Explain errors of one of DeepSpeed's models, with the user's full path of each key."""
+    """Explain the errors of one of DeepSpeed's pydantic models, with the full path of each key."""
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
     fields = {
@@ -75,14 +75,14 @@ def _explain(exc: ValidationError, given: Mapping[str, Any]) -> list[str]:
             problem = _hint(path[-1], fields)
         elif path:
             problem = f"{error['msg']} ({error['input']!r})"
-        else:  # about several keys of one model, whose input is all of them
+        else:  # the error is about several keys, and its input is the whole model
             problem = " ".join(error["msg"].split())
         lines.append(f"{'.'.join(['train.deepspeed', *path])}: {problem}")
     return lines
 
 
 def _path(given: Any, loc: tuple[int | str, ...]) -> list[str] | None:
-    """Find the path to the keys `loc`, which may begin at any depth of what the user gave."""
+    """Find the full path of the keys `loc`, which may start at any depth of the user's settings."""
     if not loc or not isinstance(given, Mapping):
         return None
     if loc[0] in given:

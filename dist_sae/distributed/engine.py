@@ -1,4 +1,4 @@
-"""Optimiser steps: gradient averaging, clipping and Adam, by DeepSpeed or plain torch."""
+"""Optimizer steps: gradient averaging, clipping and Adam, with DeepSpeed or plain torch."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -23,20 +23,20 @@ from dist_sae.errors import ConfigError, NonFiniteError
 
 
 class Engine:
-    """Objective, gradients and updates of a dictionary in one process, by plain torch.
+    """Objective, gradients and updates of a dictionary in one process, with plain torch.
 
-    The reference for `DeepSpeedEngine`. Nobody else may change the parameters between two steps.
+    The reference for `DeepSpeedEngine`. No other code may change the parameters between steps.
     """
 
     moments: tuple[str, ...] = MOMENTS
-    """Names of the optimiser's state tensors of a parameter."""
+    """Names of the optimizer's state tensors of each parameter."""
 
     def __init__(self, run: Run, sae: Dictionary) -> None:
         self._sae = sae
         self._adam = OnePassAdam(run, sae)
 
     def objective(self, rows: Rows, context: StepContext) -> Output:
-        """The dictionary's objective on this rank's rows."""
+        """Compute the dictionary's objective on this rank's rows."""
         with self._adam.encoder_at_hand():
             return self._sae.objective(rows, context)
 
@@ -45,17 +45,17 @@ class Engine:
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, lr: float, *wanted: Tensor) -> list[float]:
-        """Clip, update, constrain. The host waits once for the device.
+        """Clip gradients, update weights and apply constraints. The host waits once for the device.
 
         Args:
             lr: Learning rate.
-            wanted: Numbers on the device that the caller needs too.
+            wanted: Tensors on the device whose values the caller needs as well.
 
         Returns:
-            The norm of the global gradient before clipping, and the numbers wanted.
+            The norm of the global gradient before clipping, and the values of `wanted`.
 
         Raises:
-            NonFiniteError: The gradient is not finite; the weights are as before.
+            NonFiniteError: The gradient is not finite. The weights are unchanged.
         """
         norm = gradient_norm(self._sae)
         self._adam.prepare(lr, norm)
@@ -64,25 +64,25 @@ class Engine:
         return self._updated(self._sae.constrain_others, norm, *wanted)
 
     def revive(self, stuck: Tensor, x: Tensor, error: Tensor) -> None:
-        """Revive stuck latents in the recipe's way; see `Dictionary.revive`."""
+        """Revive stuck latents as the recipe does; see `Dictionary.revive`."""
         self._sae.revive(stuck, x, error)
         self._adam.forget()
 
     def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """Return a whole moment tensor of a parameter; `name` is one of `moments`. Collective."""
+        """Return a parameter's full moment tensor; `name` is one of `moments`. Collective."""
         moment: Tensor = self._adam.state[parameter][name]
         return moment
 
     def restore(self, step: int, moments: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
-        """Take over changed parameters, and set Adam's state to that after `step` updates."""
+        """Adopt parameters that other code changed, and set Adam's state after `step` updates."""
         self._adam.updates = step
         for parameter, state in moments.items():
             self._adam.state[parameter] = dict(state)
         self._adam.forget()
 
     def _updated(self, constrain: Callable[[], None], norm: Tensor, *wanted: Tensor) -> list[float]:
-        """Read the norm and other numbers; count the update and constrain if it was one."""
-        # with the update queued before, and constraints after: the device has work meanwhile
+        """Read the norm and the wanted values. If the norm is finite, count and constrain."""
+        # wait with the update already queued, so that the device has work in the meantime
         norm_read, *numbers = read(norm, *wanted)
         check_finite(norm_read)
         self._adam.updates += 1
@@ -91,13 +91,13 @@ class Engine:
 
 
 class DeepSpeedEngine(Engine):
-    """DeepSpeed's engine, with ZeRO-1 or 2 and offload over the replicas if asked.
+    """DeepSpeed's engine, optionally with ZeRO-1 or 2 and offload over the replicas.
 
-    Parameters are fp32; there are no other master weights. At stage 0 gradients are averaged over
-    the replicas here (`gradients.py`), and clipped here, because DeepSpeed then neither reports the
-    norm nor checks it before it updates the weights.
-    With ZeRO it updates flat partitions of all parameters, by torch's Adam; what follows an update
-    is then done to whole parameters, and products make their own copies of W_enc.
+    Parameters are fp32, without separate master weights. At stage 0, gradients are averaged over
+    the replicas (`gradients.py`) and clipped here, because DeepSpeed then neither reports the norm
+    nor checks it before it updates the weights.
+    With ZeRO, torch's Adam updates flat partitions of all parameters. Constraints are then applied
+    to whole parameters after the update, and products convert W_enc themselves.
     """
 
     def __init__(self, run: Run, sae: Dictionary, mesh: Mesh) -> None:
@@ -119,9 +119,9 @@ class DeepSpeedEngine(Engine):
             mpu=_Mpu(mesh.axis),
             dist_init_required=False,
         )
-        self._summed: frozenset[str] = frozenset()  # weights whose gradients are those of replicas
+        self._summed: frozenset[str] = frozenset()  # weights with gradients that are summed already
         if self._stage == 0:
-            self._engine.enable_backward_allreduce = False  # it would copy all gradients twice
+            self._engine.enable_backward_allreduce = False  # copies all gradients twice
             if mesh.axis.replicas > 1 and is_summed_by_entry(sae.config):
                 self._summed = frozenset({"W_enc", "W_dec"})
                 sums = ReplicaSums(sae.kernels, mesh.axis)
@@ -187,7 +187,7 @@ class DeepSpeedEngine(Engine):
                 "step": torch.tensor(float(step), device=partition.device),
                 **{name: torch.zeros_like(partition) for name in self.moments},
             }
-        # else it does so after the first update, and knows of no state before
+        # otherwise DeepSpeed links states only after the first update, and finds none before
         zero._hp_optimizer_states_linked = False  # noqa: SLF001
         zero._lazy_init_hp_params_optimizer_state()  # noqa: SLF001
         for parameter, state in moments.items():
@@ -195,13 +195,13 @@ class DeepSpeedEngine(Engine):
                 safe_set_full_optimizer_state(parameter, moment, name)
 
     def _take_over(self) -> None:
-        """Bring ZeRO's partitions of the parameters up to date with a change from outside."""
+        """Update ZeRO's partitions of the parameters after other code changed the parameters."""
         if self._stage:
             self._engine.optimizer.refresh_fp32_params()
 
 
 class _Mpu:
-    """The latent axis as DeepSpeed expects it: Megatron's "model parallel" ranks."""
+    """The latent axis in the form that DeepSpeed expects: Megatron's "model parallel" ranks."""
 
     def __init__(self, axis: LatentAxis) -> None:
         assert isinstance(axis, ShardedAxis)
@@ -228,7 +228,7 @@ class _Mpu:
 
 @torch.no_grad()
 def gradient_norm(sae: Dictionary) -> Float[Tensor, ""]:
-    """The norm of the whole dictionary's gradient, in fp64; replicated tensors count once."""
+    """Return the whole dictionary's gradient norm, in fp64. Replicated tensors count once."""
     gradients = {n: p.grad for n, p in sae.named_parameters() if p.grad is not None}
     squares = {name: _square_sum(gradient) for name, gradient in gradients.items()}
     replicated = sum(square for name, square in squares.items() if not sae.is_per_latent(name))
@@ -238,16 +238,16 @@ def gradient_norm(sae: Dictionary) -> Float[Tensor, ""]:
 
 
 def read(*numbers: Tensor) -> list[float]:
-    """The elements of tensors on one device, one after the other, for which the host waits once."""
+    """Return the elements of tensors on one device, in order. The host waits once for all."""
     values: list[float] = torch.cat([n.double().flatten() for n in numbers]).tolist()
     return values
 
 
 def _square_sum(gradient: Tensor) -> Float[Tensor, ""]:
-    """Sum of the squares of all elements, in fp64 over rows.
+    """Sum the squares of all elements, in fp64 over rows.
 
-    On a CPU `vector_norm` of all at once adds them up in a few fp32 numbers: of 67 million squares
-    it lost one percent, and took twice the time.
+    On a CPU, `vector_norm` of a whole tensor accumulates in a few fp32 numbers. For 67 million
+    squares this lost one percent and took twice the time.
     """
     if gradient.ndim == 1:
         return gradient.double().square().sum()

@@ -1,11 +1,15 @@
 """Gradients of encoder and decoder over replicas, exchanged dense or by entry.
 
-The gradient of a weight is C^T rows: each latent's sum of rows, with the coefficients of its
-entries. Replicas can sum their gradients, which are as large as the weight. Or each gathers the
-rows and entries of all of them and sums for itself. That is fewer bytes while the global batch has
-fewer rows than about twice the latents of a shard, but each replica does the sums of all: measured
-between processes of one machine, it takes as long at .15 of the bytes and a tenth longer at .3. So
-it is done where it is at most a quarter. Either way the sum is over the same entries.
+The gradient of a weight is C^T rows: each latent's sum of rows, weighted with the coefficients of
+its entries. It can be summed over replicas in two ways:
+
+- dense: replicas all-reduce their gradients, which are as large as the weight;
+- by entry: each replica gathers the rows and entries of all replicas, and computes the whole sum.
+
+By entry takes fewer bytes while the global batch has fewer rows than about twice the latents of a
+shard, but each replica repeats the sums of all. Measured between processes of one machine, by entry
+takes as long as dense at 0.15 of its bytes, and a tenth longer at 0.3. So it is used up to a
+quarter. Either way, the sum is over the same entries.
 """
 
 from typing import NamedTuple
@@ -20,42 +24,42 @@ from dist_sae.kernels import Entries, Kernels
 
 _INT32 = 4
 AT_MOST = 0.25
-"""Share of the bytes of gradients up to which rows and entries are exchanged instead."""
+"""Rows and entries are exchanged if they take less than this share of the gradients' bytes."""
 
 
 class Exchange(NamedTuple):
-    """Bytes that a rank sends for the gradient of a weight, in a ring of the replicas."""
+    """Bytes that a rank sends for the gradient of one weight, in a ring of the replicas."""
 
     dense: float
-    """By summing gradients."""
+    """Bytes for summing gradients."""
     by_entry: float
-    """By gathering rows and entries."""
+    """Bytes for gathering rows and entries."""
 
     @classmethod
     def of(cls, replicas: int, weight: int, rows: int, entries: float, itemsize: int) -> "Exchange":
-        """Count them.
+        """Compute the bytes.
 
         Args:
-            replicas: Replicas that share a batch.
-            weight: Elements of this shard's weight.
-            rows: Elements of a replica's rows.
-            entries: The most entries that a replica has in a shard.
-            itemsize: Bytes of an element.
+            replicas: Number of replicas that share a batch.
+            weight: Number of elements in this shard's weight.
+            rows: Number of elements in a replica's rows.
+            entries: Maximum number of entries that a replica has in a shard.
+            itemsize: Bytes per element.
         """
         dense = 2 * (replicas - 1) / replicas * weight * itemsize
         return cls(dense, (replicas - 1) * (rows * itemsize + entries * (itemsize + 2 * _INT32)))
 
     @property
     def is_by_entry(self) -> bool:
-        """Whether rows and entries are few enough bytes."""
+        """Whether rows and entries take few enough bytes."""
         return self.by_entry < AT_MOST * self.dense
 
 
 def is_summed_by_entry(config: DictionaryConfig) -> bool:
-    """Whether the gradients of W_enc and W_dec are nothing but sums over entries, by latent.
+    """Return whether the gradients of W_enc and W_dec consist only of sums over entries, by latent.
 
-    Not so with a penalty, which adds gradients of norms and of dense steps, nor with experts, which
-    get unequal numbers of rows on each replica.
+    They do not with a penalty, which adds gradients of norms and of dense steps. With experts, the
+    replicas' numbers of rows differ, so they cannot be gathered.
     """
     return isinstance(config, CountsLatentsConfig) and not config.n_experts
 
@@ -65,7 +69,7 @@ class ReplicaSums:
 
     Args:
         kernels: The sparse products of one replica.
-        axis: This rank's place.
+        axis: This rank's place among shards and replicas.
     """
 
     def __init__(self, kernels: Kernels, axis: LatentAxis) -> None:
@@ -82,11 +86,12 @@ class ReplicaSums:
         W: Tensor | None = None,
         along: Tensor | None = None,
     ) -> Tensor:
-        """See `Kernels.sum_by_latent`. All replicas have equally many rows."""
+        """See `Kernels.sum_by_latent`. All replicas must have the same number of rows."""
         axis, sum_by_latent = self._axis, self._kernels.sum_by_latent
         of_all = self._counts_of(entries)
         counts = [of_shards[axis.shard] for of_shards in of_all]
-        # of all shards, so that all do the same: the watch compares the collectives of all ranks
+        # over all shards, so that all ranks choose the same way to exchange: the watch compares
+        # their numbers of collectives
         most = max(map(max, of_all))
         weight = entries.n_latents * rows.shape[1]
         exchange = Exchange.of(axis.replicas, weight, rows.numel(), most, rows.itemsize)
@@ -108,9 +113,9 @@ class ReplicaSums:
         )
 
     def _counts_of(self, entries: Entries) -> list[list[int]]:
-        """Numbers of each replica's entries in each shard.
+        """Return the number of each replica's entries in each shard.
 
-        The host waits once for the two gradients of a step.
+        The host waits only once for both gradients of a step.
         """
         latents, axis = entries.latents, self._axis
         if latents is not self._latents:
@@ -120,7 +125,7 @@ class ReplicaSums:
         return self._counts
 
     def _gathered(self, own: Tensor, counts: list[int], most: int) -> Tensor:
-        """All replicas' rows in the order of replicas: `counts` of each, at most `most`."""
+        """Gather all replicas' rows in the order of replicas: `counts` of each, at most `most`."""
         padded = functional.pad(own, (0, 0, 0, most - len(own)))
         everyones = torch.split(self._axis.gather_replicas(padded), most)
         return torch.cat([part[:count] for part, count in zip(everyones, counts, strict=True)])

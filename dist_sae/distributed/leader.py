@@ -1,7 +1,7 @@
-"""Runs a model that several ranks hold: rank 0 leads, the others follow.
+"""Runs a model that is split over several ranks: rank 0 leads, the others follow.
 
 Rank 0 broadcasts each batch, all ranks run it, and rank 0 uses the result. The others wait for the
-next batch without a time limit.
+next batch without a timeout.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,12 +23,12 @@ _OPEN, _RUN, _STOP, _END = range(4)
 
 
 class Leader:
-    """Rank 0's side.
+    """The side of rank 0, which broadcasts batches.
 
     Args:
-        open_work: Builds the work. Collective.
+        open_work: Builds the function that runs a batch. Collective.
         mesh: The ranks.
-        watch: Learns whether this rank works on a batch.
+        watch: Notified when this rank starts and ends work on a batch.
     """
 
     def __init__(self, open_work: Callable[[], Work], mesh: Mesh, watch: Watch) -> None:
@@ -53,7 +53,7 @@ class Leader:
 
 @contextmanager
 def leading(mesh: Mesh) -> Iterator[None]:
-    """End or stop the followers when the block is left; after a failure the watch does it."""
+    """End or stop the followers when the `with` block exits. After a failure, the watch does so."""
     try:
         yield
     except Stopped:
@@ -63,7 +63,7 @@ def leading(mesh: Mesh) -> Iterator[None]:
 
 
 def follow(open_work: Callable[[], Work], mesh: Mesh, watch: Watch) -> None:
-    """The other ranks' side: run batches until rank 0 ends.
+    """Run batches on a rank other than 0, until rank 0 ends.
 
     Raises:
         Stopped: Rank 0 was asked to stop.
@@ -92,13 +92,13 @@ def follow(open_work: Callable[[], Work], mesh: Mesh, watch: Watch) -> None:
 
 
 def _wait_for_device(mesh: Mesh) -> None:
-    """Wait for the device's queue: a rank that hangs there must not look idle."""
+    """Wait for the device's queue, because a rank that hangs there must not look idle."""
     if mesh.device.type == "cuda":
         torch.cuda.current_stream(mesh.device).synchronize()
 
 
 def _broadcast(mesh: Mesh, what: int = 0, rows: int = 0, length: int = 0) -> list[int]:
-    """Broadcast rank 0's command and the shape of its batch; the others pass nothing."""
+    """Broadcast rank 0's command and the shape of its batch. Other ranks call it without them."""
     command = torch.tensor([what, rows, length])
     dist.broadcast(command, 0, mesh.control)
     return command.tolist()

@@ -1,7 +1,7 @@
 """`--local-ranks N`: the ranks of one pod (or node) as child processes.
 
-torchrun does this too, but turns every failure into exit code 1, and Kubernetes could not tell a
-preemption (75) from a mistake (2).
+torchrun does this too, but it turns every failure into exit code 1, so Kubernetes could not tell a
+preemption (75) from a user's mistake (2).
 """
 
 import logging
@@ -21,22 +21,24 @@ from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_USER, ConfigError
 logger = logging.getLogger(__name__)
 
 FAILED_GRACE_SECONDS = 30.0
-"""Time that ranks have to end after one failed. After a stop request Kubernetes has its own."""
+"""Time for ranks to exit after one has failed. After a stop request, Kubernetes sets the limit."""
 NODE = "DIST_SAE_NODE"
-"""Environment variable with the name of a pod's node, for messages."""
+"""Environment variable with the name of the pod's node, for messages."""
 _NODE_RANK = "JOB_COMPLETION_INDEX"
 _PORTS = 20_000, 32_768
 
 
 def rank_environments(n_local: int, world: int) -> list[dict[str, str]]:
-    """Environment variables of each rank of this pod: its number, and the rendezvous if it is here.
+    """Return the environment variables of each rank of this pod: its rank and the world size.
+
+    They include the address of the rendezvous if this pod has all ranks.
 
     Args:
-        n_local: Ranks in each pod.
-        world: Ranks in the job.
+        n_local: Number of ranks in each pod.
+        world: Number of ranks in the job.
 
     Raises:
-        ConfigError: The job's ranks do not fill whole pods, or the number of this pod is not known.
+        ConfigError: The job's ranks do not fill whole pods, or the number of this pod is unknown.
     """
     if world % n_local:
         raise ConfigError(f"--local-ranks {n_local}: does not divide the {world} ranks of the job")
@@ -67,13 +69,13 @@ def run_ranks(
     """Run the ranks of this pod until all have ended.
 
     Args:
-        arguments: The command line of every rank, after `dist-sae`; `--port-offset` is added.
+        arguments: Every rank's command line after `dist-sae`. `--port-offset` is added to it.
         environments: Environment variables of each rank.
-        stopping: When set, all are told to save and stop.
+        stopping: When set, all ranks get SIGTERM, so that they save and stop.
 
     Returns:
-        The exit code of the pod: 2 if a rank ended with 2, else that of the first rank that
-        crashed, else 75 if one stopped.
+        The exit code of the pod: 2 if a rank exited with 2, else the code of the first rank that
+        crashed, else 75 if a rank stopped, else 0.
     """
     command = [sys.executable, "-m", "dist_sae", *arguments, "--port-offset"]
     starts = [
@@ -97,9 +99,10 @@ def _exit_code(ends: Sequence[End]) -> int:
 
 
 def _free_port() -> int:
-    """A port for rank 0 to open in some seconds.
+    """Return a free port, which rank 0 opens some seconds later.
 
-    Below the ports that Linux gives to outgoing connections, one of which could take it until then.
+    The port is below the range for outgoing connections on Linux. Otherwise, one of these could
+    take it in the meantime.
     """
     while True:
         port = random.SystemRandom().randrange(*_PORTS)

@@ -1,4 +1,4 @@
-"""The ranks of a job: their devices, their process groups, their agreements."""
+"""The ranks of a job: devices, process groups, and collectives for small Python values."""
 
 import hashlib
 import json
@@ -20,10 +20,10 @@ from dist_sae.distributed.axis import SameRowsAxis, ShardedAxis
 from dist_sae.distributed.rendezvous import Ranks
 from dist_sae.errors import DivergedError
 
-# of every group: the watch alone tells which rank is lost or hung. A group that gives up by itself
-# names nobody, and NCCL's then ends the process with 134
+# timeout of every group: only the watch can tell which rank is lost or hung. A group that times out
+# does not name the rank, and an NCCL group then ends the process with exit code 134
 _NO_LIMIT = timedelta(days=365)
-_NUMBERS = ConfigDict(ser_json_inf_nan="constants")  # else infinity would arrive as None
+_NUMBERS = ConfigDict(ser_json_inf_nan="constants")  # otherwise infinity arrives as None
 T = TypeVar("T")
 
 
@@ -42,7 +42,7 @@ class Mesh(NamedTuple):
     hosts: tuple[str, ...] = ()
     """Hosts by rank, for messages."""
     groups_here: int = 1
-    """Groups of ranks, each with jobs of its own, that have ranks on this one's host."""
+    """Number of rank groups, each with its own jobs, that have ranks on this rank's host."""
 
     @property
     def is_first(self) -> bool:
@@ -50,11 +50,11 @@ class Mesh(NamedTuple):
         return self.rank == 0
 
     def any_rank(self, condition: bool) -> bool:  # noqa: FBT001 - the name asks for it
-        """True if the condition holds on any rank. Collective."""
+        """Return True if the condition holds on any rank. Collective."""
         return self.any_rank_and_max(condition, 0.0)[0]
 
     def any_rank_and_max(self, condition: bool, value: float) -> tuple[bool, float]:  # noqa: FBT001
-        """Tell whether the condition holds on any rank, and the largest value; one collective."""
+        """Return whether the condition holds on any rank, and the maximum value. One collective."""
         if self.world == 1:
             return condition, value
         both = torch.tensor([condition, value], dtype=torch.float64)
@@ -63,19 +63,19 @@ class Mesh(NamedTuple):
         return bool(holds), largest
 
     def in_background(self) -> "Mesh":
-        """This mesh on the second control group, for the thread that saves."""
+        """Return this mesh with the second control group, for the thread that saves."""
         return self._replace(control=self.background_control)
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this."""
         self.any_rank(False)  # noqa: FBT003
 
     def of_first(self, work: Callable[[], T], kind: Any = Any) -> T:
-        """Result of work that rank 0 does alone, on all ranks. Collective.
+        """Do work on rank 0 only, and return its result on all ranks. Collective.
 
         Args:
-            work: Does it.
-            kind: Type of the result, by which it is read from JSON; `Any`: what JSON has.
+            work: Function that does the work.
+            kind: Type as which the result is read from JSON. `Any` allows JSON's own types.
         """
         if self.world == 1:
             return work()
@@ -89,22 +89,22 @@ class Mesh(NamedTuple):
         return found
 
     def sharded(self, shards: int) -> "Mesh":
-        """This mesh with its ranks arranged as replicas of so many latent shards. Collective."""
+        """Return this mesh with its ranks arranged as replicas of `shards` ranks. Collective."""
         if shards == self.axis.shards:
             return self
         return self._replace(axis=_split(self.rank, self.world, shards))
 
     def same_rows(self) -> "Mesh":
-        """This mesh for inference, with the same rows on all ranks of a replica."""
+        """Return this mesh for inference, with the same rows on all ranks of a replica."""
         assert isinstance(self.axis, ShardedAxis)
         return self._replace(axis=SameRowsAxis(**vars(self.axis)))
 
     def all_gather_objects(self, value: T, kind: Any = Any) -> list[T]:
-        """The value of every rank, by rank. Collective.
+        """Gather every rank's value, in the order of ranks. Collective.
 
         Args:
-            value: This rank's.
-            kind: Type of the values, by which they are read from JSON; `Any`: what JSON has.
+            value: This rank's value.
+            kind: Type as which the values are read from JSON. `Any` allows JSON's own types.
         """
         if self.world == 1:
             return [value]
@@ -122,7 +122,7 @@ class Mesh(NamedTuple):
 
 
 class _Message:
-    """A message between ranks, as JSON: reading a pickle could run any code."""
+    """A message between ranks, as JSON, because loading a pickle could run any code."""
 
     def __init__(self, kind: Any) -> None:
         self._values = TypeAdapter[Any](kind, config=_NUMBERS)
@@ -143,11 +143,11 @@ class _Message:
 
 
 ALONE = Mesh(0, 1, torch.device("cpu"), WHOLE)
-"""A process without others, which uses no GPU."""
+"""The mesh of a single process that uses no GPU."""
 
 
 def alone() -> Mesh:
-    """A process without others, on its own device (`own_device`)."""
+    """Return the mesh of a single process on its own device (`own_device`)."""
     return ALONE._replace(device=own_device())
 
 
@@ -160,23 +160,23 @@ def join_mesh(
     Args:
         ranks: All ranks of the job.
         shards: Number of latent shards; divides the number of ranks.
-        shared_by_all: A device that all ranks use, over gloo, for checks on a machine of one GPU:
-            NCCL takes one rank on each. None gives each rank its own.
+        shared_by_all: A device that all ranks share over gloo, for checks on a machine with one
+            GPU: NCCL allows only one rank per GPU. None gives each rank its own device.
 
     Raises:
-        ConfigError: There are more ranks on this machine than GPUs; or NCCL uses sockets where the
-            pod asks for RDMA.
+        ConfigError: There are more ranks on this machine than GPUs, or NCCL uses sockets although
+            the pod asks for RDMA.
     """
     rank, world = ranks.rank, ranks.world
     device = shared_by_all or device_of(ranks.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" and shared_by_all is None else "gloo"
-    # gloo would connect all pairs of each group: a thousand sockets a rank, of 512 ranks
+    # otherwise gloo connects all pairs of each group: a thousand sockets per rank with 512 ranks
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
-    # DeepSpeed wants a process group of one rank as well; it needs no port
+    # DeepSpeed needs a process group even for one rank; HashStore opens no port for it
     store = ranks.connect() if world > 1 else dist.HashStore()  # type: ignore[attr-defined]
-    store.set_timeout(_NO_LIMIT)  # NCCL's ranks meet there once more, before a first collective
+    store.set_timeout(_NO_LIMIT)  # NCCL's ranks wait there again before their first collective
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_NO_LIMIT)
     control = background = None
     if world > 1:
@@ -194,8 +194,8 @@ def join_mesh(
 def _split(rank: int, world: int, shards: int) -> ShardedAxis:
     """Arrange the ranks as `replicas` x `shards`.
 
-    Neighbouring ranks, which mostly share a host, make a replica. Every rank must create every
-    group.
+    Neighboring ranks, which mostly share a host, form a replica. Every rank must create every
+    group, because creating one is collective.
     """
     grid = torch.arange(world).reshape(-1, shards)
     replica, shard = divmod(rank, shards)
@@ -205,7 +205,7 @@ def _split(rank: int, world: int, shards: int) -> ShardedAxis:
 
 
 def _group(ranks: list[int] | None = None, backend: str | None = None) -> dist.ProcessGroup:
-    # without a limit of its own it would have torch's, not that of the first group
+    # without an explicit timeout it would have torch's default, not that of the first group
     group: dist.ProcessGroup = dist.new_group(ranks, timeout=_NO_LIMIT, backend=backend)
     return group
 
@@ -214,7 +214,7 @@ def check_replicated(mesh: Mesh, tensors: Iterable[Tensor]) -> None:
     """Check that replicated tensors have the same bits on all ranks. Collective.
 
     Raises:
-        DivergedError: They differ, so the ranks' parts are not of one dictionary.
+        DivergedError: The tensors differ, so the ranks' parts do not form one dictionary.
     """
     digest = hashlib.sha256()
     for tensor in tensors:

@@ -1,8 +1,8 @@
-"""Rendezvous: how the ranks of a job find one another, in a TCP store that all of them reach.
+"""Rendezvous: the ranks of a job find one another in a TCP store that all of them can reach.
 
-Rank 0 opens a generation, a random name that prefixes all keys: with torchrun the store outlives
-the job and may hold keys of earlier ones. A rank joins a generation once. One that is restarted
-alone waits for the next generation, and the others report it missing.
+Rank 0 opens a generation, a random name that prefixes all keys, because torchrun's store outlives
+the job and may contain keys of earlier ones. A rank joins a generation only once. A rank that is
+restarted alone waits for the next generation, and the others report it missing.
 """
 
 import os
@@ -24,15 +24,15 @@ from dist_sae.errors import ConfigError, DistSaeError, RankLostError, Stopped
 
 _CONNECT_SECONDS = 5.0  # per attempt: the store may not be open yet
 _POLL_SECONDS = 0.2
-_MARGIN_SECONDS = 5.0  # after the limit, for rank 0 to say which ranks are missing
+_MARGIN_SECONDS = 5.0  # after the limit, for rank 0 to report which ranks are missing
 _FROZEN_SECONDS = 30.0  # after the limit, for store calls that never return
 _LAST_PORT = 65_535
-_CONNECTIONS = 3  # of a rank to the store: to meet, for the watch, for its process groups
+_CONNECTIONS = 3  # of each rank to the store: for the rendezvous, the watch and process groups
 _OTHER_FILES = 1024
 
 
 class Ranks(NamedTuple):
-    """The ranks of a job, as this one knows them."""
+    """The ranks of a job, and this rank's place among them."""
 
     rank: int
     """This rank's number."""
@@ -40,14 +40,14 @@ class Ranks(NamedTuple):
     """Number of ranks."""
     local_rank: int
     hosts: tuple[str, ...]
-    """Hosts by rank: name, and node where that is another."""
+    """Hosts by rank: the host's name, and for a pod also the name of its node."""
     generation: str = ""
     """Prefix of the job's keys in the store."""
     groups_here: int = 1
-    """Groups that have ranks on this rank's host."""
+    """Number of groups that have ranks on this rank's host."""
 
     def group(self, n: int) -> "Ranks":
-        """This rank's group, of groups of n neighbouring ranks, as a job of its own."""
+        """Return this rank's group of n neighboring ranks, as a separate job."""
         if n == self.world:
             return self
         first = self.rank // n * n
@@ -62,7 +62,7 @@ class Ranks(NamedTuple):
         )
 
     def connect(self) -> Any:
-        """A new connection to the store; a thread that waits blocks the one it uses.
+        """Open another connection to the store. A call that waits blocks its connection.
 
         Raises:
             RankLostError: The store does not answer.
@@ -84,15 +84,15 @@ def rendezvous(
 ) -> Iterator[Ranks]:
     """Wait until all ranks of the job have joined.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Without them the job is this
-    one process.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Without them, the job is this
+    single process.
 
     Args:
         expected_world: Number of ranks in the run file.
-        limit_seconds: Ranks that have not joined by then are missing.
+        limit_seconds: Ranks that have not joined after this time are missing.
         stopping: Ends the wait.
         setting: Key of the run file that gives the number of ranks, for messages.
-        name: The job's name; ranks of other jobs at the same address are kept apart.
+        name: The job's name, which separates it from other jobs at the same address.
 
     Raises:
         ConfigError: WORLD_SIZE differs from the run file, or the address is missing or malformed.
@@ -112,7 +112,7 @@ def rendezvous(
     joining = _Joining(rank, world, name, limit_seconds)
     hosts = joining.wait(stopping or threading.Event())
     yield Ranks(rank, world, local_rank(), hosts, joining.generation)
-    del joining  # on rank 0 it owns the store
+    del joining  # kept alive until here, because on rank 0 it owns the store
 
 
 class _Joining:
@@ -132,7 +132,7 @@ class _Joining:
         self._given_up = threading.Event()
 
     def wait(self, stopping: threading.Event) -> tuple[str, ...]:
-        """The hosts by rank, once all ranks have joined."""
+        """Wait until all ranks have joined, and return the hosts by rank."""
         self._thread.start()
         while self._thread.is_alive():
             if stopping.wait(_POLL_SECONDS):
@@ -157,7 +157,7 @@ class _Joining:
             self._failure = _gone(exc)
 
     def _open(self) -> None:
-        """Open a generation and wait for the other ranks; rank 0's part."""
+        """Open a generation and wait for the other ranks. Runs on rank 0."""
         _allow_files(_OTHER_FILES + _CONNECTIONS * self._world)
         self._server = _serve()
         store, self.generation = _connect(), uuid.uuid4().hex
@@ -172,7 +172,7 @@ class _Joining:
                     f"find out why, and start again"
                 )
                 store.set(f"{self.generation}/missing", words)
-                # for the others to read it: the store ends with this rank
+                # give the others time to read it, because the store ends with this process
                 time.sleep(5 * _POLL_SECONDS)
                 raise RankLostError(words)
             if self._given_up.wait(_POLL_SECONDS):
@@ -181,7 +181,7 @@ class _Joining:
         store.set(f"{self.generation}/all", "\n".join(self._hosts))
 
     def _join(self) -> None:
-        """Join the first generation that this rank has not joined before."""
+        """Join the first generation that this rank has not joined yet. Runs on the other ranks."""
         store, generation, joined = self._reach(), "", False
         while not self._given_up.wait(_POLL_SECONDS):
             if store.check([f"generation/{self._name}"]):
@@ -224,7 +224,7 @@ def _here() -> str:
 
 
 def _allow_files(n: int) -> None:
-    """Let this process open so many files, where the system allows it: often it is 1,024."""
+    """Let this process open n files, if the system allows it. The usual limit is 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = n if hard == resource.RLIM_INFINITY else min(n, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
@@ -232,14 +232,14 @@ def _allow_files(n: int) -> None:
 
 
 def _serve() -> Any:
-    """Open the store on rank 0, unless torchrun keeps one already."""
+    """Open the store on rank 0, unless torchrun already runs one."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
     address, port = _address()
     try:
         return dist.TCPStore(address, port, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     except dist.DistError as exc:
-        if "EADDRINUSE" not in str(exc):  # for example, DNS does not resolve its own name
+        if "EADDRINUSE" not in str(exc):  # such as when DNS does not resolve its own name
             raise RankLostError(
                 f"MASTER_ADDR:MASTER_PORT {address}:{port}: the store cannot be opened there "
                 f"({_first_line(exc)}); check that the name resolves to rank 0, and start again"

@@ -1,7 +1,7 @@
-"""Child processes that begin and end together: those of `dist-sae run`, and the ranks of a pod.
+"""Child processes that start and end together: those of `dist-sae run`, and the ranks of a pod.
 
-When one fails or stops, or a stop is requested, the others are told to end (SIGTERM). Children that
-are still running when their grace time is over are killed.
+When one fails or stops, or a stop is requested, all others get SIGTERM. Children that are still
+running after their grace time are killed.
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE
 
 POLL_SECONDS = 0.05
-"""Time between two looks at the processes."""
+"""Time between two checks of the children."""
 _PARENT_HOLDS_STDIN = "DIST_SAE_PARENT_HOLDS_STDIN"
 
 
@@ -28,14 +28,14 @@ class End(NamedTuple):
     code: int
     """Exit code; -n if signal n killed it."""
     told: bool
-    """Told to end before it did."""
+    """Whether the child had been sent SIGTERM before it ended."""
 
     @property
     def failed(self) -> bool:
-        """True if the child neither finished nor stopped as it was told.
+        """True if the child neither finished nor stopped as requested.
 
-        SIGTERM kills a child that has not installed its handler yet. It has nothing to save, so
-        this is no failure.
+        SIGTERM kills a child that has not installed its handler yet. That is not a failure, because
+        the child had nothing to save.
         """
         fine = (EXIT_DONE, EXIT_RESUMABLE, *([-signal.SIGTERM] if self.told else []))
         return self.code not in fine
@@ -44,13 +44,13 @@ class End(NamedTuple):
 def start(
     command: Sequence[str], environment: Mapping[str, str], **options: Any
 ) -> "subprocess.Popen[Any]":
-    """Start a child in a session of its own: Ctrl-C reaches the parent alone, which passes it on.
+    """Start a child in its own session, so that Ctrl-C reaches only the parent, which forwards it.
 
     Args:
-        command: The program and its arguments. `dist-sae` ends when its parent is gone
+        command: The program and its arguments. `dist-sae` ends when its parent dies
             (`follow_parent`).
-        environment: Added to this process's.
-        options: For `subprocess.Popen`: who reads what the child prints.
+        environment: Environment variables to add to this process's.
+        options: Options of `subprocess.Popen`, such as where the child's output goes.
     """
     return subprocess.Popen(
         command,
@@ -62,13 +62,13 @@ def start(
 
 
 def follow_parent() -> None:
-    """In a child: treat the death of the parent like a SIGTERM."""
+    """Treat the death of this process's parent like a SIGTERM. Called in children."""
     if os.environ.pop(_PARENT_HOLDS_STDIN, None):
         threading.Thread(target=_await_parent, name="parent", daemon=True).start()
 
 
 def _await_parent() -> None:
-    os.read(sys.stdin.fileno(), 1)  # returns when the parent is gone; sys.stdin would take a lock
+    os.read(sys.stdin.fileno(), 1)  # returns when the parent dies; sys.stdin would take a lock
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -82,14 +82,14 @@ def supervise(
     """Start children and watch them until all have ended.
 
     Args:
-        starts: Each starts a child.
-        stopping: When set, all are told to end.
-        failed_grace_seconds: How long the others may take once one has failed: they may hang
+        starts: Functions that each start a child.
+        stopping: When set, all children get SIGTERM.
+        failed_grace_seconds: How long the others may run on after one has failed. They may hang
             without it.
-        stop_grace_seconds: How long they may take to save and end otherwise.
+        stop_grace_seconds: How long they may take to save and exit in other cases.
 
     Returns:
-        How each ended, in the order of their ends.
+        How each child ended, in the order in which they ended.
     """
     children: list[subprocess.Popen[Any]] = []
     ends: dict[int, End] = {}
@@ -113,7 +113,7 @@ def supervise(
                 if not told:
                     told = True
                     for child in children:
-                        child.send_signal(signal.SIGTERM)  # does nothing to what has ended
+                        child.send_signal(signal.SIGTERM)  # does nothing if it has ended
                 grace = failed_grace_seconds if failed else stop_grace_seconds
                 deadline = min(deadline, time.monotonic() + grace)
             time.sleep(POLL_SECONDS)

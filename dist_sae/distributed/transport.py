@@ -1,7 +1,7 @@
 """Finds out whether NCCL uses RDMA between nodes, or has silently fallen back to sockets.
 
-NCCL reports its choice only in its log. Trainer pods that ask for RDMA devices
-(`cluster.trainer.rdma`) make it write one (`pod_environment`). The log is read once the first
+NCCL reports its choice only in its log. In trainer pods that ask for RDMA devices
+(`cluster.trainer.rdma`), `pod_environment` makes NCCL write a log. It is read once the first
 collective has connected the ranks.
 """
 
@@ -20,7 +20,7 @@ _LOG = "NCCL_DEBUG_FILE"
 
 
 def pod_environment(folder: str) -> dict[str, str]:
-    """Environment variables of a pod that asks for RDMA: NCCL's log goes to this folder."""
+    """Return variables for a pod that asks for RDMA, with which NCCL logs to this folder."""
     return {
         _ASKED: "1",
         "NCCL_DEBUG": "INFO",
@@ -30,15 +30,15 @@ def pod_environment(folder: str) -> dict[str, str]:
 
 
 def rdma_is_asked_for() -> bool:
-    """True in a pod that asks for RDMA devices."""
+    """Return True in a pod that asks for RDMA devices."""
     return _ASKED in os.environ
 
 
 def check_rdma() -> None:
-    """Check in this process's NCCL log that it does not use sockets; after the first collective.
+    """Check in NCCL's log that this process does not use sockets. Call after the first collective.
 
     Raises:
-        ConfigError: It does.
+        ConfigError: NCCL uses sockets.
     """
     name = os.environ.get(_LOG, "")
     path = Path(name.replace("%h", socket.gethostname()).replace("%p", str(os.getpid())))

@@ -1,10 +1,13 @@
 """Ranks watch one another: a stop reaches all of them, and a lost or hung rank ends the job.
 
-Twice a second every rank writes a heartbeat to the rendezvous store. Rank 0 reads all heartbeats
-and publishes a verdict when one is missing; the others read the verdict and rank 0's heartbeat. All
-this runs in threads of its own, because the training thread may be blocked in a collective or
-waiting for data. If the job must end and the training thread does not return, the process exits.
-Nobody else judges: process groups have no time limit (`mesh.py`), and NCCL's errors end no process.
+Every rank writes a heartbeat to the rendezvous store twice a second. Rank 0 reads all heartbeats,
+and publishes a verdict if a rank is lost, hung or has failed. The others read the verdict and rank
+0's heartbeat. All this runs in background threads, because the training thread may be blocked in a
+collective or waiting for data. If the job must end and the training thread does not return, the
+process exits.
+
+Only the watch ends a job for these reasons: process groups have no timeout (`mesh.py`), and errors
+of NCCL do not end a process.
 """
 
 import faulthandler
@@ -24,10 +27,10 @@ from dist_sae.errors import DistSaeError, RankLostError, Stopped
 
 _BEAT_SECONDS = 0.5
 GRACE_SECONDS = 5.0
-"""Time for the training thread to fail with an error of its own."""
+"""Time for the training thread to fail with its own error."""
 _STOP, _VERDICT, _HEARTBEAT, _DONE = "stop", "verdict", "heartbeat/", "done"
-# torch ends a process with 134 when NCCL's peer is gone, or when its own thread for NCCL stands
-# still for 8 minutes: before the watch can tell which rank it is
+# by default, torch ends a process with exit code 134 when an NCCL peer is gone, or when torch's own
+# NCCL thread is stuck for 8 minutes. The watch could then not report which rank is at fault
 _LEFT_TO_THE_WATCH = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
@@ -35,32 +38,32 @@ _LEFT_TO_THE_WATCH = {
 
 
 class _Heartbeat(NamedTuple):
-    """A rank's state, as it writes it."""
+    """A rank's state, as the rank writes it to the store."""
 
     beat: int
     step: int
     working: bool
-    """False while it waits for data, for the store, or for ranks that do."""
+    """False while the rank waits for data, for the store, or for other ranks that do."""
     collectives: int
-    """Collectives entered; the rank with the fewest keeps the others waiting."""
+    """Number of collectives entered. The rank with the fewest keeps the others waiting."""
     left: bool
     """True once the rank has finished."""
     error: str | None
-    """The failure by which it finished, if any."""
+    """The failure with which the rank finished, if any."""
 
 
-# of a rank that has joined the rendezvous and written nothing yet
+# stands for a rank that has joined the rendezvous and not written a heartbeat yet
 _SILENT = _Heartbeat(beat=0, step=0, working=False, collectives=0, left=False, error=None)
 
 
 class _Seen(NamedTuple):
-    """The last heartbeat of a rank, by this rank's clock."""
+    """A rank's last heartbeat, with times on the reader's clock."""
 
     heartbeat: _Heartbeat
     alive: float
-    """Time of its arrival."""
+    """Time at which the heartbeat was first read."""
     moved: float
-    """Time of the last change of the rank's step or `working`."""
+    """Time of the last change in the rank's step or `working`."""
 
 
 class Watch:
@@ -71,7 +74,8 @@ class Watch:
         stopping: When set on one rank, it is set on all within seconds.
         lost_seconds: A rank without a heartbeat for this long is lost.
         hung_seconds: A rank that works on one step for this long is hung.
-        group_ranks: Ranks that go in step, where neighbours make groups; None: all of them do.
+        group_ranks: Number of ranks in a group of neighbors that train in lockstep. None if all
+            ranks do.
     """
 
     def __init__(
@@ -89,7 +93,7 @@ class Watch:
         self._lost_seconds = lost_seconds
         self._hung_seconds = hung_seconds
         self._beats = 0
-        # each is assigned whole, by one thread only: no update can be lost
+        # each is assigned as a whole and by one thread only, so no update can be lost
         self._at = (0, False)
         self._left: tuple[bool, str | None] = (False, None)
         self._ended = threading.Event()
@@ -104,15 +108,15 @@ class Watch:
         ]
 
     def at(self, step: int, *, working: bool) -> None:
-        """Note the step that this rank is at, and whether it works on it."""
+        """Record this rank's current step, and whether the rank is working on it."""
         self._at = (step, working)
 
     def done(self, *, wait: bool) -> None:
-        """Note that this rank's group has ended its work; its failure then ends no other group.
+        """Record that this rank's group has ended. Its failure then does not end other groups.
 
         Args:
-            wait: Whether to wait for the other groups, or for a stop: whoever starts the ranks ends
-                all of them when one fails.
+            wait: Whether to wait for the other groups, or for a stop. A failed group must wait,
+                because the supervisor of the ranks ends all of them when one fails.
         """
         self._done = True
         self.at(self._at[0], working=False)
@@ -141,11 +145,11 @@ class Watch:
         if error is not None and not self._done and not isinstance(error, Stopped):
             failed = _first_line(error)
         if failed is None and self._ranks.rank == 0:
-            # the store ends with this process: the others must leave first
+            # the others must leave first, because the store ends with this process
             while not (self._alone.wait(_BEAT_SECONDS) or self._over.is_set()):
                 pass
         if _is_about_others(error):
-            # until it is known which rank failed
+            # wait until it is known which rank failed
             self._over.wait(self._lost_seconds + GRACE_SECONDS)
             self._leave(None)
             if self._stopping.is_set() and not self._verdict:
@@ -163,10 +167,10 @@ class Watch:
         for thread in self._threads:
             thread.join(GRACE_SECONDS)
         if self._ranks.rank == 0 and (error or self._verdict):
-            time.sleep(3 * _BEAT_SECONDS)  # for the others to read it
+            time.sleep(3 * _BEAT_SECONDS)  # time for the others to read it
 
     def _beat(self) -> None:
-        """Write heartbeats and read those of others, until this rank leaves."""
+        """Write this rank's heartbeats and read the others', until this rank leaves."""
         try:
             seen: dict[int, _Seen] = {}
             while not self._ended.wait(_BEAT_SECONDS):
@@ -174,7 +178,7 @@ class Watch:
                 self._share_stop()
                 self._read(seen)
                 self._answered = time.monotonic()
-            self._write()  # that it has left
+            self._write()  # report that this rank has left
         except dist.DistError as exc:
             if not self._ended.is_set():
                 self._end(f"rank 0, which keeps the ranks' store, is gone ({_first_line(exc)})")
@@ -210,9 +214,9 @@ class Watch:
             self._end(problem)
 
     def _heartbeats(self, seen: Mapping[int, _Seen]) -> dict[int, _Heartbeat]:
-        """Heartbeats that this rank reads: all of them on rank 0, else rank 0's.
+        """Read the heartbeats that this rank checks: all of them on rank 0, otherwise rank 0's.
 
-        One request for all, once each of them has written.
+        Once each of these ranks has written one, a single request reads all.
         """
         ranks = range(self._ranks.world if self._ranks.rank == 0 else 1)
         keys = [f"{_HEARTBEAT}{rank}" for rank in ranks]
@@ -226,7 +230,7 @@ class Watch:
         }
 
     def _problem(self, seen: Mapping[int, _Seen], now: float) -> str | None:
-        """Why the job must end, if it must."""
+        """Return why the job must end, or None."""
         working: dict[int, list[tuple[int, int, str]]] = {}
         hung = set[int]()
         for rank, (heartbeat, alive, moved) in seen.items():
@@ -250,13 +254,13 @@ class Watch:
         return f"{behind}: hung at step {step}; its log has the stacks of its threads"
 
     def _watch_store(self) -> None:
-        """End the job when a call to the store does not return."""
+        """End the job if a call to the store does not return."""
         while not self._ended.wait(_BEAT_SECONDS) and not self._over.is_set():
             if time.monotonic() - self._answered > self._lost_seconds:
                 self._end("rank 0, which keeps the ranks' store, does not answer")
 
     def _end(self, verdict: str) -> None:
-        """Ask the training thread to end with this error; exit the process if it does not."""
+        """Ask the training thread to end with this error. Exit the process if it does not."""
         self._verdict = f"{verdict}; start again to continue"
         self._over.set()
         if self._ended.wait(GRACE_SECONDS):
@@ -268,7 +272,7 @@ class Watch:
 
 
 def _is_about_others(error: BaseException | None) -> TypeGuard[BaseException]:
-    """True if a collective failed because another rank did."""
+    """Return True if a collective failed because another rank did."""
     words = str(error)
     return not isinstance(error, DistSaeError) and (
         isinstance(error, dist.DistError) or "gloo" in words or "NCCL" in words

@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration that a run implies. Pure; imports no DeepSpeed."""
+"""The DeepSpeed configuration derived from a run. Pure; does not import DeepSpeed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from dist_sae.config import Run
 from dist_sae.errors import ConfigError
 
-_OWNED = {  # what the run decides; DeepSpeed would train something else, or ignore it
+_OWNED = {  # other settings decide these; DeepSpeed would train something else, or ignore the key
     "train_batch_size": "follows from train.batch_rows",
     "train_micro_batch_size_per_gpu": "follows from train.batch_rows and processes.trainers",
     "gradient_accumulation_steps": "a batch is one step here",
@@ -14,7 +14,7 @@ _OWNED = {  # what the run decides; DeepSpeed would train something else, or ign
     "optimizer": "is Adam with train.lr, train.betas and train.eps",
     "scheduler": "is train.warmup_steps and train.decay_share",
 }
-_REDUCTION = (  # how DeepSpeed averages gradients, which it does at stages 1 and 2 alone
+_REDUCTION = (  # how DeepSpeed averages gradients, which it only does at stages 1 and 2
     "communication_data_type",
     "fp32_allreduce",
     "gradient_predivide_factor",
@@ -25,10 +25,10 @@ _NEVER = 2**31 - 1  # steps between DeepSpeed's own reports
 
 
 def deepspeed_config(run: Run) -> dict[str, Any]:
-    """Derived from the run, with the user's `train.deepspeed` merged over it.
+    """Derive DeepSpeed's configuration from the run, and merge `train.deepspeed` over it.
 
     Raises:
-        ConfigError: The user sets what the run file decides.
+        ConfigError: `train.deepspeed` sets what other settings decide, or what is not supported.
     """
     zero = _section(run.train.deepspeed, "zero_optimization")
     stage = zero.get("stage", 0)
@@ -69,15 +69,15 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
             "\n".join(f"train.deepspeed.{key}: {why}; leave it out" for key, why in owned.items())
         )
     derived = {
-        # in DeepSpeed's arithmetic a replica is one worker, whose batch all its shards see
+        # for DeepSpeed, a replica is one worker, because all its shards see the same batch
         "train_micro_batch_size_per_gpu": run.train.batch_rows // run.replicas,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": (run.train.clip_norm or 0.0) if stage else 0.0,
         "zero_optimization": {"stage": stage},
-        "zero_force_ds_cpu_optimizer": False,  # offloaded, it is the same fused Adam
+        "zero_force_ds_cpu_optimizer": False,  # offload uses the same fused Adam
         "zero_allow_untested_optimizer": True,
         "steps_per_print": _NEVER,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device, twice a step
+        "timers": {"throughput": {"enabled": False}},  # waits for the device twice a step
     }
     return _merged(derived, run.train.deepspeed)
 
