@@ -1,4 +1,4 @@
-"""Serves the metrics to Prometheus; the only module that talks to prometheus_client."""
+"""Serves metrics to Prometheus. The only module that creates metrics with prometheus_client."""
 
 import logging
 import platform
@@ -37,18 +37,19 @@ disable_created_metrics()  # type: ignore[no-untyped-call] # a second series for
 
 
 class Telemetry:
-    """The metrics of this process, from its start to its end.
+    """The metrics of this process, including how it ended.
 
-    They include how it ended. A process that is being scraped waits for one more scrape, one
-    interval at most. Short-lived programs push instead.
+    At its end, a process that is being scraped waits for one more scrape, for at most one interval.
+    Short-lived programs push their metrics instead.
 
     Args:
         run: Name of the run; with `jobs`, of the sweep.
         role: The program, one of `metric.ROLES`.
-        port: Port to serve them on; 0 for any free port, None to serve nothing.
+        port: Port to serve metrics on; 0 for any free port, None to serve nothing.
         rank: Number of this process among those of its role.
         pushgateway_url: Pushgateway to push to at the end; None for none.
-        jobs: Names of the runs that this process trains, if there are several: each has all series.
+        jobs: Names of the runs that this process trains, if there are several. Each run gets all
+            series.
 
     Raises:
         TelemetryError: The port is taken.
@@ -65,18 +66,18 @@ class Telemetry:
     ) -> None:
         labels = {"role": role, "rank": str(rank)}
         self.every = [{"run": name, **labels} for name in jobs or [run]]
-        """Labels of its series; each value is set in all of them."""
+        """Labels of each run's series. Every value is set for all of these runs."""
         self._ended: set[str] = set()
         self._pushgateway_url = pushgateway_url
         self._began = time.time()
         self._registry = CollectorRegistry()
         self._only: dict[tuple[str, str], list[str]] = {}
-        """Labels that `set_only` has set, by metric and run."""
+        """Label values that `set_only` set last, by metric and run."""
         self._metrics = {m.name: self._open(m) for m in metrics_of(role)}
         self.begin()
         self.pulse = Pulse()
         self.life = Life()
-        """Counts this life of a pod, if it is one."""
+        """Counts this start of the pod, if the process runs in one."""
         self.device: Any = None
         """The device in use, whose memory is exported."""
         self._server = (
@@ -122,14 +123,14 @@ class Telemetry:
         return generate_latest(self._registry)
 
     def of_runs(self, *runs: str) -> Self:
-        """The same metrics, for values of some of the runs only."""
+        """Return a view of these metrics that sets values for some of the runs only."""
         view = copy(self)
         view.every = [{**self.every[0], "run": run} for run in runs]
         view.begin()
         return view
 
     def ended(self, error: BaseException | None = None) -> None:
-        """Export how the runs have ended; what was said of one before stands."""
+        """Export how the runs ended. A run whose end was already exported is not changed."""
         left = [every["run"] for every in self.every if every["run"] not in self._ended]
         if not left:
             return
@@ -142,7 +143,7 @@ class Telemetry:
             view.set("dist_sae_run_failed", 1, error=name)
 
     def begin(self) -> None:
-        """Create the series of counters whose labels are known, at 0."""
+        """Create the counters' series at 0, where the values of their labels are known."""
         for metric in metrics_of(self.every[0]["role"]):
             opened = self._metrics[metric.name]
             if isinstance(opened, Counter):
@@ -160,7 +161,7 @@ class Telemetry:
             gauge.labels(**every, **labels).set(value)
 
     def set_only(self, name: str, value: float, **labels: str) -> None:
-        """Set a gauge, and forget its values for other labels; these are in the table's order."""
+        """Set a gauge and drop its other series. Labels must be in the metric table's order."""
         for every in self.every:
             if before := self._only.get((name, every["run"])):
                 self._metrics[name].remove(*every.values(), *before)
@@ -175,7 +176,7 @@ class Telemetry:
             counter.labels(**every, **labels).inc(value)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        """Put a value into a histogram."""
+        """Add a value to a histogram."""
         histogram = self._metrics[name]
         assert isinstance(histogram, Histogram)
         for every in self.every:

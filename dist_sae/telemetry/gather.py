@@ -1,4 +1,4 @@
-"""One endpoint for the ranks of a pod, each of which serves its own page."""
+"""One metrics endpoint for all ranks of a pod, each of which serves its own page."""
 
 import urllib.request
 from collections.abc import Iterable, Mapping
@@ -11,10 +11,10 @@ from dist_sae.telemetry.metrics import TABLE
 from dist_sae.telemetry.server import SCRAPE_HEADER, PageServer
 
 PATIENCE_SECONDS = 0.04
-"""Wait for all ranks together: a scrape of a pod takes at most 50 ms."""
+"""Maximum wait for all ranks together, so that a scrape of a pod takes at most 50 ms."""
 ANSWER_SECONDS = 10.0
-"""A rank that takes longer is down."""
-_PROBE_SECONDS = 5.0  # below the probe's own limit: the answer names the rank
+"""A rank that takes longer to respond is down."""
+_PROBE_SECONDS = 5.0  # below the probe's own timeout, so that the response can name the rank
 
 _UP = TABLE["dist_sae_rank_up"]
 
@@ -22,14 +22,14 @@ _UP = TABLE["dist_sae_rank_up"]
 class GatheredTelemetry:
     """Serves the pages of a pod's ranks as one page.
 
-    Labels keep the ranks' series apart. `dist_sae_rank_up` says which ranks answered. For a busy
-    rank its last page is served; a rank that is gone has no series.
+    Labels keep the ranks' series apart. `dist_sae_rank_up` shows which ranks responded. For a busy
+    rank, its last page is served. A rank that is gone has no series.
 
     Args:
         run: Name of the run.
         role: Program of the ranks: `produce` or `train`.
         targets: Ports of the ranks' own pages on this machine, by rank.
-        port: Port to serve the whole on; 0 for any free port.
+        port: Port to serve the merged page on; 0 for any free port.
 
     Raises:
         TelemetryError: The port is taken.
@@ -38,7 +38,7 @@ class GatheredTelemetry:
     def __init__(self, run: str, role: str, targets: Mapping[int, int], port: int) -> None:
         self._labels = f'role="{role}",run="{run}"'
         self._ranks = [Rank(rank, target) for rank, target in targets.items()]
-        self._pool = ThreadPoolExecutor(2 * len(self._ranks), "gather")  # a scrape beside a probe
+        self._pool = ThreadPoolExecutor(2 * len(self._ranks), "gather")  # scrape and probe
         self._server = PageServer(port, self._render, self._fault)
         self.port = self._server.port
 
@@ -61,13 +61,13 @@ class GatheredTelemetry:
         return merge([own, *pages]).encode()
 
     def _fault(self, path: str) -> str | None:
-        """Answer a probe: the pod is alive or ready when all ranks are."""
+        """Return why a probe fails, or None. The pod is alive or ready when all ranks are."""
         faults = self._pool.map(lambda rank: rank.fault(path), self._ranks)
         return next((fault for fault in faults if fault), None)
 
 
 def merge(pages: Iterable[str]) -> str:
-    """Merge pages in Prometheus' text format; each metric family stays in one piece."""
+    """Merge pages in Prometheus' text format. Samples of the same metric family are joined."""
     families: dict[str, list[str]] = {}
     for page in pages:
         for family in page.split("# HELP ")[1:]:
@@ -77,7 +77,7 @@ def merge(pages: Iterable[str]) -> str:
 
 
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Ignores HTTP_PROXY for this machine's own ports."""
+"""Opens URLs on this machine, ignoring HTTP_PROXY."""
 
 
 class Rank:
@@ -86,13 +86,13 @@ class Rank:
     def __init__(self, number: int, port: int) -> None:
         self.number = number
         self.page = ""
-        """Empty if it did not answer."""
+        """The rank's last page; empty if the rank did not respond."""
         self._served = True
         self._url = f"http://127.0.0.1:{port}"
         self._asked: Future[None] | None = None
 
     def ask(self, pool: ThreadPoolExecutor, *, scraped: bool) -> Future[None]:
-        """Request a new page, unless a request is under way; for Prometheus if `scraped`."""
+        """Request a new page unless a request is running; on behalf of Prometheus if `scraped`."""
         if self._asked is None or self._asked.done():
             self._asked = pool.submit(self._fetch, {SCRAPE_HEADER: "1"} if scraped else {})
         return self._asked
@@ -107,12 +107,12 @@ class Rank:
         try:
             with _DIRECT.open(request, timeout=ANSWER_SECONDS) as answer:
                 self.page, self._served = answer.read().decode(), False
-        except (OSError, HTTPException):  # no process or no answer: rank_up reports it
-            if self._served:  # else it is the rank's last page, too late for the last answer
+        except (OSError, HTTPException):  # no process or no response: rank_up reports it
+            if self._served:  # else keep the rank's last page, which came too late for a scrape
                 self.page = ""
 
     def fault(self, path: str) -> str | None:
-        """Why the rank fails a probe; None if it passes."""
+        """Return why the rank fails a probe; None if it passes."""
         try:
             with _DIRECT.open(f"{self._url}{path}", timeout=_PROBE_SECONDS):
                 return None

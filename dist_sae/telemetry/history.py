@@ -1,4 +1,4 @@
-"""The run's history: its numbers in the store of runs, so that a report needs no Prometheus."""
+"""The run's history: its metrics in the store of runs, so that a report needs no Prometheus."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from dist_sae.storage.own import OwnKeys
 
 
 class History:
-    """Records of one start of a run, as JSON lines in `history/<first step>.jsonl`."""
+    """Records since one start of a run, as JSON lines in `history/<first step>.jsonl`."""
 
     def __init__(self, store: ObjectStore, run: str, first_step: int) -> None:
         self._store = store
@@ -18,13 +18,13 @@ class History:
         self._lines: list[str] = []
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Keep a record; it must have a `step`."""
+        """Add a record, which must have a `step`."""
         self._lines.append(json.dumps(record))
 
     def flush(self) -> None:
         """Make all records so far durable, and delete files that start at a later step.
 
-        They continue a checkpoint that has been given up since.
+        Those files continued a later checkpoint, which has been abandoned since.
         """
         for key in list(self._files.keys(self._store)):
             if key[0] > self._key:
@@ -33,11 +33,11 @@ class History:
             self._store.put(self._key, ("\n".join(self._lines) + "\n").encode())
 
     def close(self) -> None:
-        """Do nothing: unflushed records are regenerated from the last checkpoint on."""
+        """Do nothing: training from the last checkpoint on produces unflushed records again."""
 
 
 def read_history(store: ObjectStore, run: str) -> list[dict[str, Any]]:
-    """Read a run's records, one for each step; for a repeated step the later one counts."""
+    """Read a run's records, one per step. For a repeated step, the later one counts."""
     records: dict[int, dict[str, Any]] = {}
     for key in _files(run).keys(store):
         first = int(key["first"])

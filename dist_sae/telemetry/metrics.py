@@ -1,8 +1,8 @@
 """Every metric that the system exports, in one table. Imports no torch and no client library.
 
-Besides the labels below, every series has `run` (its name), `role` (the program) and `rank` (a
-trainer's rank; a producer's number times `model.tensor_parallel` plus its rank within the model).
-A gauge has no series until its value is known; a counter starts at 0.
+In addition to the labels below, every series has `run` (its name), `role` (the program) and `rank`
+(a trainer's rank; a producer's number times `model.tensor_parallel` plus its rank within the
+model). A gauge has no series until its value is known. A counter starts at 0.
 """
 
 from collections.abc import Iterator, Mapping
@@ -245,21 +245,21 @@ def _labels(metric: Metric) -> str:
 
 
 def metrics_of(role: str) -> Iterator[Metric]:
-    """The metrics that a program exports."""
+    """Return the metrics that a program exports."""
     return (metric for metric in METRICS if role in metric.roles)
 
 
 def recorded(role: str) -> dict[str, Metric]:
-    """The metrics that a program's records hold, by their short names."""
+    """Return the metrics that a program's records contain, by short name."""
     return {metric.short: metric for metric in metrics_of(role) if metric.short}
 
 
 def gauges(role: str, record: Mapping[str, Any]) -> Iterator[tuple[str, float, dict[str, str]]]:
-    """Yield full name, value and labels of each gauge that a record holds by its short name.
+    """Yield the full name, value and labels of each gauge in a record.
 
     Args:
-        role: The program that exports them.
-        record: Numbers by short name, or by short name and label; None is not known.
+        role: The program that exports the gauges.
+        record: Numbers by short name, or by short name and label. None means unknown.
     """
     for short, metric in recorded(role).items():
         value = record.get(short)
@@ -271,5 +271,5 @@ def gauges(role: str, record: Mapping[str, Any]) -> Iterator[tuple[str, float, d
 
 
 def listed(view: View) -> Iterator[Metric]:
-    """The metrics that a view lists, in the order of the table."""
+    """Return the metrics that a view shows, in the order of the table."""
     return (metric for metric in METRICS if view in metric.views)

@@ -10,16 +10,16 @@ _PROCESS = psutil.Process()
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process, in bytes."""
+    """Return the resident memory of this process, in bytes."""
     return int(_PROCESS.memory_info().rss)
 
 
 def device_bytes(device: Any) -> Mapping[str, int]:
-    """GPU memory of this process in bytes, by state. Does not wait for the device.
+    """Return the GPU memory of this process in bytes, by state. Does not wait for the device.
 
     Args:
-        device: The GPU in use; None for the first visible one. It must be named, since each thread
-            has a current device of its own.
+        device: The GPU in use; None for the first visible one. The caller must name it, because
+            each thread has its own current device.
     """
     torch = sys.modules.get("torch")  # a program that has not imported it uses no GPU
     if torch is None or not torch.cuda.is_initialized():

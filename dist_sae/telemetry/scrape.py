@@ -1,4 +1,4 @@
-"""Reads pages of metrics (`telemetry/exporter.py`), as Prometheus would."""
+"""Reads pages of metrics (`telemetry/exporter.py`) as Prometheus does."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 
 class Sample(NamedTuple):
-    """A value of a series."""
+    """One value of a time series."""
 
     name: str
     labels: dict[str, str]

@@ -1,4 +1,4 @@
-"""Serves a page of metrics and answers probes, over HTTP."""
+"""Serves a page of metrics and responds to probes, over HTTP."""
 
 import logging
 import socket
@@ -14,20 +14,21 @@ from dist_sae.telemetry.pulse import PATHS
 logger = logging.getLogger(__name__)
 
 LAST_SCRAPE_SECONDS = 100.0
-"""Longest wait for the last scrape; allows scrapes every minute."""
+"""Maximum wait for the last scrape. Long enough for scrapes every minute."""
 _LATE_SECONDS = 1.0
 SCRAPE_HEADER = "X-Prometheus-Scrape-Timeout-Seconds"
 _CLIENT_SECONDS = 10.0
 
 
 class PageServer:
-    """Serves one page, rendered on request, in threads of its own.
+    """Serves one page, rendered on request, in background threads.
 
     Args:
         port: Port to serve on; 0 for any free port.
-        render: Renders the page in Prometheus' text format; called with whether Prometheus asks,
-            as against a person or another program, for whom the process does not wait.
-        fault: Why a probe fails, by path (see `pulse`); None if it passes.
+        render: Renders the page in Prometheus' text format. Called with True for a scrape by
+            Prometheus, and with False for a person or another program, for whom the process does
+            not wait at its end.
+        fault: Returns why the probe of a path fails (see `pulse`); None if it passes.
 
     Raises:
         TelemetryError: The port is taken.
@@ -61,12 +62,12 @@ class PageServer:
         self._server.server_close()
 
     def await_last_scrape(self) -> None:
-        """Wait for one more scrape if there have been any, for at most one interval."""
+        """Wait for one more scrape, for at most one interval, if there have been any scrapes."""
         self._ending = time.monotonic()
         if self._sent is None:
             return
         rest = LAST_SCRAPE_SECONDS  # one scrape so far: the interval is unknown
-        if self._interval is not None:  # negative: scrapes have ended
+        if self._interval is not None:  # negative if scrapes have ended
             rest = self._sent + 1.5 * self._interval + _LATE_SECONDS - self._ending
         self._once_more.wait(min(max(rest, 0.0), LAST_SCRAPE_SECONDS))
 
@@ -98,7 +99,7 @@ class PageServer:
                     self.send_error(500)
                     return
                 if scraped:
-                    note(asked)  # before the answer is sent: its reader will scrape again
+                    note(asked)  # before responding: an ending process must wait for this client
                 self._answer(200, page)
                 if scraped:
                     told(asked)
@@ -111,13 +112,13 @@ class PageServer:
                 self.wfile.write(page)
 
             def log_message(self, *_: Any) -> None:
-                pass  # a line for every scrape
+                pass  # it would log a line for every scrape
 
         return Handler
 
 
 class _Server(ThreadingHTTPServer):
-    """Over IPv4 and IPv6: a pod may have an address of one kind only."""
+    """A server on both IPv4 and IPv6, because a pod may have only one kind of address."""
 
     address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     daemon_threads = True
@@ -128,4 +129,4 @@ class _Server(ThreadingHTTPServer):
         super().server_bind()
 
     def handle_error(self, *_: Any) -> None:
-        pass  # the client has gone away and will ask again
+        pass  # the client has disconnected, and will request the page again

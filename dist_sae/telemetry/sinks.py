@@ -16,14 +16,14 @@ from dist_sae.telemetry.history import History
 logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
-"""Numbers by name, or by name and label; one is `step`."""
+"""Numbers by name, or by name and label. One of them is `step`."""
 
 
 class Sink(Protocol):
-    """Takes the records of one start of a run, in the order of their steps."""
+    """Receives the records since one start of a run, in the order of their steps."""
 
     def append(self, record: Record) -> None:
-        """Keep a record."""
+        """Add a record."""
         ...
 
     def flush(self) -> None:
@@ -31,20 +31,20 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None:
-        """End the series."""
+        """Close the sink; no more records follow."""
         ...
 
 
 def open_sinks(run: Run, runs: ObjectStore, first_step: int) -> list[Sink]:
-    """Open the history and the sinks that the run file names.
+    """Open the history, and the other sinks that the run file enables.
 
     Args:
         run: The run.
         runs: The store of runs.
-        first_step: Where the curves continue; records of later steps were given up.
+        first_step: Step at which the curves continue. Earlier records of later steps are dropped.
 
     Raises:
-        ConfigError: A package is missing, or Weights & Biases refuses.
+        ConfigError: A package is missing, or Weights & Biases refuses the run.
     """
     sinks: list[Sink] = [History(runs, run.name, first_step)]
     if run.telemetry.tensorboard is not None:
@@ -76,7 +76,7 @@ class Dispensable:
             return
         try:
             call(self._sink)
-        except Exception as exc:  # a full disk, an unreachable service: dozens of types
+        except Exception as exc:  # dozens of types: a full disk, an unreachable service
             self._sink = None
             logger.warning(
                 "telemetry.%s failed and gets no more records from this process: %s",
@@ -106,7 +106,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A Weights & Biases run under the run's name; WANDB_* give the account and the server."""
+    """A Weights & Biases run with the run's name. WANDB_* set the account and the server."""
 
     def __init__(self, run: Run, project: str) -> None:
         _require("wandb")
@@ -127,7 +127,7 @@ class WeightsAndBiases:
         self._run.log(dict(_flat(record)), step=record["step"])
 
     def flush(self) -> None:
-        pass  # it keeps its records in a file of its own
+        pass  # wandb stores records in its own file
 
     def close(self) -> None:
         self._run.finish()
@@ -142,7 +142,7 @@ def _require(package: str) -> None:
 
 
 def _flat(record: Record) -> Iterator[tuple[str, float]]:
-    """Flatten a record to names as both services group them: `phases/wait`."""
+    """Flatten a record to names such as `phases/wait`, which both services group by prefix."""
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from ((f"{name}/{label}", number) for label, number in value.items())

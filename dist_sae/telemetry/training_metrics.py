@@ -1,9 +1,9 @@
-"""The part of the table (`metrics.py`) that trainers export."""
+"""The part of the metric table (`metrics.py`) that trainers export."""
 
 from dist_sae.telemetry.metric import DENSITIES, PHASES, QUANTILES, Metric
 
 TRAINING = (
-    # training: how far
+    # training: progress
     Metric(
         "dist_sae_train_info",
         "1; the labels say what is trained, and on which device.",
@@ -115,7 +115,7 @@ TRAINING = (
         "Latents dead for another dead_after_rows: re-tied to the data (TopK and its kin) or "
         "initialised again.",
     ),
-    # training: how evenly the work is shared out
+    # training: how evenly the work is distributed
     Metric(
         "dist_sae_train_shard_load_ratio",
         "Active entries of the busiest latent shard over the mean, on the last batch; 1 is even.",
@@ -207,7 +207,7 @@ TRAINING = (
     Metric(
         "dist_sae_train_save_stall_seconds_total", "Time this rank stood still for checkpoints."
     ),
-    # training: the data ahead of it, seen by rank 0
+    # training: the data ahead, as seen by rank 0
     Metric("dist_sae_train_plan_units", "Training units of the activation set."),
     Metric("dist_sae_train_ready_units", "Training units that exist."),
     Metric(

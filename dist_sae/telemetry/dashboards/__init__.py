@@ -1,4 +1,4 @@
-"""The Grafana dashboards, in the order of an operator's questions.
+"""The Grafana dashboards, ordered by an operator's questions.
 
 Is it healthy, how long will it take, what limits it?
 """
@@ -16,17 +16,17 @@ from dist_sae.telemetry.dashboards.trainer import TRAINER
 from dist_sae.telemetry.metrics import METRICS
 
 PAGES = (OVERVIEW, TRAINER, PRODUCERS, STORE, DICTIONARY, INDEX)
-"""The overview first: the others go into detail."""
+"""All dashboards: first the overview, then those with details."""
 
 
 def render_dashboards() -> dict[str, str]:
-    """Grafana's JSON for every dashboard, by file name.
+    """Render Grafana's JSON for every dashboard, by file name.
 
     Raises:
         ConfigError: Grafana's SDK is not installed.
     """
     try:
-        from dist_sae.telemetry.dashboards.grafana import render_page  # an extra brings its SDK
+        from dist_sae.telemetry.dashboards.grafana import render_page  # its SDK is in an extra
     except ImportError as exc:
         raise ConfigError(
             "dashboards: rendering needs Grafana's SDK; run pip install '.[dashboards]' in the "
@@ -39,7 +39,7 @@ def render_dashboards() -> dict[str, str]:
 
 
 def _explained(page: Page) -> Page:
-    """Add the metric table's help to each panel."""
+    """Add the help texts of its metrics to each panel of a dashboard."""
     explained = {
         question: tuple(map(_with_help, panels)) for question, panels in page.sections.items()
     }

@@ -1,4 +1,4 @@
-"""The dictionary's health: what is learnt."""
+"""The dashboard of a dictionary's health: what it learns."""
 
 from dist_sae.telemetry.dashboards.panels import Page, gauge, graph, number, stack
 from dist_sae.telemetry.dashboards.queries import now, rate

@@ -1,4 +1,4 @@
-"""Grafana's JSON for a dashboard; only this module talks to Grafana's SDK."""
+"""Renders Grafana's JSON for a dashboard. The only module that uses Grafana's SDK."""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ _GRAFANA_UNITS: dict[Unit, str] = {
     "rows/s": "rowsps",
     "per second": "cps",
 }
-_SIZES: dict[Shape, tuple[int, int]] = {  # width of 24, height
+_SIZES: dict[Shape, tuple[int, int]] = {  # width in 24ths, height
     "graph": (8, 8),
     "stack": (8, 8),
     "number": (4, 4),
@@ -35,11 +35,11 @@ _SIZES: dict[Shape, tuple[int, int]] = {  # width of 24, height
 
 
 def render_page(page: Page, others: Sequence[Page]) -> str:
-    """Grafana's JSON for a dashboard.
+    """Render Grafana's JSON for a dashboard.
 
     Args:
         page: The dashboard.
-        others: Those it has links to.
+        others: The dashboards to link to.
     """
     built = (
         dashboard.Dashboard(page.title)
@@ -81,9 +81,9 @@ def _variables(page: Page) -> list[Builder[schema.VariableModel]]:
     here = 'namespace=~"$namespace"'
     variables: list[Builder[schema.VariableModel]] = [
         source,
-        # outside Kubernetes there is none, which .* matches
+        # outside Kubernetes series have no namespace, which .* also matches
         namespaces.include_all(True).all_value(".*").current(everything),
-        # one, until more are chosen
+        # a single run, until the user chooses more
         choice("run", f"label_values(dist_sae_run_info{{{here}}}, run)"),
     ]
     if page.ranks:
@@ -105,7 +105,7 @@ def _link(page: Page) -> dashboard.DashboardLink:
 
 
 def _alerts() -> dashboard.AnnotationQuery:
-    """Alerts as marks on every graph."""
+    """Show alerts as marks on every graph."""
     return (
         dashboard.AnnotationQuery()
         .name("Alerts")
@@ -132,7 +132,7 @@ _Built = TypeVar("_Built", timeseries.Panel, stat.Panel, table.Panel)
 
 
 def _begin(built: _Built, panel: Panel) -> _Built:
-    """Set what panels of every shape have."""
+    """Set the properties that panels of every shape have."""
     width, height = _SIZES[panel.shape]
     built.title(panel.title).description(panel.says).datasource(_SOURCE)
     return built.span(panel.width or width).height(height)
@@ -180,7 +180,7 @@ def _number(panel: Panel) -> stat.Panel:
 
 
 def _table(panel: Panel) -> table.Panel:
-    """One line for every series, its labels in columns."""
+    """Build a table with a line for every series, and its labels in columns."""
     hidden = dict.fromkeys(("Time", "__name__", "Value", "alertstate"), True)
     return (
         _begin(table.Panel(), panel)

@@ -1,4 +1,4 @@
-"""The latent index while it is made."""
+"""The dashboard of a latent index while it is built."""
 
 from dist_sae.telemetry.dashboards.panels import Page, graph, number
 from dist_sae.telemetry.dashboards.queries import alive, by_rank, growth, now, rate

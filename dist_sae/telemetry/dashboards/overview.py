@@ -1,4 +1,4 @@
-"""The overview: the first dashboard to look at."""
+"""The overview, which is the first dashboard to look at."""
 
 from dist_sae.telemetry.dashboards.panels import Page, gauge, graph, number, stack, table
 from dist_sae.telemetry.dashboards.queries import (

@@ -1,4 +1,4 @@
-"""Dashboards as plain values."""
+"""Dashboards and panels as plain values, independent of Grafana's SDK."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -19,9 +19,9 @@ class Panel(NamedTuple):
     unit: Unit
     queries: tuple[Query, ...]
     says: str = ""
-    """How to read it."""
+    """How to read the panel."""
     limits: tuple[float, ...] = ()
-    """Thresholds for yellow, then red; a single one is for red."""
+    """Thresholds for yellow, then red. A single one is for red."""
     width: int | None = None
     """Width in 24ths; None for the default of its shape."""
 
@@ -32,15 +32,15 @@ class Page(NamedTuple):
     name: str
     title: str
     says: str
-    """The question that it answers."""
+    """The dashboard's description."""
     sections: Mapping[str, tuple[Panel, ...]]
-    """Questions, and the panels that answer each."""
+    """By question, the panels that answer it."""
     ranks: str = ""
-    """Role whose ranks can be chosen, if any."""
+    """Role whose ranks the user can choose, if any."""
 
     @property
     def uid(self) -> str:
-        """Grafana's identifier, which other dashboards link to."""
+        """Grafana's identifier of the dashboard, used in links to it."""
         return f"dist-sae-{self.name}"
 
 
@@ -52,12 +52,12 @@ def graph(
     limits: tuple[float, ...] = (),
     width: int | None = None,
 ) -> Panel:
-    """Lines over time."""
+    """Create a panel with lines over time."""
     return Panel("graph", title, unit, queries, says, limits, width)
 
 
 def stack(title: str, unit: Unit, query: Query, says: str = "") -> Panel:
-    """Stacked areas: the parts of a whole, of one run."""
+    """Create a panel with stacked areas, which show the parts of a whole for one run."""
     return Panel(
         "stack", title, unit, (query,), f"{says} Choose one run: several would be piled up."
     )
@@ -72,24 +72,24 @@ def number(
     width: int | None = None,
     of: Query | None = None,
 ) -> Panel:
-    """The last value as a large number, and beside it of how many."""
+    """Create a panel with the last value as a large number, next to the wanted one if `of`."""
     queries = (query.named("there"), of.named("wanted")) if of else (query,)
     return Panel("number", title, unit, queries, says, limits, width)
 
 
 def gauge(panel: Callable[..., Panel], name: str, by: str = "run", **settings: Any) -> Panel:
-    """A panel of one gauge, with the title and the unit of the metric table.
+    """Create a panel of one gauge, with the title and unit from the metric table.
 
     Args:
         panel: `graph` or `number`.
-        name: The metric.
-        by: Labels that tell its series apart.
-        settings: As `panel` takes them.
+        name: Name of the metric.
+        by: Labels that distinguish the gauge's series.
+        settings: Other arguments of `panel`.
     """
     metric = TABLE[name]
     return panel(metric.title, _UNITS.get(metric.unit, "count"), now(name, by), **settings)
 
 
 def table(title: str, query: Query, says: str = "") -> Panel:
-    """The current series, their labels in columns."""
+    """Create a table of the current series, with their labels in columns."""
     return Panel("table", title, "count", (query,), says)

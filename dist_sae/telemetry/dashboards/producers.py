@@ -1,4 +1,4 @@
-"""The language models at work."""
+"""The dashboard of producers, which run language models."""
 
 from dist_sae.telemetry.dashboards.panels import Page, graph, number
 from dist_sae.telemetry.dashboards.queries import alive, by_rank, growth, now, rate

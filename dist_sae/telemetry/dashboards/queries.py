@@ -1,6 +1,6 @@
-"""Builds PromQL from the metric table: an unknown name or label is an error here.
+"""Builds PromQL from the metric table, so that an unknown name or label is an error here.
 
-In a dashboard it would be an empty panel.
+In a dashboard, it would only show as an empty panel.
 """
 
 import re
@@ -11,8 +11,8 @@ from dist_sae.telemetry.metrics import TABLE
 
 _START = "dist_sae_process_start_timestamp_seconds"
 MANY = 16
-"""From this many ranks on, lines of all of them cannot be told apart."""
-_SHOWN = 5  # ranks, of many
+"""Number of ranks from which on a line for each would be too many to tell apart."""
+_SHOWN = 5  # ranks shown if there are many
 _PODS = "(planner|producer|trainer|index|reporter)-0-[0-9]+-[a-z0-9]+"
 _NAMES = "run_role_kubernetes_name:dist_sae_run_info:last12h"
 _RESTARTS = "run_role_rank:dist_sae_process_start_timestamp_seconds:max"
@@ -25,68 +25,68 @@ class Query(NamedTuple):
     legend: str
 
     def named(self, word: str) -> Self:
-        """Add a word to the legend, to tell its series from other queries' of the panel."""
+        """Add a word to the legend, to distinguish the series from those of other queries."""
         return self._replace(legend=f"{self.legend} {word}")
 
     def over(self, other: "Query", on: str | None = None) -> Self:
-        """Divide by another query; with `on`, many series by one."""
+        """Divide by another query. With `on`, divide many series by one."""
         match = f"on ({_by(on)}) group_left () " if on else ""
         return self._replace(expr=f"{self.expr} / {match}({other.expr} > 0)")
 
     def averaged(self, by: str) -> Self:
-        """Mean over other labels, of the chosen ranks."""
+        """Average the chosen ranks' series over all labels but `by`."""
         mean = _aggregated(self.expr, by, "avg")
         return self._replace(expr=mean.expr, legend=mean.legend)
 
 
 def now(name: str, by: str = "run", how: str = "max", **where: str) -> Query:
-    """A gauge's value; `max` takes any rank, since all export the same global values."""
+    """Query a gauge's value. `max` takes any rank's, because all export the same global values."""
     return _aggregated(f"{_series(name, 'gauge', by, where)}", by, how)
 
 
 def rate(name: str, by: str = "run", how: str = "sum", **where: str) -> Query:
-    """A counter's growth per second."""
+    """Query a counter's growth per second."""
     series = _series(name, "counter", by, where)
     return _aggregated(f"rate({series}[$__rate_interval])", by, how)
 
 
 def growth(name: str, by: str = "run", **where: str) -> Query:
-    """A counter's growth over the time shown."""
+    """Query a counter's growth over the time range of the dashboard."""
     return _aggregated(f"increase({_series(name, 'counter', by, where)}[$__range])", by, "sum")
 
 
 def quantile(share: float, name: str, by: str) -> Query:
-    """A quantile of a histogram."""
+    """Query a quantile of a histogram."""
     series = _series(name, "histogram", by, {}).replace("{", "_bucket{")
     buckets = f"sum by ({_by(by)}, le) (rate({series}[$__rate_interval]))"
     return Query(f"histogram_quantile({share}, {buckets})", _legend(by)).named(f"p{share * 100:g}")
 
 
 def age(name: str, by: str = "run") -> Query:
-    """Seconds since the time that a gauge holds."""
+    """Query the seconds since the timestamp in a gauge."""
     moment = now(name, by)
     return moment._replace(expr=f"time() - {moment.expr}")
 
 
 def alive(role: str) -> Query:
-    """Number of scraped processes of a role."""
+    """Query the number of scraped processes of a role."""
     ranks = f"count by (namespace, run, rank) ({_START}{{{_matchers(['run'], {'role': role})}}})"
     return _aggregated(ranks, "run", "count")
 
 
 def recorded(name: str, **where: str) -> Query:
-    """A series of monitoring/rules.yaml; its name begins with its labels."""
+    """Query a recording rule of monitoring/rules.yaml, whose name begins with its labels."""
     labels = re.findall(r"run|role|rank|phase|waited_for", name.partition(":")[0])
     shown = ", ".join(label for label in labels if label not in where)
     return Query(f"{name}{{{_matchers(['run'], where)}}}", _legend(shown))
 
 
 def by_rank(query: Query, *, lowest: bool = False) -> tuple[Query, ...]:
-    """A line for each rank; of many ranks the median, a tail and the ranks at its end.
+    """Show a line for each rank; for many ranks, the median, a tail and its most extreme ranks.
 
     Args:
-        query: A series for each rank.
-        lowest: The lowest values are those to look at, not the highest.
+        query: Query with a series for each rank.
+        lowest: Whether the lowest values are the ones to look at, instead of the highest.
     """
     labels = re.findall(r"{{(\w+)}}", query.legend)
     by = ", ".join(label for label in labels if label not in ("namespace", "rank"))
@@ -107,7 +107,7 @@ def by_rank(query: Query, *, lowest: bool = False) -> tuple[Query, ...]:
 
 
 def slowest_ranks() -> Query:
-    """Ranks that wait least for others, so that the others wait for them, with their nodes."""
+    """Query the ranks that wait least, so the others wait for them, with the ranks' nodes."""
     series = _series("dist_sae_train_phase_seconds_total", "counter", "run", {"phase": "ranks"})
     waits = f"max by (namespace, pod, run, rank) (rate({series}[$__rate_interval]))"
     nodes = "max by (namespace, pod, node) (kube_pod_info)"
@@ -117,7 +117,7 @@ def slowest_ranks() -> Query:
 
 
 def pending_pods() -> Query:
-    """Pods that have no node yet, or whose containers cannot start."""
+    """Count pods that have no node yet, or whose containers cannot start."""
     series = f'kube_pod_status_phase{{phase="Pending",pod=~".+-{_PODS}"}} == 1'
     name = f'label_replace({series}, "kubernetes_name", "$1", "pod", "(.+)-{_PODS}")'
     part = f'label_replace({name}, "part", "$2", "pod", "(.+)-{_PODS}")'
@@ -127,7 +127,7 @@ def pending_pods() -> Query:
 
 
 def restarts() -> Query:
-    """Processes that were started again within the last hour."""
+    """Count restarts of processes within the last hour."""
     changes = f"changes({_RESTARTS}{{{_matchers(['run'], {})}}}[1h])"
     return _aggregated(changes, "run, role", "sum")
 
@@ -135,7 +135,7 @@ def restarts() -> Query:
 def _series(
     name: str, kind: Literal["counter", "gauge", "histogram"], by: str, where: dict[str, str]
 ) -> str:
-    """Select a metric's series by the dashboard's variables.
+    """Select a metric's series with the dashboard's variables.
 
     Raises:
         ValueError: The metric is of another kind or lacks a label.
@@ -159,11 +159,14 @@ def _aggregated(expr: str, by: str, how: str) -> Query:
 
 
 def _by(labels: str) -> str:
-    """These labels and the namespace: a run's name may be another's in another namespace."""
+    """Add the namespace to these labels, because runs in two namespaces may have the same name."""
     return f"namespace, {labels}"
 
 
 def _legend(by: str) -> str:
-    """`{{namespace}} {{run}} rank {{rank}} {{phase}}`; outside Kubernetes without a namespace."""
+    """Format a legend: `{{namespace}} {{run}} rank {{rank}} {{phase}}`.
+
+    Outside Kubernetes, the namespace is empty.
+    """
     labels = _by(by).split(", ")
     return " ".join(f"{'rank ' * (label == 'rank')}{{{{{label}}}}}" for label in labels)

@@ -41,7 +41,7 @@ BACKLOG = graph(
 STAGES = graph(
     "Where producers' time goes",
     "count",
-    # of ranks that share a model only the first has stages, and knows the plan
+    # if ranks share a model, only the first one exports stages and the plan
     rate("dist_sae_produce_seconds_total", "run, stage").over(
         now("dist_sae_produce_plan_units", how="count"), on="run"
     ),

@@ -1,4 +1,4 @@
-"""The object store, as the programs see it."""
+"""The dashboard of the object store, as the programs see it."""
 
 from dist_sae.telemetry.dashboards.panels import Page, graph
 from dist_sae.telemetry.dashboards.queries import quantile, rate

@@ -1,4 +1,4 @@
-"""A training job, rank by rank."""
+"""The dashboard of a training job, by rank."""
 
 from dist_sae.telemetry.dashboards.panels import Page, gauge, graph, number, stack
 from dist_sae.telemetry.dashboards.queries import (
@@ -15,7 +15,7 @@ from dist_sae.telemetry.dashboards.repeated import BACKLOG, CHECKPOINT_LIMITS, S
 
 
 def _phases(phases: str) -> Query:
-    """Share of these phases (`a|b`) in the time of all ranks."""
+    """Query the share of these phases (`a|b`) in the time of all ranks."""
     return rate("dist_sae_train_phase_seconds_total", phase=phases).over(rate(STEP_SECONDS))
 
 
