@@ -6,10 +6,10 @@ its entries. It can be summed over replicas in two ways:
 - dense: replicas all-reduce their gradients, which are as large as the weight;
 - by entry: each replica gathers the rows and entries of all replicas, and computes the whole sum.
 
-By entry takes fewer bytes while the global batch has fewer rows than about twice the latents of a
-shard, but each replica repeats the sums of all. Measured between processes of one machine, by entry
-takes as long as dense at 0.15 of its bytes, and a tenth longer at 0.3. So it is used up to a
-quarter. Either way, the sum is over the same entries.
+The exchange by entry sends fewer bytes while the global batch has fewer rows than about twice the
+latents of a shard, but each replica repeats the sums of all. Measured between processes of one
+machine, it takes as long as the dense one at 0.15 of its bytes, and a tenth longer at 0.3. So it is
+used up to a quarter. Either way, the sum is over the same entries.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
-"""Cache of baselines beside the activation set: `evaluation/<kind>-<digest>.json`.
+"""Cache of baselines in the activation set's store: `evaluation/<kind>-<digest>.json`.
 
-Baselines do not depend on the dictionary: they are computed for the first one evaluated on a set,
-and read for the others.
+Baselines do not depend on the dictionary. They are computed for the first dictionary that is
+evaluated on a set, and read from the cache for all others.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class CachedResult(Record):
-    """A result and all that it depends on."""
+    """A result, and everything that it depends on."""
 
     schema_version: Literal[1] = 1
     of: dict[str, Any]
@@ -36,16 +36,16 @@ def cached(
 ) -> dict[str, Any]:
     """Read a result from the store, or compute and store it.
 
-    A stored result is never changed. Another version of the package computes its own, since its
-    code may differ. A damaged object is replaced; if the store cannot be written, the result is
+    A stored result is never changed. Another version of the package computes its own, because its
+    code may differ. A damaged object is replaced. If the store cannot be written to, the result is
     computed each time.
 
     Args:
         store: The activation set's store.
         kind: Prefix of the object's name.
-        of: All that the result depends on apart from the code, as JSON types.
-        compute: Computes the result, as JSON types; on all ranks.
-        mesh: The ranks, of which the first reads and writes.
+        of: Everything that the result depends on except the code, as JSON types.
+        compute: Computes the result, as JSON types. Called on all ranks.
+        mesh: The ranks. Only rank 0 reads and writes.
     """
     of = {**of, "dist_sae": __version__}
     key = f"evaluation/{kind}-{fingerprint(of)}.json"
@@ -71,5 +71,5 @@ def _read(store: ObjectStore, key: str) -> CachedResult | None:
 
 
 def fingerprint(content: Any) -> str:
-    """Hash of any JSON content."""
+    """Return a hash of any JSON content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

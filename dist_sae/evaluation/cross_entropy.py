@@ -36,9 +36,9 @@ logger = logging.getLogger(__name__)
 _RESAMPLES = 1000
 _LOSSES = ("clean", "spliced", "zero", "mean", "replacement")
 _Passes = dict[str, Callable[[Splice], Edits]]
-"""Edits of passes over a batch, by the name of their losses; the passes are made in this order."""
+"""Passes over a batch in the order they run: by name of the loss, what returns a pass's edits."""
 _Places = Mapping[str, tuple[str, ...]]
-"""Written sites that are replaced at once: "" names all of them, a site itself."""
+"""Written sites that are replaced at once. The key is "" for all sites, or the name of one."""
 
 
 def cross_entropies(
@@ -52,22 +52,23 @@ def cross_entropies(
 ) -> dict[str, Any]:
     """Measure the model's losses with admitted rows of the written sites replaced. Collective.
 
-    Losses are of next tokens, or of masked tokens for a bidirectional model. `ce_left_out` gives
-    the reason if there are none: the model predicts no tokens, or ablation changes none, or the
-    sites are of two models. Losses without the dictionary are cached beside the activation set.
+    Losses are for next tokens, or for masked tokens if the model is bidirectional. If there are no
+    losses, `ce_left_out` gives the reason: the model predicts no tokens, ablation changes no
+    prediction, or the sites belong to two models. Losses without the dictionary are cached with the
+    activation set.
 
     Args:
         activations: The activation set.
         run: The run.
         sae: The dictionary.
-        normalisers: Of its sites.
+        normalisers: Normalisers of the dictionary's sites.
         mesh: The ranks.
-        causal: Measure the replacement model as well: what the dictionary writes at a site depends
-            on no site that the model reaches later. It is left out if a layer is written before
-            it is read.
+        causal: Whether what the dictionary writes at a site depends only on sites that the model
+            reaches before. If so, the replacement model is measured as well, unless a layer is
+            written before it is read.
 
     Returns:
-        See `evaluate`. `intervals` come from a bootstrap over documents.
+        The losses; see `evaluate`. `intervals` come from a bootstrap over documents.
 
     Raises:
         NonFiniteError: A loss is NaN or infinite.
@@ -104,16 +105,16 @@ def cross_entropies(
     total = turns * sum(len(batch.tokens) for batch in batches)
 
     def losses(passes: _Passes, before: int) -> dict[str, list[float]]:
-        """Losses of each context in some passes, summed over its tokens, in nats.
+        """Compute each context's loss in some passes, summed over its tokens, in nats.
 
         Args:
-            passes: Edits of these.
-            before: Passes of all that come before.
+            passes: The passes to run.
+            before: Number of passes that ran earlier, for progress.
         """
         sums: dict[str, list[float]] = {name: [] for name in passes}
         for batch, counts in zip(batches, predicted, strict=True):
             keep = admitted(batch, tokenizer.special, exclude, Counter())
-            if spliced.masked and exclude.special_tokens:  # these positions hold [MASK]
+            if spliced.masked and exclude.special_tokens:  # these positions are [MASK]
                 keep[:, 1:] &= ~counts
             splice = Splice(keep, exclude.over_norm, sae, normalisers)
             for name, made in passes.items():
@@ -166,11 +167,11 @@ def cross_entropies(
 
 
 def _are_read_first(names: Mapping[str, str], normalisers: SiteNormalisers) -> bool:
-    """True if the model reaches the site of each layer that is read before the one written.
+    """Return True if each layer's site is read no later in the model than its site is written.
 
     Args:
         names: Sites by their names in the model.
-        normalisers: Of these.
+        normalisers: Normalisers of these sites.
     """
     from dist_sae.models.sites import depth
 
@@ -180,7 +181,7 @@ def _are_read_first(names: Mapping[str, str], normalisers: SiteNormalisers) -> b
 
 
 def _ablations(places: _Places, means: Mapping[str, Tensor]) -> _Passes:
-    """Passes with the sites of each place at zero, and at their means."""
+    """Return passes with the sites of each place set to zero, and to their means."""
     constants: dict[str, Values] = {
         "zero": lambda _, rows: torch.zeros_like(rows),
         "mean": lambda site, rows: means[site].to(rows.device).expand(rows.shape),
@@ -193,11 +194,11 @@ def _ablations(places: _Places, means: Mapping[str, Tensor]) -> _Passes:
 
 
 def _reconstructions(places: _Places, *, several: bool, live: bool) -> _Passes:
-    """Passes with the sites of each place reconstructed.
+    """Return passes with the sites of each place replaced by their reconstructions.
 
     Args:
-        several: The dictionary reads or writes several sites.
-        live: It has a replacement model.
+        several: Whether the dictionary reads or writes several sites.
+        live: Whether to add a pass of the replacement model.
     """
     if not several:
         return {"spliced": Splice.reconstruct_live}
@@ -212,13 +213,13 @@ def _named(name: str, place: str) -> str:
 
 
 def _of(place: str, sums: Mapping[str, list[float]]) -> dict[str, list[float]]:
-    """Losses of the passes of a place."""
+    """Return the losses of one place's passes."""
     names = {name: name if name == "clean" else _named(name, place) for name in _LOSSES}
     return {name: sums[of_place] for name, of_place in names.items() if of_place in sums}
 
 
 def _by_site(sites: tuple[str, ...], numbers: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Numbers of each site alone; a share that is not defined is left out."""
+    """Return the numbers of each site alone, without shares that are undefined."""
     of_site = {
         site: {name: x for name, x in each.items() if name != "ce_clean" and not math.isnan(x)}
         for site, each in zip(sites, numbers, strict=False)
@@ -244,14 +245,15 @@ def bootstrap_intervals(
 ) -> dict[str, list[float]]:
     """Compute 95 % percentile intervals of a bootstrap (Efron 1979) over documents.
 
-    Contexts of one document are alike, so documents are drawn; a single one gives no intervals.
-    Draws in which ablation changes no document have no recovered share, and are left out of its
-    interval: at most (1 - 1/n)^n < 37 % of them, if ablation changes one of n documents.
+    Contexts of one document resemble each other, so whole documents are drawn. A single document
+    gives no intervals. If ablation changes no document of a draw, its recovered share is undefined
+    and left out of the interval. That is at most (1 - 1/n)^n < 37 % of draws, if ablation changes
+    one of n documents.
 
     Args:
-        sums: Losses of each context, summed over its tokens, by pass; `clean` comes first.
-        tokens: Predicted tokens of each context.
-        documents: Document of each.
+        sums: Losses of each context, summed over its tokens, by pass. `clean` comes first.
+        tokens: Number of predicted tokens of each context.
+        documents: Document of each context.
     """
     names, losses = list(sums), torch.tensor(list(sums.values()), dtype=torch.float64)
     losses, documents, tokens = (part[..., tokens > 0] for part in (losses, documents, tokens))
@@ -260,7 +262,7 @@ def bootstrap_intervals(
     n = len(numbers)
     if n == 1:
         return {}
-    # differences from clean: documents without one give none in a draw either, even by rounding
+    # sum differences from clean: if no document of a draw differs, rounding adds no difference
     columns = torch.cat([losses[:1], losses[1:] - losses[0], tokens.double()[None]])
     by_document = torch.zeros(len(columns), n, dtype=torch.float64).index_add_(1, which, columns)
     generator = torch.Generator().manual_seed(0)

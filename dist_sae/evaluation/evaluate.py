@@ -1,4 +1,4 @@
-"""`dist-sae evaluate`: a checkpoint on held-out text, compared with baselines."""
+"""`dist-sae evaluate`: measures a checkpoint on held-out text and compares it with baselines."""
 
 import json
 import logging
@@ -48,38 +48,42 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a checkpoint and write the result to `<run>/evaluation.json`. Collective.
 
-    An evaluation with the same settings is reused. The result for a step other than the newest is
-    written to `<run>/evaluation-step-<step>.json`.
+    An existing evaluation with the same settings is reused. The result for a step other than the
+    newest is written to `<run>/evaluation-step-<step>.json`.
 
     Args:
         run: The run.
         meter: Receives the metrics.
         step: Step of the checkpoint; None takes the newest.
-        mesh: Ranks that share the dictionary, and the language model if it is divided.
+        mesh: Ranks that share the dictionary, and the language model if it is split.
 
     Returns:
-        The subject (`evaluation.subject`), `hardware`, `versions` and `evaluate_seconds`;
-        `dead_share`, for routed dictionaries also by expert; on `rows` held-out rows `fvu`, `l0`,
-        `pca_fvu` (of a PCA of training rows with as many components as latents are active; it reads
-        the written sites, which a transcoder does not), `duplicate_share` (latents with a near
-        copy, and with one in another expert), densities, for a crosscoder of two sites the shares
-        of its latents that are of both or of one (`LatentScaling.result`), and for language models
-        the cross-entropies in nats per token (`ce_of`: next or masked tokens; `ce_left_out`: the
-        reason if there are none) with the written sites unchanged (`ce_clean`), replaced by the
-        reconstruction (`ce_spliced`), by zero (`ce_zero`) and by the mean (`ce_mean`), the shares
-        recovered, and the 95 % `intervals` of these.
+        The subject (`evaluation.subject`), `hardware`, `versions` and `evaluate_seconds`, and:
 
-        If several sites are written, they are replaced together, with reconstructions of what the
-        plain model has at the sites that are read; `fvu_by_site` and `ce_by_site` are of each site,
-        with the others as they are. The replacement model of a dictionary that is causal over
-        layers (`ce_replacement`, `ce_recovered_replacement`) reads what it has itself, after the
-        replacements in earlier layers, so that their errors add up.
+        - `dead_share`, for routed dictionaries also by expert.
+        - `fvu`, `l0` and densities on `rows` held-out rows.
+        - `pca_fvu`: FVU of a PCA of training rows with as many components as latents are active. It
+          reads the written sites, which a transcoder does not.
+        - `duplicate_share`: latents with a near copy; for routed dictionaries also latents with
+          one in another expert.
+        - For a crosscoder of two sites, the shares of its latents that belong to both sites or to
+          one (`LatentScaling.result`).
+        - For language models, cross-entropies in nats per token with the written sites unchanged
+          (`ce_clean`), replaced by the reconstruction (`ce_spliced`), by zero (`ce_zero`) and by
+          the mean (`ce_mean`); the shares recovered; and 95 % `intervals` of these numbers. `ce_of`
+          is next or masked tokens. If there are none, `ce_left_out` is the reason.
 
-        The dictionary computes in fp32 on every device, with no TF32: the numbers are the weights',
-        and not the machine's, up to the order of sums.
+        If several sites are written, they are all replaced at once, by reconstructions from the
+        plain model's activations at the sites that are read. `fvu_by_site` and `ce_by_site` are for
+        each site alone, with the others unchanged. If the dictionary is causal over layers, its
+        replacement model is measured too (`ce_replacement`, `ce_recovered_replacement`). It reads
+        its own activations, after the replacements in earlier layers, so errors accumulate.
+
+        The dictionary computes in fp32 without TF32 on every device. So the numbers depend on the
+        weights and not on the machine, up to the order of sums.
 
     Raises:
-        ConfigError: There is no checkpoint, or nothing is held out.
+        ConfigError: There is no checkpoint, or no rows are held out.
         PlanMismatchError: The run was trained with other settings, or on another activation set.
         UnitMissingError: A unit is missing, and no producer has shown a sign of life for
             `timeouts.missing_seconds`.
@@ -91,7 +95,7 @@ def evaluate(
         raise ConfigError("activations.heldout_share: is 0, so there are no rows to evaluate on")
     result = mesh.of_first(lambda: _known(runs, store, run, plan, step))
     if result is None:
-        if mesh.world > 1 and step is None:  # all ranks must read the same
+        if mesh.world > 1 and step is None:  # all must read the same one
             step = mesh.of_first(lambda: _newest(runs, run), int | None)
         patience = float(run.timeouts.missing_seconds)  # its default is an int
         activations = ActivationSet(store, plan, run.sites, patience_seconds=patience)
@@ -124,7 +128,7 @@ def _newest(runs: ObjectStore, run: Run) -> int | None:
 def _known(
     runs: ObjectStore, store: ObjectStore, run: Run, plan: Plan, step: int | None
 ) -> dict[str, Any] | None:
-    """Read an earlier result, if it is of the same checkpoint and settings."""
+    """Read an earlier result if it is for the same checkpoint and settings, else return None."""
     checkpoint = find_checkpoint(runs, run, step)
     if checkpoint is None:
         return None
@@ -139,11 +143,11 @@ def _known(
 
 
 def _made_from(run: Run, checkpoint: Checkpoint, plan: Plan, units: int) -> dict[str, Any]:
-    """Collect all that a result depends on."""
+    """Collect everything that a result depends on."""
     return {
         "checkpoint": checkpoint.digest,
         "plan": plan.hash,
-        "units": units,  # existing ones: producers may still be at work
+        "units": units,  # number of existing units, because producers may still be running
         "rows": run.evaluate.rows,
         "contexts": run.evaluate.contexts,
         "dist_sae": __version__,
@@ -199,7 +203,7 @@ def _measure(
 def _dead_shares(
     run: Run, trained: Trained, idle_rows: Int[Tensor, " n_latents"]
 ) -> dict[str, Any]:
-    """Shares of dead latents; None while fewer rows than `dead_after_rows` were counted."""
+    """Compute shares of dead latents; None until `dead_after_rows` rows have been counted."""
     counted = Lineage.from_scalars(trained.checkpoint.scalars).counted_rows
     if counted + trained.step * run.train.batch_rows < run.dead_after_rows:
         return {"dead_share": None}
@@ -213,7 +217,7 @@ def _dead_shares(
 def _pca(
     activations: ActivationSet, normalisers: SiteNormalisers, rows: int, l0: int, mesh: Mesh
 ) -> dict[str, Any]:
-    """FVU of a PCA with about as many components as latents are active, if it is not too wide."""
+    """Measure a PCA with about as many components as active latents, if it is not too wide."""
     width = normalisers.widths.d_out
     if width > WIDEST:
         logger.info("pca_fvu is left out: targets are %d wide, above %d", width, WIDEST)
@@ -233,7 +237,7 @@ def _duplicates(run: Run, pages: PagedDictionary) -> dict[str, float]:
 
 
 def _density_histogram(fit: Fit) -> dict[str, Any]:
-    """Histogram of latents by log10 of their density."""
+    """Compute a histogram of latents by log10 of their density."""
     fired = fit.densities[fit.counts > 0].log10()
     edges = torch.tensor(_DENSITY_EDGES, dtype=torch.float64)
     counts = torch.histogram(fired.clamp(float(edges[0]), float(edges[-1])), edges).hist

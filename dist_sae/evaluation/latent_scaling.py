@@ -1,17 +1,18 @@
-"""Latent scaling: are a crosscoder's exclusive latents of one site alone (arXiv:2504.02922)?
+"""Latent scaling: does a crosscoder's exclusive latent really belong to one site only?
 
-By its decoder norms a latent may belong to site A, and its feature may be at B as well: the
-penalty has shrunk the decoder row to nothing there, or other latents write it (Minder et al.,
-"complete shrinkage" and "latent decoupling"). So the row at A is fitted to what B has, where the
-latent fires. With f_i its codes and d_s its decoder row at site s,
+The method is from Minder et al. (arXiv:2504.02922). By its decoder norms, a latent may belong to
+site A although site B has its feature as well. Either the penalty has shrunk the decoder row at B
+to zero ("complete shrinkage"), or other latents write the feature at B ("latent decoupling"). So
+the decoder row at A is fitted to the activations at B, on rows where the latent fires. With f_i the
+latent's activation on row i, and d_s its decoder row at site s,
 
     beta = argmin_b sum_i |b f_i d_A - y_i|^2 = sum_i f_i <d_A, y_i> / (|d_A|^2 sum_i f_i^2)
-    y_i  = x_i - x_hat_i + f_i d_s    the site's error, with the latent's own part put back
-           x_hat_i - b_dec            or the part of all latents in the site's reconstruction
+    y_i  = x_i - x_hat_i + f_i d_s    the site's error, plus the latent's own contribution
+           x_hat_i - b_dec            or the contribution of all latents to the reconstruction
     nu   = beta at B / beta at A      for each of the two
 
-nu is about 0 if B does not have the feature, and about 1 if it has it as A does. Both sites must
-have the same basis, as two models have of which one was made from the other.
+nu is about 0 if B does not have the feature, and about 1 if B has it as A does. Both sites must
+have the same basis. Two models do if one was trained from the other.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,18 +30,18 @@ from dist_sae.dictionaries.interface import Widths
 from dist_sae.kernels import Entries, starts_of
 
 EXCLUSIVE_BELOW = 0.05
-"""Share of a site in a latent's decoder norms below which the latent is the other's alone."""
+"""A latent is exclusive to a site if the other site's share of its decoder norms is below this."""
 NU_ERROR, NU_RECONSTRUCTION = 0.2, 0.5
-"""From these on the other site has the feature, too: the paper's."""
+"""The paper's thresholds: from these values of nu on, the other site has the feature as well."""
 
 
 def applies(config: SaeConfig, widths: Widths) -> bool:
-    """True for crosscoders of two sites of one width."""
+    """Return True for crosscoders of two sites of the same width."""
     return isinstance(config, AcrossSitesConfig) and widths.writes == widths.writes[:1] * 2
 
 
 class LatentScaling:
-    """Sums over rows, of this rank's latents.
+    """Sums over rows for this rank's latents, from which nu is computed.
 
     Args:
         n_latents: Width of the whole dictionary.
@@ -51,7 +52,7 @@ class LatentScaling:
         self._shares = torch.zeros(n_latents, dtype=torch.float64, device=device)
         """Share of the second site in each latent's decoder norms."""
         self._products = torch.zeros(n_latents, 2, 2, dtype=torch.float64, device=device)
-        """sum_i f_i <d, y_i>, of (errors, reconstructions) at (its own, the other site)."""
+        """sum_i f_i <d, y_i>, for y of (errors, reconstructions) at (own site, other site)."""
 
     @torch.no_grad()
     def add(
@@ -64,8 +65,8 @@ class LatentScaling:
 
         Args:
             targets: Activations to reconstruct.
-            x_hat: Their reconstructions.
-            coded: The codes of these rows: `PagedDictionary.coded`.
+            x_hat: Reconstructions of the targets.
+            coded: Codes of these rows, from `PagedDictionary.coded`.
         """
         for sae, rows, (acts, latents, starts) in coded:
             here = slice(sae.first_latent, sae.first_latent + len(sae.W_dec))
@@ -91,9 +92,10 @@ class LatentScaling:
                         sums += sae.kernels.sum_values((its * dots).double(), entries)
 
     def nu(self, axis: LatentAxis = WHOLE) -> Float[Tensor, "n_latents 2"]:
-        """By errors and by reconstructions; NaN where beta at the latent's own site is not above 0.
+        """Compute each latent's nu, by errors and by reconstructions. Collective.
 
-        Collective; of latents that are no site's alone it is NaN as well.
+        nu is NaN if beta at the latent's own site is not above 0, and for latents that are not
+        exclusive to a site.
 
         Args:
             axis: The ranks that hold the shards.
@@ -104,17 +106,17 @@ class LatentScaling:
     def result(
         self, sites: Sequence[str], fires: Bool[Tensor, " n_latents"], axis: LatentAxis = WHOLE
     ) -> dict[str, Any]:
-        """Shares of the latents that fire. Collective.
+        """Compute shares among the latents that fire. Collective.
 
         Args:
-            sites: Names of the two.
+            sites: Names of the two sites.
             fires: Whether each latent of the whole dictionary fires.
             axis: The ranks that hold the shards.
 
         Returns:
-            `shared_share`, of both sites by their norms; and `latents_by_site`: by site
-            `exclusive_share`, its alone by the norms, and `flagged_share`, which are among these
-            though the other site has their feature as well.
+            `shared_share`: latents that belong to both sites by their norms. `latents_by_site`: for
+            each site `exclusive_share`, the latents exclusive to it by their norms, and
+            `flagged_share`, those among them whose feature the other site has as well.
         """
         of_second = axis.total(self._shares).cpu()
         both = (self.nu(axis) >= torch.tensor([NU_ERROR, NU_RECONSTRUCTION])).any(1)
@@ -128,5 +130,5 @@ class LatentScaling:
 
 
 def exclusive(shares: Float[Tensor, " some"], site: int) -> Bool[Tensor, " some"]:
-    """Mask of the latents that are a site's alone, by the second site's share in their norms."""
+    """Return a mask of a site's exclusive latents, given the second site's share of their norms."""
     return shares > 1 - EXCLUSIVE_BELOW if site else shares < EXCLUSIVE_BELOW

@@ -12,7 +12,7 @@ from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.evaluation.cache import cached, fingerprint
 
 WIDEST = 16_384
-"""Width up to which there is a PCA: its time grows with the cube, and this takes 20 minutes."""
+"""Maximum width for a PCA. Its time grows with the cube of the width; this one takes 20 minutes."""
 _PCA_ROWS = 100_000
 
 
@@ -25,15 +25,16 @@ def pca_fvu(
 ) -> float:
     """Compute the FVU on held-out rows of a PCA fitted to training rows of the written sites.
 
-    All numbers of components are measured together, once for all dictionaries of the sites. If no
-    training unit is left, the PCA is fitted to the held-out rows, which can only flatter it.
+    FVU is measured for all numbers of components at once, and cached for all dictionaries of these
+    sites. If no training unit is left, the PCA is fitted to the held-out rows, which can only
+    flatter it.
 
     Args:
         activations: The activation set.
-        normalisers: Of the dictionary's sites: their scales, and means about which FVU is taken.
-        limit: Most held-out rows to use.
+        normalisers: Normalisers of the dictionary's sites. FVU is relative to their means.
+        limit: Maximum number of held-out rows.
         components: Number of components.
-        device: Computes it, in fp32.
+        device: Device for the computation, which is in fp32.
     """
     plan, targets = activations.plan, activations.at(*normalisers.writes)
     training = kept_units(activations.store, plan) or plan.heldout_units
@@ -60,7 +61,7 @@ def pca_fvu(
 
 
 def _principal_directions(batches: Iterator[Tensor]) -> Float[Tensor, "d_in d_in"]:
-    """Eigenvectors of the rows' covariance about their mean, leading one first."""
+    """Compute the eigenvectors of the rows' covariance about their mean, leading one first."""
     rows, total, products = 0, torch.zeros(()), torch.zeros(())
     for x in batches:
         rows += len(x)
@@ -74,7 +75,7 @@ def _principal_directions(batches: Iterator[Tensor]) -> Float[Tensor, "d_in d_in
 def _fvu_by_components(
     batches: Iterator[Tensor], directions: Float[Tensor, "d_in d_in"], mean: Float[Tensor, " d_in"]
 ) -> list[float]:
-    """FVU of projections on the first 0, 1, ... d_in directions."""
+    """Compute the FVU of projections on the first 0, 1, ... d_in directions."""
     captured, total = torch.zeros_like(mean, dtype=torch.float64), 0.0
     for x in batches:
         centred = x - mean

@@ -1,4 +1,4 @@
-"""Edits of a model's activations while it runs: reconstructions or constants in their place."""
+"""Edits of a model's activations while it runs: replacement by reconstructions or constants."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -11,23 +11,23 @@ from dist_sae.dictionaries.normaliser import SiteNormalisers
 
 Acts = Float[Tensor, "batch seq d"]
 Edits = dict[str, Callable[[Acts], Acts]]
-"""By site: replaces the model's activations there."""
+"""For each site, the function that replaces the model's activations there."""
 Values = Callable[[str, Float[Tensor, "rows d"]], Float[Tensor, "rows d"]]
-"""Computes raw rows to put in place of a site's, from the site and its rows in this pass."""
+"""Computes the raw rows that replace a site's, given the site and its rows in this pass."""
 
 
 class Splice:
     """Edits for passes of a model over one batch.
 
-    They change the rows that training uses: sinks and special tokens stay. Whether a row has a
-    usual norm follows from the plain model's activations at all sites. If there are several, a pass
-    with the edits `read` comes first.
+    Edits change only the rows that training uses, and leave attention sinks and special tokens
+    as they are. Sinks are rows of unusual norm in the plain model at any site, so with several
+    sites, a pass with the edits of `read` must come first.
 
     Args:
-        keep: Rows that no rule about tokens excludes.
+        keep: Mask of the rows that no rule about tokens excludes.
         over_norm: See `of_usual_norm`.
         sae: The dictionary.
-        normalisers: Of its sites.
+        normalisers: Normalisers of the dictionary's sites.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class Splice:
         self._sae = sae
         self._normalisers = normalisers
         self._usual: Bool[Tensor, "batch seq"] | None = None
-        """Rows that are changed; None until the plain model's are known at all sites."""
+        """Mask of the rows to change; None if no pass has read the plain model's activations."""
         self._plain: dict[str, Tensor] = {}
         """The plain model's activations at the sites that are read."""
         self._x_hat: dict[str, Tensor] | None = None
 
     def read(self) -> Edits:
-        """Change nothing; note the activations at all sites."""
+        """Return edits that change nothing but record the activations at all sites."""
         self._usual = self._keep.clone()
 
         def note(site: str, acts: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Splice:
         return _edits(self._normalisers.of, note)
 
     def replace(self, sites: Iterable[str], values: Values) -> Edits:
-        """Replace the rows of some sites."""
+        """Return edits that replace the rows of some sites."""
 
         def change(site: str, acts: Tensor) -> Tensor:
             usual = self._rows(acts)
@@ -73,9 +73,9 @@ class Splice:
         return _edits(sites, change)
 
     def reconstruct(self, sites: Iterable[str]) -> Edits:
-        """Replace written sites by reconstructions from what the plain model has at the sites read.
+        """Return edits that replace the written sites by reconstructions from the plain model.
 
-        After a pass with `read`.
+        The dictionary reads the activations that an earlier pass with `read` recorded.
         """
 
         def values(site: str, _: Tensor) -> Tensor:
@@ -88,10 +88,10 @@ class Splice:
         return self.replace(sites, values)
 
     def reconstruct_live(self) -> Edits:
-        """Replace written sites by reconstructions from what this pass has at the sites read.
+        """Return edits that replace the written sites by reconstructions from this very pass.
 
-        Sites that it has not reached yet are read as zeros. What a dictionary writes at a site must
-        not depend on them.
+        The dictionary reads this pass's activations. Sites that the pass has not reached yet are
+        read as zeros, so what the dictionary writes at a site must not depend on them.
         """
         normalisers, read = self._normalisers, dict[str, Tensor]()
 
@@ -113,7 +113,7 @@ class Splice:
         return _edits(normalisers.of, change)
 
     def _rows(self, acts: Tensor) -> Bool[Tensor, "batch seq"]:
-        """Rows to change, at a site with these activations."""
+        """Return a mask of the rows to change at a site with these activations."""
         if self._usual is not None:
             return self._usual
         keep = self._keep.to(acts.device)
@@ -125,7 +125,7 @@ class Splice:
         return of_usual_norm(acts[self._keep.to(acts.device)], self._over_norm)
 
     def _reconstruct(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Reconstructions of all written sites, raw, where the rows are."""
+        """Reconstruct all written sites, in the model's scale, on the rows' device."""
         normalisers = self._normalisers
         device = next(iter(rows.values())).device
         x_hat = self._sae.infer(normalisers.inputs(rows, device)).x_hat.to(device)

@@ -22,7 +22,7 @@ _OF_DATA = ("train_documents", "heldout_documents", "refused_documents", "exclud
 
 
 def produced(store: ObjectStore, plan: Plan) -> dict[str, Any]:
-    """Sum the manifests of the existing units.
+    """Add up the manifests of the existing units.
 
     Returns:
         `units`; `train_rows`, `heldout_rows`, `train_documents`, `heldout_documents`,
@@ -35,7 +35,7 @@ def produced(store: ObjectStore, plan: Plan) -> dict[str, Any]:
         sums: Counter[str] = Counter()
         excluded: Counter[str] = Counter()
         seconds: defaultdict[str, float] = defaultdict(float)
-        with ThreadPoolExecutor(_READERS) as pool:  # one from S3 takes tens of milliseconds
+        with ThreadPoolExecutor(_READERS) as pool:  # S3 takes tens of ms for each
             for manifest in pool.map(lambda unit: read_manifest(store, unit), units):
                 part = "train" if manifest.unit in plan.train_units else "heldout"
                 sums[f"{part}_rows"] += manifest.rows
@@ -61,9 +61,9 @@ def subject(
     Args:
         run: The run, with the settings it was trained with.
         plan: Plan of its activation set.
-        made: See `produced`.
-        checkpoint: Gives the progress, and the rows read again because streams had ended (older
-            checkpoints do not).
+        made: The result of `produced`.
+        checkpoint: Checkpoint with the run's progress, and the number of rows read again because
+            streams had ended (unless the checkpoint is from an older version).
     """
     train = run.train
     facts: dict[str, Any] = {
@@ -91,17 +91,17 @@ def subject(
 
 
 def training_seconds(history: Iterable[Mapping[str, Any]], step: int) -> float:
-    """Training time up to a step, over all restarts, waits included."""
+    """Return the training time up to a step, over all restarts, including waits."""
     return sum(float(record.get("seconds", 0.0)) for record in history if record["step"] <= step)
 
 
 def evaluation_key(run: str, suffix: str = "") -> str:
-    """Key of a run's evaluation in the store of runs."""
+    """Return the key of a run's evaluation in the store of runs."""
     return f"{run}/evaluation{suffix}.json"
 
 
 def read_evaluation(runs: ObjectStore, key: str) -> dict[str, Any] | None:
-    """Read an evaluation; None if there is none, or it is damaged."""
+    """Read an evaluation; return None if it does not exist or is damaged."""
     try:
         found: dict[str, Any] = json.loads(runs.get(key))
     except ObjectNotFoundError:

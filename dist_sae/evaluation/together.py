@@ -1,4 +1,4 @@
-"""Evaluation by several ranks, for a language model or a dictionary that one cannot hold."""
+"""Evaluation by several ranks, for a language model or a dictionary that does not fit on one."""
 
 import threading
 from typing import Any
@@ -15,10 +15,10 @@ from dist_sae.storage import UNMETERED, Meter
 def evaluate_together(
     run: Run, world: int, meter: Meter = UNMETERED, step: int | None = None
 ) -> dict[str, Any]:
-    """Evaluate as one of the ranks that RANK and WORLD_SIZE name, each with its latents.
+    """Evaluate as one of several ranks (RANK, WORLD_SIZE), each with a shard of the latents.
 
-    All have the same rows at the same time. They also share the language model if they are
-    `model.tensor_parallel`, else each has all of it.
+    All ranks process the same rows at the same time. With `model.tensor_parallel`, they also share
+    the language model; otherwise each rank has the whole model.
 
     Args:
         run: The run.
@@ -27,8 +27,8 @@ def evaluate_together(
         step: Step of the checkpoint; None takes the newest.
 
     Raises:
-        ConfigError: So many ranks cannot share the dictionary, or the model.
-        RankLostError: Another rank is gone or has failed.
+        ConfigError: The dictionary or the model cannot be divided over this number of ranks.
+        RankLostError: Another rank is lost or has failed.
     """
     if not run.sae.divides_over(world):
         experts = f" in {run.sae.n_experts} experts" if run.sae.n_experts else ""
