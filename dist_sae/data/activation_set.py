@@ -114,7 +114,7 @@ class ActivationSet:
                     )
 
     def exist(self, units: Iterable[int]) -> bool:
-        """Tell whether all these units have been produced."""
+        """Return whether all these units have been produced."""
         return all(self.store.size(manifest_key(unit)) is not None for unit in units)
 
     def at(self, *sites: str) -> "ActivationSet":
@@ -124,7 +124,7 @@ class ActivationSet:
         return reader
 
     def shards(self, manifest: UnitManifest) -> dict[str, SiteShard]:
-        """Return each site's shard of a unit, after checking that their blocks match in rows.
+        """Return each site's shard of a unit, after checking that they have the same block sizes.
 
         Raises:
             CorruptObjectError: A site is missing, or two sites have different numbers of rows.

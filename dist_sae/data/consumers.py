@@ -40,8 +40,8 @@ class Consumer(Record):
     reached: int
     """Lowest unit that the run is reading. `store.max_ahead_units` counts from this unit."""
     needed: int
-    """Lowest unit that the run may still need, to resume from its last checkpoint or the previous
-    one."""
+    """Lowest unit that the run may still need. Usually the lowest unit of the checkpoint before its
+    last one, in case the last one is damaged."""
 
 
 class Retired(Record):
@@ -151,7 +151,10 @@ class Consumers:
         return alive
 
     def slowest(self) -> tuple[int, str]:
-        """Return the unit and name of the slowest live run; without live runs, of the furthest."""
+        """Return the unit and name of the slowest live run.
+
+        If all runs are abandoned, return those of the run that has come furthest.
+        """
         alive = self.alive()
         if alive:
             return min((consumer.reached, consumer.run) for consumer in alive)

@@ -30,7 +30,7 @@ _DIGEST_BYTES = 16  # length of a document's checksum
 
 
 class Span(NamedTuple):
-    """Neighbouring documents of one file."""
+    """Neighboring documents of one file."""
 
     file: int
     first: int
@@ -42,7 +42,7 @@ class Span(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A text and its number, by which every row from it refers to it."""
+    """A text, and the number that identifies it in every row that is produced from it."""
 
     number: int
     text: str

@@ -82,7 +82,7 @@ class CorpusFiles:
         self._hash.cache_clear()
 
     def pin(self) -> str | None:
-        """Pin a data set to its current commit on the hub and return it; None if it has none."""
+        """Pin a data set to its current commit on the hub; return it, or None if it is unknown."""
         config = self.config
         if not isinstance(config, DatasetCorpus) or Path(os.path.expanduser(config.name)).exists():
             return None

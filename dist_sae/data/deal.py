@@ -1,4 +1,4 @@
-"""Assignment of documents to units, so that all streams have about as many rows, and all units.
+"""Assignment of documents to units that balances the rows of streams and of their units.
 
 Equal streams matter most, because rows beyond the shortest stream are not trained on.
 
@@ -83,8 +83,8 @@ def hold_out(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Split documents into training and held-out ones, with about `share` of the rows held out.
 
-    The last documents of `order` are held out, except those with more rows than all held-out
-    documents should have together. If all documents are that long, only the shortest is held out.
+    The last documents of `order` are held out, except any that alone exceeds the wanted share. If
+    every document does, only the shortest is held out.
     """
     if not share:
         return order, order[:0]

@@ -97,7 +97,7 @@ def open_dataset(config: DatasetCorpus) -> Texts:
             revision=config.revision,
         )
     except Exception as exc:  # `datasets` raises dozens of types for this
-        # the reason is often only in the exceptions that caused this one
+        # the reason is only in the exceptions that caused this one
         reason = ": ".join(dict.fromkeys(" ".join(str(e).split()) for e in causes(exc)))
         kind = HubUnavailableError if is_out_of_reach(exc) else CorpusError
         raise kind(f"corpus.name {config.name}: cannot be loaded: {reason}") from exc

@@ -83,7 +83,7 @@ def place_changes(
     content: Mapping[str, str] | None,
     run: Run,
 ) -> list[str]:
-    """List the paths of text or model in a run that differ from the plan's, content included.
+    """List the paths of text or model that differ from the plan's and have different content.
 
     For programs that otherwise read neither text nor model. Only paths that differ from the plan's
     are checked. Text is compared by `Corpus.holds`: by size or (on the hub) commit where possible.

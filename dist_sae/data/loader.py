@@ -122,7 +122,8 @@ class Loader:
             try:
                 item = self._queue.get(timeout=LOOK_UP_SECONDS)
             except queue.Empty:
-                if not self._stopping.is_set():  # the loader may still be stuck in a store's retry
+                # after a stop, do not wait for the thread, whose store may retry for long
+                if not self._stopping.is_set():
                     waiting(time.monotonic() - since)
                     continue
                 item = Stopped("stopped while waiting for data")

@@ -72,9 +72,9 @@ class PlannedText:
     """Reads the documents of units.
 
     Args:
-        run: The run.
-        plan: The plan of its activation set.
-        store: The activation set.
+        run: Run whose corpus is read.
+        plan: Plan of the activation set.
+        store: Object store of the activation set.
     """
 
     def __init__(self, run: Run, plan: Plan, store: ObjectStore) -> None:

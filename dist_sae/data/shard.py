@@ -90,7 +90,7 @@ class SiteShard(Record):
     d_in: int
     blocks: tuple[Block, ...]
     sum: tuple[float, ...]
-    """Sum of the rows, [d_in]."""
+    """Sum of the rows, of shape [d_in]."""
     sum_squares: float
     """Sum of the squared norms of the rows."""
 

@@ -12,10 +12,10 @@ The plan promises the same number of rows of each stream: its estimate for the s
 not know which rows will be excluded by norm, so a stream may end a little early. The stream then
 reads its last window again, merged in a new order, until the run has the promised rows. Rows read
 again are counted, and limited to the possible error of the estimate: a twentieth of the rows, or
-one document per pass if documents are few. Only the stream's own manifests decide this, so it does
-not depend on the number of ranks and needs no unit that retention may have deleted. Extra rows from
-longer streams would avoid the repetition, but which streams are longer is known only once every
-manifest exists.
+one document per pass if documents are few. The repetition follows from the stream's own manifests
+alone, so it does not depend on the number of ranks and needs no unit that retention may have
+deleted. Extra rows from longer streams would avoid it, but which streams are longer is known only
+once every manifest exists.
 
 Every site has the same rows in the same blocks, so a stream reads all of its sites together. Per
 stream and site, memory holds `window_units` blocks, and as many again that are being fetched. The
@@ -126,8 +126,9 @@ class Stream:
         pool: Executor that fetches blocks.
         opener: Executor that opens the next window while the current one is read. It cannot be
             `pool`, because its threads may wait for units that do not exist yet.
-        place: A window at or before `start`, which saves reading earlier manifests. Ignored if a
-            run with fewer passes may have read it again, because this run has it elsewhere.
+        place: A window at or before `start`, which saves reading earlier manifests. Ignored if it
+            may be the last window of a run with fewer passes, which that run read again: in this
+            run, another window has that position.
     """
 
     place: StreamCursor
@@ -259,7 +260,10 @@ class Stream:
         return DataExhaustedError(f"{ends}; {remedy}")
 
     def _in_order(self, place: StreamCursor) -> Iterator[tuple[int, int, list[int]]]:
-        """Yield (pass, first, units) of each window from `place` on, the last one again forever."""
+        """Yield (pass, first, units) of each window, starting at `place`.
+
+        After all passes, the last window is repeated forever.
+        """
         plan = self._activations.plan
         own = plan.stream_units(self._number)
         for data_pass in itertools.count(place.data_pass):

@@ -71,7 +71,7 @@ def cut(
 def _encodable(
     documents: Iterable[Document], failed: Callable[[Document, Exception], None] | None
 ) -> Iterator[Document]:
-    """Yield the documents that contain no half surrogate pairs, which many tokenizers refuse."""
+    """Yield the documents without half surrogate pairs, which only some tokenizers accept."""
     for document in documents:
         if is_encodable(document.text):
             yield document

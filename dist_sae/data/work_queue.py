@@ -31,9 +31,9 @@ POLL_SECONDS = 1.0
 """First pause while no item is free. Later pauses are longer if there are many workers."""
 _SAY_EVERY_SECONDS = 30.0
 _MEMORY_SECONDS = 0.03
-"""Time for which a worker relies on one look at the store, per worker in the queue. So all workers
-together look about 30 times a second. For this time, a worker leaves an item alone after it saw
-another worker's claim on it; this is also the longest pause of a wait, and the amount of work that
+"""Time for which a worker relies on one look at the store, divided by the number of workers. So all
+workers together look about 30 times a second. A worker leaves an item alone for this time after it
+has seen another worker's claim on it. The time also limits the pauses of a wait, and the work that
 is claimed at once."""
 _MOST_AT_ONCE = 8
 _MOST_REFUSED = 3  # refused claims after which the last look is out of date
@@ -176,7 +176,8 @@ class WorkQueue:
     def wait_for_all(self) -> None:
         """Wait until all items are done or the worker should stop.
 
-        Without claims, `take` returns None once this worker's share is done; others may not be.
+        Needed if the store has no claims: `take` then returns None once this worker's share is
+        done.
         """
         said = self._clock()
         while self.pending() and not self._stopping.is_set():
@@ -318,7 +319,7 @@ class WorkQueue:
         return int(self._random.random() * min(self._spread + 1, n))
 
     def _at_once(self, n_free: int) -> int:
-        """Return how many items to claim after a look: enough until the next, or a fair share."""
+        """Return how many items to claim per look: work until the next one, up to a fair share."""
         work = math.ceil(self._memory_seconds / max(self._item_seconds, 1e-9))
         busy = np.count_nonzero(self._busy_until > self._clock())
         return max(1, min(work, _MOST_AT_ONCE, n_free // (int(busy) + 1)))

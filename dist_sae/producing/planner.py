@@ -42,7 +42,7 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
     Raises:
         ConfigError: DeepSpeed does not accept `train.deepspeed`, or the run cannot start.
         CorpusError: The text is missing, unreadable, empty or too small.
-        ModelError: The model cannot be found, or has no activations to record at a site.
+        ModelError: The model cannot be found, or one of the sites cannot be recorded.
         DataExhaustedError: `train.rows` exceeds the rows that the plan promises.
         PlanMismatchError: The store has a plan made from other settings, text or model.
     """

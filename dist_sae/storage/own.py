@@ -31,7 +31,7 @@ class OwnKeys:
         self._shape = re.compile(re.escape(folder) + rest, re.ASCII)
 
     def keys(self, store: ObjectStore, begin: str = "") -> Iterator[re.Match[str]]:
-        """Yield a match for each existing key; only keys whose rest starts with `begin`."""
+        """Yield a match for each existing key, or only for those whose rest starts with `begin`."""
         for key in store.keys(f"{self.folder}{begin}"):
             if match := self.match(store, key):
                 yield match

@@ -30,8 +30,9 @@ def _check_key(key: str, info: ValidationInfo) -> str:
 
 
 Key = Annotated[str, AfterValidator(_check_key)]
-"""Key of an object that a record names. It must be inside the folder `within` of `read_record`.
-Otherwise anyone who can write the record could choose what is read or deleted elsewhere."""
+"""Key of an object that a record names. It must be in the folder that `read_record` gets as
+`within`. Otherwise anyone who can write the record could choose what is read or deleted elsewhere.
+"""
 Some = TypeVar("Some", bound=Record)
 
 

@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 class S3Patience:
-    """Retries calls until the endpoint answers or the deadline passes.
+    """Retries calls until the endpoint responds or the deadline passes.
 
     Args:
         url: URL of the store, for messages.
