@@ -1,7 +1,7 @@
 """Distributed training of sparse autoencoders on language-model activations.
 
-In a notebook: `run = dist_sae.open_run("work/runs/quickstart")`. The names are imported when they
-are first used, so that `import dist_sae` is quick; their types are in `__init__.pyi`.
+In a notebook: `run = dist_sae.open_run("work/runs/quickstart")`. Names are imported on first use,
+so that `import dist_sae` is fast. Their types are in `__init__.pyi`.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Entry point of `dist-sae` and `python -m dist_sae`; handles signals before other imports."""
+"""Entry point of `dist-sae` and `python -m dist_sae`. Handles signals before other imports."""
 
 import sys
 
@@ -6,7 +6,7 @@ from dist_sae import signals
 
 
 def main() -> int:
-    """Run the command given by the arguments; returns the exit code."""
+    """Run the command given by the arguments, and return the exit code."""
     signals.heed()
     signals.end_early()
     from dist_sae.commands.cli import main as run_command

@@ -1,6 +1,6 @@
 """The device that a process computes on, and copies to and from it.
 
-A process uses the GPU of its own number (LOCAL_RANK) among those that it sees.
+A process with LOCAL_RANK n uses GPU n of those that it sees.
 """
 
 import os
@@ -21,22 +21,22 @@ _STAGE_BYTES = 2**26
 
 
 def local_rank() -> int:
-    """Number of this process on its machine: LOCAL_RANK, else RANK, else 0."""
+    """Return the rank of this process on its machine: LOCAL_RANK, or else RANK, or else 0."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
 
 
 def n_gpus() -> int:
-    """Number of GPUs that this process can use."""
+    """Return the number of GPUs that this process can use."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about a driver that is too old: see `why_no_gpu`
+        warnings.simplefilter("ignore")  # of a driver that is too old; `why_no_gpu` reports it
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def device_of(rank: int) -> torch.device:
-    """The GPU of this machine's process number `rank`; the CPU if there is no GPU.
+    """Return the GPU for a local rank, or the CPU if there is no GPU.
 
     Raises:
-        ConfigError: There are GPUs, but fewer than processes.
+        ConfigError: There are GPUs, but none for this rank.
     """
     if (gpus := n_gpus()) == 0:
         return torch.device("cpu")
@@ -49,12 +49,12 @@ def device_of(rank: int) -> torch.device:
 
 
 def own_device() -> torch.device:
-    """The device of this process; errors: see `device_of`."""
+    """Return the device of this process. Raises like `device_of`."""
     return device_of(local_rank())
 
 
 def why_no_gpu() -> str:
-    """The reason why no GPU can be used, for a process that can use none."""
+    """Return the reason why this process can use no GPU."""
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is built for the CPU alone"
     if os.environ.get(_VISIBLE) == "":
@@ -68,16 +68,18 @@ def why_no_gpu() -> str:
 
 
 def settle_device(wish: Literal["auto", "cpu", "cuda"]) -> str | None:
-    """Hide the GPUs, or make sure that there is one. To be called before CUDA is used.
+    """Apply `processes.device`: hide the GPUs, or check that one can be used.
+
+    Call this before CUDA is initialized.
 
     Args:
-        wish: `processes.device`.
+        wish: The setting `processes.device`.
 
     Returns:
-        A warning for `auto`, if the machine has a GPU that cannot be used.
+        A warning if the setting is `auto` and the machine has a GPU that cannot be used.
 
     Raises:
-        ConfigError: The wish is `cuda`, and no GPU can be used.
+        ConfigError: The setting is `cuda`, and no GPU can be used.
     """
     if wish == "cpu":
         os.environ[_VISIBLE] = ""
@@ -92,19 +94,19 @@ def settle_device(wish: Literal["auto", "cpu", "cuda"]) -> str | None:
 
 
 def _has_gpu() -> bool:
-    """True if this machine has an NVIDIA GPU, whether or not torch can use it."""
+    """Return True if this machine has an NVIDIA GPU, whether or not torch can use it."""
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def check_gpus(key: str, ranks: int) -> None:
-    """Check that ranks which exchange tensors have a GPU each, as NCCL wants, or all a CPU.
+    """Check that ranks that exchange tensors have one GPU each, as NCCL requires, or all use CPUs.
 
     Args:
-        key: The setting that gives their number.
-        ranks: Their number on this machine.
+        key: The setting with the number of ranks, for the message.
+        ranks: Number of ranks on this machine.
 
     Raises:
-        ConfigError: They have not.
+        ConfigError: There are GPUs, but fewer than ranks.
     """
     if 0 < (gpus := n_gpus()) < ranks:
         raise ConfigError(
@@ -114,17 +116,17 @@ def check_gpus(key: str, ranks: int) -> None:
 
 
 def share_gpus(groups: Sequence[int]) -> list[dict[str, str]]:
-    """Share the GPUs that this process sees out to groups of processes that it will start.
+    """Divide the GPUs that this process sees among groups of processes that it will start.
 
-    A group's processes get different GPUs, and groups different ones as far as there are enough;
-    then the first ones are shared, beginning with the first group's.
+    The processes of a group get different GPUs. Groups get different GPUs as long as there are
+    enough. Further groups share GPUs, starting with those of the first group.
 
     Args:
-        groups: Processes of each group: no more than there are GPUs.
+        groups: Number of processes in each group, at most the number of GPUs.
 
     Returns:
-        Environment variables of the processes of each group, which find their own GPU by
-        LOCAL_RANK; empty where there are no GPUs.
+        Environment variables for the processes of each group, which then choose their GPU by
+        LOCAL_RANK. Empty if there are no GPUs.
     """
     gpus = n_gpus()
     if gpus == 0:
@@ -140,20 +142,20 @@ def share_gpus(groups: Sequence[int]) -> list[dict[str, str]]:
 
 
 def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on a device, of the same type: what changes the type is better done there.
+    """Move a tensor to a device without changing its dtype, which is better converted there.
 
-    A GPU fetches it from pinned memory, behind the work that is queued, and the host goes on.
+    A copy to a GPU is queued behind other work and reads pinned memory, so the host does not wait.
     """
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)  # what is pinned is not copied
+        return tensor.pin_memory().to(device, non_blocking=True)  # no copy if pinned
     return tensor.to(device)
 
 
 def copied_to_cpu(tensor: Tensor) -> Tensor:
-    """A copy in ordinary memory. Off a GPU it comes in pieces, by two pinned buffers in turn.
+    """Copy a tensor to pageable memory; from a GPU, in pieces through two pinned buffers.
 
-    While one is filled, the other is emptied. Memory that is pinned is kept for good, so the whole
-    copy is not.
+    One buffer is filled while the other is emptied. The copy itself is not pinned, because pinned
+    memory is never given back to the system.
     """
     if tensor.device.type != "cuda":
         return tensor.to("cpu", copy=True)
@@ -177,7 +179,7 @@ def copied_to_cpu(tensor: Tensor) -> Tensor:
 
 
 def _emptied(filled: tuple[Tensor, Tensor, torch.cuda.Event] | None) -> None:
-    """Copy a buffer to its place once it is filled."""
+    """Wait until a buffer is filled, and copy it to its place."""
     if filled is not None:
         buffer, place, arrived = filled
         arrived.synchronize()
@@ -186,9 +188,10 @@ def _emptied(filled: tuple[Tensor, Tensor, torch.cuda.Event] | None) -> None:
 
 @contextmanager
 def in_tf32(device: torch.device) -> Iterator[None]:
-    """Compute fp32 products of a GPU in TF32 meanwhile: factors of 11 bits, sums in fp32.
+    """Compute fp32 products on a GPU in TF32: factors with 11 bits, sums in fp32.
 
-    They take an eighth of the time. For measurements that nobody compares between machines.
+    Products take an eighth of the time. Only for measurements that are not compared between
+    machines.
     """
     if device.type != "cuda":
         yield

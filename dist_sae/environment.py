@@ -1,4 +1,4 @@
-"""Hardware and library versions, recorded with results."""
+"""Hardware and library versions, which are recorded with results."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +12,7 @@ _LIBRARIES = ("torch", "deepspeed", "transformers")
 
 
 def hardware() -> str:
-    """Name of the computing device, for example `AMD EPYC 9B14, 2 threads`."""
+    """Return the name of the computing device, for example `AMD EPYC 9B14, 2 threads`."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = platform.machine()
@@ -30,11 +30,11 @@ def hardware() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this project and of the libraries that affect its numbers."""
+    """Return the versions of this project and of the libraries that affect its results."""
     found = {"dist_sae": __version__}
     for library in _LIBRARIES:
         try:
             found[library] = version(library)
-        except PackageNotFoundError:  # transformers is not needed for the synthetic model
+        except PackageNotFoundError:  # the synthetic model needs no transformers
             continue
     return found

@@ -1,8 +1,9 @@
-"""The tree of errors that users see: `DistSaeError` and below.
+"""The errors that users see: `DistSaeError` and its subclasses.
 
-Third-party errors are mapped once, in the module that is their door (boto3 in
-`storage/s3_errors.py`, kubernetes in `kubernetes/cluster.py`, ...). A message says what, where
-and what to do, in one sentence. Anything outside this tree is a bug: exit 1, with a traceback.
+Errors of third-party libraries are converted in one place per library: those of boto3 in
+`storage/s3_errors.py`, those of kubernetes in `kubernetes/cluster.py`, and so on. A message says in
+one sentence what is wrong, where, and what to do. Any other exception is a bug: exit code 1 and a
+traceback.
 """
 
 import tempfile
@@ -12,14 +13,14 @@ EXIT_DONE = 0
 EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_CRASHED = 70
-"""A bug, in a pod that counts its lives (`storage/lives.py`)."""
+"""Exit code of a bug in a pod that counts its lives (see `storage/lives.py`)."""
 EXIT_RESUMABLE = 75
 
 _MOST_NAMED = 3
 
 
 class DistSaeError(Exception):
-    """An error that the user can fix; printed as one line, and the exit code is its own."""
+    """An error that is printed as one line, without a traceback. Each class has an exit code."""
 
     exit_code = EXIT_USER
 
@@ -29,7 +30,7 @@ class ConfigError(DistSaeError):
 
 
 class ArgumentError(DistSaeError, ValueError):
-    """An argument of a function for notebooks does not fit the run, dictionary or model."""
+    """An argument of a notebook function does not fit the run, the dictionary or the model."""
 
 
 class CorpusError(DistSaeError):
@@ -37,17 +38,17 @@ class CorpusError(DistSaeError):
 
 
 class ModelError(DistSaeError):
-    """The language model cannot be loaded, or lacks a site."""
+    """The language model cannot be loaded, or does not have a site."""
 
 
 class HubUnavailableError(ModelError, CorpusError):
-    """The hub of models and data sets does not answer; a restart continues."""
+    """The Hugging Face hub does not respond. A restart continues."""
 
     exit_code = EXIT_RESUMABLE
 
 
 class LacksWeightsError(ModelError):
-    """A model's files lack some of its weights.
+    """Some of a model's weights are missing from its files.
 
     Attributes:
         names: Names of the missing weights.
@@ -60,11 +61,11 @@ class LacksWeightsError(ModelError):
 
 
 class HeadlessError(ModelError):
-    """The model predicts no tokens, so it has no cross-entropy."""
+    """The model has no head that predicts tokens, so it has no cross-entropy."""
 
 
 class PlanMismatchError(DistSaeError):
-    """The store already holds a plan or a run made with other settings."""
+    """The store has no plan, or it has a plan or a run with different settings."""
 
 
 class NoIndexError(DistSaeError):
@@ -72,61 +73,61 @@ class NoIndexError(DistSaeError):
 
 
 class LatentNotFoundError(DistSaeError):
-    """The dictionary has no latent of this number."""
+    """The dictionary does not have a latent with this index."""
 
 
 class NonFiniteError(DistSaeError):
-    """A NaN or infinity was found before it reached the weights or the store."""
+    """A NaN or infinity was found, before it could reach the weights or the store."""
 
 
 class JobsFailedError(NonFiniteError):
-    """Jobs of a sweep ended by a NaN or infinity; the others have been trained to their ends."""
+    """Jobs of a sweep stopped at a NaN or infinity. All other jobs were trained to the end."""
 
 
 class DivergedError(DistSaeError):
-    """Ranks disagree on a value that must be the same on all."""
+    """Ranks disagree on a value that must be equal on all ranks."""
 
 
 class RankLostError(DistSaeError):
-    """Another rank is gone or hung; a restart continues from the last checkpoint."""
+    """Another rank is lost or hung. A restart continues from the last checkpoint."""
 
     exit_code = EXIT_RESUMABLE
 
 
 class LivesSpentError(DistSaeError):
-    """Too many lives of a pod in a row made no progress."""
+    """A pod was restarted too many times in a row without making progress."""
 
 
 class PartFailedError(DistSaeError):
-    """Another part of the run has failed for good."""
+    """Another part of the run has failed and will not be restarted."""
 
 
 class AbandonedError(DistSaeError):
-    """No run has read the activation set for so long that producers end."""
+    """No run has read the activation set for `store.consumer_expiry_hours`, so producers stop."""
 
 
 class RunTakenError(DistSaeError):
-    """Another process is training this run; a restart after its end continues."""
+    """Another process is training this run. A restart continues once that process has ended."""
 
     exit_code = EXIT_RESUMABLE
 
 
 class DataExhaustedError(DistSaeError):
-    """The activation set has fewer rows than the run asks for."""
+    """The activation set has fewer rows than the run needs, or the rows were deleted after use."""
 
 
 class UnitMissingError(DistSaeError):
-    """A unit is missing and no producer is at work; a restart beside producers continues."""
+    """A unit is missing and no producer is running. A restart continues once producers run."""
 
     exit_code = EXIT_RESUMABLE
 
 
 class TelemetryError(DistSaeError):
-    """Metrics cannot be served."""
+    """The server for metrics cannot be started."""
 
 
 class ProcessFailedError(DistSaeError):
-    """A process of a local run failed; carries its error message and exit code."""
+    """A process of a local run failed. This error has its message and exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -134,11 +135,11 @@ class ProcessFailedError(DistSaeError):
 
 
 class ClusterError(DistSaeError):
-    """A Kubernetes cluster cannot be reached, or refuses a request."""
+    """A Kubernetes cluster cannot be reached or refuses a request."""
 
 
 class ForbiddenError(ClusterError):
-    """The user lacks a permission on the cluster."""
+    """The user does not have a permission on the cluster."""
 
 
 class NotStartedError(ClusterError):
@@ -146,18 +147,18 @@ class NotStartedError(ClusterError):
 
 
 class RejectedError(ClusterError):
-    """The cluster rejects an object as invalid, or as an impossible change."""
+    """The cluster rejects an object because it is invalid or a change that is not allowed."""
 
 
 class EndpointError(DistSaeError):
-    """An endpoint of a language model refuses, or answers something else."""
+    """A language model's endpoint refuses a request or sends an unexpected response."""
 
 
 class EndpointUnavailableError(EndpointError):
-    """The endpoint does not answer or asks to wait; the same command goes on with what is left.
+    """The endpoint does not respond or is rate-limited. The same command continues later.
 
     Attributes:
-        pause_seconds: Time that it asks to wait.
+        pause_seconds: Time to wait, as requested by the endpoint.
     """
 
     exit_code = EXIT_RESUMABLE
@@ -171,8 +172,8 @@ class StoreError(DistSaeError):
     """An operation on the object store failed.
 
     Attributes:
-        url: The store.
-        key: The object's key, or None if the error concerns the whole store.
+        url: URL of the store.
+        key: Key of the object, or None if the error concerns the whole store.
     """
 
     def __init__(self, message: str, *, url: str, key: str | None = None) -> None:
@@ -187,11 +188,11 @@ class ObjectNotFoundError(StoreError):
 
 
 class AccessError(StoreError):
-    """Credentials are missing or refused, or the bucket does not exist."""
+    """Credentials are missing or rejected, or the bucket does not exist."""
 
 
 class UnavailableError(StoreError):
-    """The endpoint cannot be reached or keeps failing; a restart continues."""
+    """The endpoint cannot be reached or keeps failing. A restart continues."""
 
     exit_code = EXIT_RESUMABLE
 
@@ -201,11 +202,11 @@ class StoreFullError(StoreError):
 
     @classmethod
     def of_temporary(cls, what: str, cause: OSError) -> Self:
-        """The error of a folder for temporary files that has no space.
+        """Create the error for a temporary folder without enough space.
 
         Args:
-            what: Size and content of the file.
-            cause: What the system said.
+            what: Size and content of the file, for the message.
+            cause: Error of the operating system.
         """
         return cls(
             f"cannot hold {what} for a while ({cause.strerror}); free some space, or set TMPDIR to "
@@ -219,6 +220,6 @@ class CorruptObjectError(StoreError):
 
 
 class Stopped(DistSaeError):  # noqa: N818 - not an error: a requested stop
-    """The program was asked to stop; its progress is saved."""
+    """The program was asked to stop, and its progress is saved."""
 
     exit_code = EXIT_RESUMABLE

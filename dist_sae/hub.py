@@ -1,4 +1,4 @@
-"""The Hugging Face hub: commits of models and data sets, uploads, and whether it can be reached."""
+"""The Hugging Face hub: commits of models and data sets, uploads, and connection errors."""
 
 import re
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import huggingface_hub
 
 from dist_sae.errors import ConfigError, HubUnavailableError
 
-_OUT_OF_REACH = {  # by name: not every program loads httpx, requests or huggingface_hub
+_OUT_OF_REACH = {  # class names, since not every program imports httpx or requests
     "ConnectError",
     "ConnectTimeout",
     "ConnectionError",
@@ -25,7 +25,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def cached_commit(model: str, revision: str | None) -> str | None:
-    """Commit of a model in the local cache; None if it is not cached.
+    """Return the commit of a model in the local cache, or None if the model is not cached.
 
     A revision that is already a commit is returned unchanged.
     """
@@ -39,7 +39,7 @@ def cached_commit(model: str, revision: str | None) -> str | None:
 
 
 def dataset_commit(name: str, revision: str | None) -> str | None:
-    """Commit that a data set's revision points to now; None if the hub does not tell.
+    """Return the commit that a data set's revision points to, or None if the hub is unavailable.
 
     A revision that is already a commit is returned unchanged.
     """
@@ -47,26 +47,26 @@ def dataset_commit(name: str, revision: str | None) -> str | None:
         return revision
     try:
         return huggingface_hub.HfApi().dataset_info(name, revision=revision).sha
-    except Exception:  # from several libraries; loading the data set reports the cause
+    except Exception:  # of several libraries; loading the data set will report it
         return None
 
 
 def upload(folder: Path, repository: str, message: str, *, public: bool, replace: bool) -> str:
-    """Send a folder's files to a repository of models, in one commit; returns the commit's URL.
+    """Upload a folder's files to a model repository in one commit, and return the commit's URL.
 
     Args:
-        folder: What is sent, with its subfolders.
-        repository: As org/name. It is made if there is none.
-        message: Of the commit.
-        public: Whether anybody may read a repository that is made.
-        replace: Whether one that has files already may get these as well.
+        folder: Folder to upload, with its subfolders.
+        repository: Name of the repository, org/name. It is created if it does not exist.
+        message: Commit message.
+        public: Whether a new repository is public.
+        replace: Whether to upload to a repository that already has files.
 
     Raises:
         ConfigError: The hub refuses, or the repository has files and `replace` is false.
-        HubUnavailableError: The hub does not answer. Nothing was changed, except that there may be
-            an empty repository.
+        HubUnavailableError: The hub does not respond. Nothing was changed, except that an empty
+            repository may have been created.
     """
-    from huggingface_hub.errors import (  # loads httpx, which others do without
+    from huggingface_hub.errors import (  # imports httpx, which other functions do not need
         HfHubHTTPError,
         HFValidationError,
         LocalTokenNotFoundError,
@@ -94,7 +94,7 @@ def upload(folder: Path, repository: str, message: str, *, public: bool, replace
         raise ConfigError(f"{repository}: is no name of a repository; use ORG/NAME") from exc
     except ConfigError:
         raise
-    except Exception as exc:  # of several libraries, some with the hub's answer as their cause
+    except Exception as exc:  # of several libraries, some with the hub's error as their cause
         if is_out_of_reach(exc):
             raise HubUnavailableError(
                 f"{api.endpoint}: does not answer ({type(exc).__name__}); the same command sends "
@@ -117,7 +117,7 @@ def _log_in(repository: str) -> str:
 
 
 def is_out_of_reach(error: BaseException) -> bool:
-    """True if the hub was unreachable or failed, so that a later attempt may succeed."""
+    """Return True if the hub was unreachable or failed, so that a later attempt may succeed."""
     return any(
         type(cause).__name__ in _OUT_OF_REACH or _is_passing(cause) for cause in causes(error)
     )
@@ -129,7 +129,7 @@ def _is_passing(error: BaseException) -> bool:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and its chain of causes."""
+    """Yield an error, its cause, the cause's cause, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

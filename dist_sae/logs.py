@@ -1,4 +1,4 @@
-"""Logging, set up once by the command line, and progress reports."""
+"""Logging, which the command line sets up once, and progress reports."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def configure(*, rank: int = 0) -> None:
-    """Log to stderr; rank 0 at INFO, the others at WARNING."""
+    """Log to stderr, on rank 0 at INFO and on other ranks at WARNING."""
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -28,12 +28,12 @@ def configure(*, rank: int = 0) -> None:
 
 
 def is_supervised() -> bool:
-    """True if `dist-sae run` started this process and reads its output."""
+    """Return True if `dist-sae run` started this process and reads its output."""
     return bool(os.environ.get(SUPERVISED))
 
 
 def progress(role: str, done: float, total: float, **numbers: Any) -> None:
-    """Report this process's progress; numbers that are mappings go to a supervisor only."""
+    """Report this process's progress. Mappings among the numbers are sent only to a supervisor."""
     if is_supervised():
         record = {"role": role, "done": done, "total": total, **numbers}
         sys.stdout.write(json.dumps(record) + "\n")
@@ -48,11 +48,11 @@ def progress(role: str, done: float, total: float, **numbers: Any) -> None:
 
 
 class PacedProgress:
-    """Rate-limited progress: a report per second to a supervisor, per 30 s to a log.
+    """Progress reports with a rate limit: one per second to a supervisor, one per 30 s to a log.
 
     Args:
         role: Part of the run, for example `produce`.
-        speaks: False on ranks that do what another one reports.
+        speaks: False on ranks whose progress another rank reports.
     """
 
     def __init__(self, role: str, *, speaks: bool = True) -> None:
@@ -62,7 +62,7 @@ class PacedProgress:
         self._said = float("-inf")
 
     def is_due(self) -> bool:
-        """Tell whether a report is due; if so, it counts as made."""
+        """Return True if a report is due, and then count it as sent."""
         if time.monotonic() - self._said < self._pause:
             return False
         self._said = time.monotonic()
@@ -74,6 +74,6 @@ class PacedProgress:
             progress(self._role, done, total, **numbers)
 
     def end(self, total: float) -> None:
-        """Report that all is done."""
+        """Report that all work is done."""
         if self._speaks:
             progress(self._role, total, total)

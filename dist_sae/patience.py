@@ -1,4 +1,4 @@
-"""Patience with a server: retries with jitter, until it answers or a deadline passes."""
+"""Retries of calls to a server, with jitter, until a call succeeds or a deadline passes."""
 
 import logging
 import random
@@ -12,22 +12,22 @@ from dist_sae.errors import DistSaeError
 Result = TypeVar("Result")
 
 FIRST_PAUSE_SECONDS = 0.2
-"""Pause after the first failure; it doubles."""
+"""Pause after the first failure. It doubles with each further failure."""
 LONGEST_PAUSE_SECONDS = 10.0
-"""Limit of the pause between attempts."""
+"""Maximum pause between attempts, unless the server asks for a longer one."""
 _SAY_EVERY_SECONDS = 30.0
 LAST_PATIENCE_SECONDS = 15.0
-"""Longest retry once the program has been asked to stop."""
+"""Maximum time for retries of a call once the program has been asked to stop."""
 
 
 class Patience:
-    """Retries calls until they succeed or the deadline passes.
+    """Retries calls until they succeed or a deadline passes.
 
     Args:
-        seconds: From a call's first attempt to its deadline.
-        stopping: Once set, calls retry for a few seconds only.
-        passing: Kind of error that a later attempt may be spared.
-        logger: Of the module that calls.
+        seconds: Time from a call's first attempt to its deadline.
+        stopping: Event that shortens all retries to a few seconds once it is set.
+        passing: Class of temporary errors, after which a later attempt may succeed.
+        logger: Logger of the calling module.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class Patience:
     def __call__(
         self, attempt: Callable[[], Result], on_failure: Callable[[DistSaeError], float]
     ) -> Result:
-        """Attempt until it succeeds.
+        """Call `attempt` until it succeeds.
 
         Args:
-            attempt: Raises an error of the passing kind if it may be tried again.
-            on_failure: Is told of each such error before the deadline; returns the least pause
-                before the next attempt, in seconds.
+            attempt: The call. It raises a temporary error if it may be tried again.
+            on_failure: Called with each temporary error before the deadline. It returns the
+                minimum pause before the next attempt, in seconds.
 
         Raises:
-            DistSaeError: Of the passing kind: no attempt succeeded before the deadline.
+            DistSaeError: A temporary error: no attempt succeeded before the deadline.
         """
         since = said = time.monotonic()
         pause = FIRST_PAUSE_SECONDS

@@ -1,4 +1,4 @@
-"""Detection of precisions that a processor emulates."""
+"""Detection of precisions that the processor has to emulate."""
 
 import logging
 
@@ -8,7 +8,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_emulated(precision: str, device: torch.device) -> bool:
-    """True if a device has no instructions for `bf16` or `fp16`; GPUs always have them."""
+    """Return True if a CPU has no instructions for `bf16` or `fp16`. GPUs always have them."""
     if device.type != "cpu" or precision == "fp32":
         return False
     has = torch.cpu.get_capabilities()
@@ -16,7 +16,7 @@ def is_emulated(precision: str, device: torch.device) -> bool:
 
 
 def warn_if_emulated(setting: str, precision: str, device: torch.device) -> None:
-    """Warn that a setting's precision is emulated, and so slow.
+    """Warn if the device emulates a setting's precision, which is slow.
 
     With AVX2 a product in bf16 takes eight times as long as in fp32.
     """

@@ -1,4 +1,4 @@
-"""Handling of SIGTERM and Ctrl-C; imports almost nothing, so that it takes effect first."""
+"""Handling of SIGTERM and Ctrl-C. Imports almost nothing, so that the handlers are set early."""
 
 import atexit
 import os
@@ -19,17 +19,17 @@ _code: int | None = None
 
 
 def heed() -> None:
-    """Turn both signals into KeyboardInterrupt; during an import, end the process.
+    """Make both signals raise KeyboardInterrupt or, during an import, end the process.
 
-    There is nothing to save during an import, and a library that is interrupted there may raise
-    another error, or none.
+    During an import there is nothing to save, and an interrupted library may raise a different
+    error, or none.
     """
     for number in SIGNALS:
         signal.signal(number, _interrupt)
 
 
 def stop_event() -> "threading.Event":
-    """Event that both signals set from now on, for programs that save before they end."""
+    """Return an event that both signals set from now on, for programs that save before exiting."""
     import threading  # only after the handlers are installed
 
     stopping = threading.Event()
@@ -39,7 +39,7 @@ def stop_event() -> "threading.Event":
 
 
 def heed_no_more(code: int) -> None:
-    """Let a signal end the process at once with this exit code, now that the work is done."""
+    """Make signals end the process at once with this exit code. Called when the work is done."""
     global _code  # noqa: PLW0603 - what `_end` is to exit with
     _code = code
     for number in SIGNALS:
@@ -47,18 +47,18 @@ def heed_no_more(code: int) -> None:
 
 
 def end_early() -> None:
-    """Let the process end before Python takes itself apart, once `heed_no_more` has been called.
+    """Make Python exit before it finalizes the interpreter, once `heed_no_more` has been called.
 
-    Other threads are ended and other exit functions called as ever, if they are registered later:
-    so this comes first. After them Python would give signals back to the system, so that one ends
-    it with 143, and stop daemon threads within libraries, where C++ may abort (134).
+    Call this first: exit functions run in reverse order, so `_end` then runs after all others.
+    Without it Python would restore the default signal handlers, so that a late SIGTERM ends the
+    process with 143. It would also stop daemon threads inside libraries, where C++ may abort (134).
     """
     atexit.register(_end)
 
 
 def _end() -> None:
     if _code is not None:
-        with suppress(OSError, ValueError):  # a reader that has gone
+        with suppress(OSError, ValueError):  # the reader has closed the pipe
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(_code)

@@ -1,4 +1,4 @@
-"""`dist-sae bench`: measure against the limit of this machine."""
+"""`dist-sae bench`: benchmarks that compare with the limits of this machine."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dist_sae.bench.step import StepShape
 
 Result = Mapping[str, Any] | str | None
-"""Numbers, a text for people, or None from ranks that print nothing."""
+"""Numbers, a text to print, or None on ranks that print nothing."""
 
 
 def add(commands: shared.Commands) -> None:
@@ -105,7 +105,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def _add_of_runs(actions: shared.Commands) -> list[argparse.ArgumentParser]:
-    """Add the measurements of a run's own model, text or dictionary."""
+    """Add the benchmarks that use a run's model, text or dictionary."""
     produce = actions.add_parser("produce", help="a producer against the bare forward pass")
     produce.add_argument("run", metavar="RUN.yaml", help="its model and text are used")
     shared.add_settings(produce)
@@ -121,7 +121,7 @@ def _add_of_runs(actions: shared.Commands) -> list[argparse.ArgumentParser]:
 
 
 def _add_synth(actions: shared.Commands) -> argparse.ArgumentParser:
-    """Add the benchmark with known features."""
+    """Add the benchmark on synthetic data with known features."""
     synth: argparse.ArgumentParser = actions.add_parser(
         "synth", help="SynthSAEBench: our trainer and sae-lens's on rows with known features"
     )
@@ -171,7 +171,7 @@ def _add_synth(actions: shared.Commands) -> argparse.ArgumentParser:
 
 
 def _main(options: argparse.Namespace) -> None:
-    """Run the chosen measurement, and print its result."""
+    """Run the chosen benchmark and print its result."""
     if options.threads:
         import torch
 
@@ -223,7 +223,7 @@ def _checkpoint(options: argparse.Namespace) -> Result:
 
 
 def _step_shape(options: argparse.Namespace) -> "StepShape":
-    """The shape of the step that the options describe; others have their defaults."""
+    """Return the step's shape from the options, with defaults for fields that are not options."""
     from dist_sae.bench.step import StepShape
 
     return StepShape(**{k: v for k, v in vars(options).items() if k in StepShape._fields})

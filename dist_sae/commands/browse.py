@@ -1,4 +1,4 @@
-"""`dist-sae browse`: pages of a latent index, for a web browser."""
+"""`dist-sae browse`: the pages of a latent index in a web browser."""
 
 import argparse
 import contextlib
@@ -36,7 +36,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Serve pages until interrupted, or write them."""
+    """Serve pages until interrupted, or write them to files."""
     run = shared.load(options)
     from dist_sae.errors import ConfigError
     from dist_sae.notebook.run import OpenedRun, open_run

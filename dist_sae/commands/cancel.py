@@ -1,4 +1,4 @@
-"""`dist-sae cancel`: take a run off the cluster."""
+"""`dist-sae cancel`: delete a run's objects from the cluster."""
 
 import argparse
 
@@ -12,7 +12,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Cancel; pods save before they end."""
+    """Cancel the run. Its pods save before they end."""
     run, cluster = shared.open_cluster(options)
     from dist_sae.kubernetes.submit import cancel
 

@@ -1,4 +1,4 @@
-"""`dist-sae checkpoints`: the checkpoints of a run."""
+"""`dist-sae checkpoints`: list, verify or convert a run's checkpoints."""
 
 import argparse
 from pathlib import Path

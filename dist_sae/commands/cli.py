@@ -1,7 +1,7 @@
-"""The command line: the list of commands, exit codes, and errors in one line.
+"""The command line: the list of commands, exit codes, and one-line error messages.
 
-Programs are imported when they are called, so that `--help` answers at once, and after the run file
-is read, so that a mistake in it is reported before torch is imported, which takes seconds.
+A command imports its program only when it runs, so that `--help` is fast. It reads the run file
+first, so that mistakes in it are reported before torch is imported, which takes seconds.
 """
 
 import argparse
@@ -53,9 +53,9 @@ _COMMANDS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (see `dist_sae.errors`)."""
+    """Run one command, and return the exit code (see `dist_sae.errors`)."""
     options = command_parser().parse_args(arguments)
-    # torch's large buffers in large pages: on a CPU most are allocated anew at every step
+    # large pages for torch's large buffers, since on a CPU most are allocated again at every step
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logs.configure(rank=rank())
     signals.heed()
@@ -74,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(signals.INTERRUPTED)
         return EXIT_RESUMABLE
-    except BrokenPipeError:  # the reader of our output has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit fails too
+    except BrokenPipeError:  # the reader of our output has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails at exit
         return EXIT_DONE
     except Exception:
         from dist_sae.storage.lives import crash_code
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command_parser() -> argparse.ArgumentParser:
-    """The command line: every command with its options."""
+    """Return the parser of the command line, with every command and its options."""
     parser = argparse.ArgumentParser(
         prog="dist-sae",
         description="Train sparse autoencoders on language-model activations, "

@@ -1,4 +1,4 @@
-"""`dist-sae compare`: several runs side by side."""
+"""`dist-sae compare`: compare the numbers of several runs."""
 
 import argparse
 import csv
@@ -32,7 +32,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Print the table, and write the files that are asked for."""
+    """Print the table, and write the files that the options name."""
     name, runs = shared.load_several(options)
     if len(runs) < _LEAST:
         raise ConfigError(f"{options.run}: is one run; name another one, or a sweep")
@@ -80,7 +80,7 @@ def _match(compared: Sequence["Compared"]) -> dict[str, "Matched"]:
 def _rows(
     compared: Sequence["Compared"], differences: Mapping[str, Sequence[Any]]
 ) -> Iterator[dict[str, Any]]:
-    """A row for each run: its numbers, then the settings that differ."""
+    """Yield a row per run, with its numbers and then the settings that differ."""
     for number, each in enumerate(compared):
         settings = {key: values[number] for key, values in differences.items()}
         yield {"run": each.label, **each.numbers, **settings}

@@ -1,4 +1,4 @@
-"""`dist-sae completion`: print what a shell needs to complete commands, options and settings."""
+"""`dist-sae completion`: a script that lets a shell complete commands, options and settings."""
 
 import argparse
 import sys
@@ -44,7 +44,7 @@ def add(commands: shared.Commands) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Print the script."""
-    from dist_sae.commands.cli import command_parser  # which lists this command, too
+    from dist_sae.commands.cli import command_parser  # here, since it imports this module
 
     parser = command_parser()
     if options.shell == "fish":
@@ -55,7 +55,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def _bash(parser: argparse.ArgumentParser) -> str:
-    """Zsh runs it as well."""
+    """Return the script for bash, which zsh can also run."""
     cases = []
     commands = dict(_commands(parser, ("dist-sae",)))
     for path, command in commands.items():
@@ -88,7 +88,7 @@ def _fish(parser: argparse.ArgumentParser) -> Iterator[str]:
 def _commands(
     parser: argparse.ArgumentParser, path: tuple[str, ...]
 ) -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
-    """Every parser, with the words that lead to it."""
+    """Yield every parser with the words on the command line that select it."""
     yield path, parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -97,7 +97,7 @@ def _commands(
 
 
 def _choices(command: argparse.ArgumentParser) -> list[str]:
-    """Possible next words: commands, or values of a positional argument."""
+    """Return the possible next words: commands, or values of a positional argument."""
     positional = [action for action in command._actions if not action.option_strings]
     return [str(choice) for action in positional for choice in action.choices or ()]
 
@@ -112,7 +112,7 @@ def _takes_run(command: argparse.ArgumentParser) -> bool:
 
 
 def _keys() -> list[str]:
-    """Keys of the run file, for --set."""
+    """Return the keys of the run file, for --set."""
     from dist_sae.config import Run
     from dist_sae.config.messages import dotted_keys
 

@@ -1,4 +1,4 @@
-"""`dist-sae config`: the run file itself."""
+"""`dist-sae config`: the resolved run file, its schema, and the exported metrics."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""`dist-sae estimate`: what a run will take, before anything is produced."""
+"""`dist-sae estimate`: a forecast of what a run will need, before anything is produced."""
 
 import argparse
 import functools
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dist_sae.planning.basis import Basis
     from dist_sae.planning.rates import Rates
 
-_STEPS, _LEAST_STEPS = 32, 16  # of `--measure`
+_STEPS, _LEAST_STEPS = 32, 16  # for `--measure`
 _SCALES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -131,7 +131,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _rates(options: argparse.Namespace, run: "Run", groups: "Sequence[Sequence[Basis]]") -> "Rates":
-    """Rates: of bench files first, then measured here, then of the accelerator's data sheet."""
+    """Collect rates from bench files, then from a measurement, then from a data sheet."""
     from dist_sae.planning.rates import Rates, of_accelerator, of_bench, read_bench
 
     store = options.store and options.store * 1e9
@@ -147,16 +147,16 @@ def _rates(options: argparse.Namespace, run: "Run", groups: "Sequence[Sequence[B
     return rates
 
 
-@functools.cache  # the process takes seconds
+@functools.cache  # starting a process takes seconds
 def _trainer_bytes() -> int:
-    """Memory of a trainer without data, in a process of its own: this one has other libraries."""
+    """Measure a trainer's memory without data, in a separate process with a trainer's imports."""
     program = "from dist_sae.bench.step import program_bytes; print(program_bytes())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     return int(done.stdout.split()[-1])
 
 
 def _lines(told: Mapping[str, Any]) -> Iterator[str]:
-    """A table for people: a section, then its names and values."""
+    """Yield the lines of the printed table: each section, then its names and values."""
     from dist_sae.report.shown import shown
 
     for section, content in told.items():

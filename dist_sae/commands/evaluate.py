@@ -20,7 +20,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> int | None:
-    """Evaluate, as one process, as the rank that RANK and WORLD_SIZE name, or as their parent."""
+    """Evaluate as a single process, as one rank (RANK of WORLD_SIZE), or as the ranks' parent."""
     whole = shared.load_for_device(options)
     if options.local_ranks > 1:
         from dist_sae.distributed.local_ranks import rank_environments

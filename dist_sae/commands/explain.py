@@ -1,4 +1,4 @@
-"""`dist-sae explain`: explanations of latents by a language model, and how well they predict."""
+"""`dist-sae explain`: a language model explains latents and judges the explanations."""
 
 import argparse
 import re
@@ -20,7 +20,7 @@ _COUNTS = (
     ("--at-once", "passages judged in a request", 10),
     ("--most-tokens", "longest answer, in tokens", 500),
 )
-"""Options that are numbers from 1: meaning and default."""
+"""Options that take a positive number, with meaning and default."""
 _SCORE = "mean_balanced_accuracy"
 
 
@@ -60,7 +60,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Estimate, or explain."""
+    """Explain latents, or print an estimate of the requests if the user has not agreed to them."""
     run = shared.load(options)
     for option, _, _ in _COUNTS:
         if getattr(options, option.strip("-").replace("-", "_")) < 1:
@@ -77,7 +77,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def _explained(options: argparse.Namespace, run: "Run", index: "Index") -> dict[str, Any] | None:
-    """Explain; None if that has not been agreed to."""
+    """Explain latents. Return None if the user has not agreed to the requests."""
     from dist_sae.data.plan import load_plan
     from dist_sae.explaining.explain import Plan, count, explain
     from dist_sae.explaining.passages import Drawer, Wanted
@@ -116,7 +116,7 @@ def _latents(options: argparse.Namespace, run: "Run", index: "Index") -> list[in
     if options.latents:
         latents = sorted(set(options.latents))
         for latent in latents:
-            index.examples(latent)  # an unknown one is refused here
+            index.examples(latent)  # raises for an unknown latent
         return latents
     return choose_latents(index.firings, run.evaluate.latents, run.train.seed)
 
@@ -135,5 +135,5 @@ def _from_delphi(options: argparse.Namespace, index: "Index") -> dict[str, Any]:
 
 
 def _as_name(model: str) -> str:
-    """A model's name as that of a set."""
+    """Return a model's name in the form that is allowed for a set of explanations."""
     return re.sub(r"[^a-z0-9.]+", "-", model.lower()).strip("-.") or "model"

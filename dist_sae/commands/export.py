@@ -28,7 +28,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Export, and say where."""
+    """Export the checkpoint, and print where."""
     whole = shared.load_whole(options)
     if options.format in OF_INDEX:
         from dist_sae.interop import delphi, neuronpedia

@@ -1,4 +1,4 @@
-"""`dist-sae import`: take another library's dictionary as a run."""
+"""`dist-sae import`: create a run from another library's dictionary."""
 
 import argparse
 from pathlib import Path
@@ -29,7 +29,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Import, and say what was found."""
+    """Import the dictionary, and print what was found."""
     run = shared.load(options)
     from dist_sae.interop.importing import import_dictionary
 

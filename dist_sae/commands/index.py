@@ -1,4 +1,4 @@
-"""`dist-sae index`: make the latent index of a trained dictionary."""
+"""`dist-sae index`: build the latent index of a trained dictionary."""
 
 import argparse
 import os
@@ -34,7 +34,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> int | None:
-    """Index as one process, or as the parent of a worker's ranks."""
+    """Build the index as one process, or start a worker's ranks and wait for them."""
     run = whole = shared.load_for_device(options)
     from dist_sae.data.work_queue import Worker
     from dist_sae.distributed.local_ranks import rank_environments
@@ -64,7 +64,7 @@ def main(options: argparse.Namespace) -> int | None:
             Telemetry(run.name, "index", port, first_rank + shared.rank()) as telemetry,
             shared.ending_with_others(whole, stopping),
         ):
-            if options.wait:  # while metrics are served: a process that waits is alive
+            if options.wait:  # after metrics are served, so that probes see a waiting process
                 await_end(run, stopping)
             telemetry.life = shared.this_life(run, "index", stopping)
             return index(run, worker, stopping, telemetry, options.step, repair=options.repair)

@@ -1,4 +1,4 @@
-"""`dist-sae latents`: ask the latent index of a run, in the terminal."""
+"""`dist-sae latents`: look up latents in a run's latent index, in the terminal."""
 
 import argparse
 import shutil
@@ -29,7 +29,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Answer one question."""
+    """Print what the options select from the index."""
     run = shared.load(options)
     if options.text is not None:
         from dist_sae.index.query import Index

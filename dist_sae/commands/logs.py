@@ -1,4 +1,4 @@
-"""`dist-sae logs`: print what a run's pods wrote."""
+"""`dist-sae logs`: print the logs of a run's pods."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Print the lines as they come."""
+    """Print the lines as they arrive."""
     run, cluster = shared.open_cluster(options)
     from dist_sae.kubernetes.logs import read_logs
 

@@ -1,6 +1,6 @@
-"""A whole run on this machine, as the processes that a cluster would run.
+"""A whole run on this machine, with the same processes as on a cluster.
 
-plan -> producers and trainer ranks, side by side -> index -> evaluate -> export -> report
+plan -> producers and trainer ranks at the same time -> index -> evaluate -> export -> report
 """
 
 import json
@@ -35,29 +35,29 @@ from dist_sae.logs import SUPERVISED
 from dist_sae.storage import open_store
 from dist_sae.training.progress import ProgressView
 
-_WARNING = re.compile(r"\S+ (WARNING|ERROR) dist_sae\S*: (.+)")  # as `logs` has them
+_WARNING = re.compile(r"\S+ (WARNING|ERROR) dist_sae\S*: (.+)")  # the format of `dist_sae.logs`
 GRACE_SECONDS = 60.0  # to finish a step and save, when the user asks to stop
-FAILED_GRACE_SECONDS = 5.0  # for the others when one has failed: ranks may hang without it
+FAILED_GRACE_SECONDS = 5.0  # for the others after a failure; ranks may hang without the failed one
 
 
 def run_locally(
     run: Run, arguments: Sequence[str], stopping: threading.Event
 ) -> dict[str, dict[str, Any]]:
-    """Do everything that the run file asks for; goes on where an earlier start stopped.
+    """Do all parts of a run, continuing where an earlier call stopped.
 
     Args:
-        arguments: The run file and the options that it was loaded with.
-        stopping: When set, all processes are told to save and end.
+        arguments: Command-line arguments with the run file and the options that it was loaded with.
+        stopping: Event that makes all processes save and exit.
 
     Returns:
-        For each run (a sweep has several) the evaluation, and the places of the report and of the
-        export, if SAELens has the kind.
+        For each run, by its name, the evaluation and the location of the report. Also that of the
+        export, if SAELens supports the kind. A sweep has several runs.
 
     Raises:
         Stopped: `stopping` was set, and everything is saved.
-        ProcessFailedError: A process failed; the message is its own. The jobs of a sweep that are
-            complete have been evaluated nevertheless.
-        ConfigError: Ranks that need a GPU each outnumber the GPUs.
+        ProcessFailedError: A process failed, with the message of that process. Complete jobs of a
+            sweep have still been evaluated.
+        ConfigError: There are fewer GPUs than ranks that need one each.
     """
     _check_gpus(run)
     logs = _log_folder(run)
@@ -101,7 +101,7 @@ def run_locally(
 def _measure(
     run: Run, child: Callable[..., "Child"], stopping: threading.Event, view: ProgressView
 ) -> dict[str, Any]:
-    """Evaluate, export and report a trained run."""
+    """Evaluate, export and report a trained run, and return the results."""
     results: dict[str, Any] = {}
     for command in ("evaluate", "export", "report"):
         if command == "export" and sae_lens.problem(run):
@@ -119,7 +119,10 @@ def _measure(
 
 
 def _complete(run: Run, jobs: Mapping[str, Run], stopping: threading.Event) -> list[str]:
-    """Jobs whose last step is done, if all units are made; of the index `_is_indexed` tells."""
+    """Return the jobs that are trained to the last step, or none if a unit is missing.
+
+    This does not check the index; see `_is_indexed`.
+    """
     runs = open_store(run.store.runs, run.store.s3, None, stopping)
     if runs.size(run_file_key(run.name)) is None:  # training has not begun
         return []
@@ -130,13 +133,13 @@ def _complete(run: Run, jobs: Mapping[str, Run], stopping: threading.Event) -> l
 
 
 def _is_indexed(run: Run, stopping: threading.Event) -> bool:
-    from dist_sae.index.progress import is_indexed  # takes 3 s, unless `_complete` has imported
+    from dist_sae.index.progress import is_indexed  # takes 3 s unless `_complete` has imported it
 
     return is_indexed(run, stopping)
 
 
 def _check_gpus(run: Run) -> None:
-    """Check that all ranks which exchange tensors have a GPU each; others may share one."""
+    """Check that ranks that exchange tensors have a GPU each. Other processes may share a GPU."""
     check_gpus("processes.trainers", run.processes.trainers)
     check_gpus("model.tensor_parallel", run.tensor_parallel)
     if run.index.workers:
@@ -144,9 +147,9 @@ def _check_gpus(run: Run) -> None:
 
 
 def _workers(run: Run, child: Callable[..., "Child"]) -> list["Child"]:
-    """Producers and trainer ranks, which share the cores and the GPUs."""
+    """Return the producers and trainer ranks, which share the cores and the GPUs."""
     producers, trainers = run.processes.producers, run.processes.trainers
-    each = run.tensor_parallel  # processes of a producer
+    each = run.tensor_parallel  # processes per producer
     n = producers * each + trainers
     common = _threads(run, n)
     of_trainers, *of_producers = share_gpus([trainers, *[each] * producers])
@@ -165,7 +168,7 @@ def _workers(run: Run, child: Callable[..., "Child"]) -> list["Child"]:
 
 
 def _indexers(run: Run, child: Callable[..., "Child"]) -> list["Child"]:
-    """Workers of the latent index, which share the cores and the GPUs."""
+    """Return the workers of the latent index, which share the cores and the GPUs."""
     workers, each = run.index.workers, run.index.latent_shards
     common = _threads(run, workers * each)
     children = []
@@ -179,17 +182,20 @@ def _indexers(run: Run, child: Callable[..., "Child"]) -> list["Child"]:
 
 
 def _threads(run: Run, processes: int) -> dict[str, str]:
-    """Environment variable with the threads of each of so many processes."""
+    """Return the environment variable that gives each of n processes its share of the cores."""
     threads = run.processes.threads or max(1, (os.cpu_count() or 1) // processes)
     return {"OMP_NUM_THREADS": str(threads)}
 
 
 class Child:
-    """A process of a local run: its progress goes to the view, its messages to a log file.
+    """A process of a local run. Its progress goes to the view, its messages to a log file.
 
     Args:
-        environment: Added to this process's.
-        log: Where its messages go.
+        name: Name of the process in the view and in error messages.
+        command: The command line.
+        environment: Environment variables to add to those of this process.
+        log: Path of the log file.
+        view: The view of all processes' progress.
     """
 
     def __init__(
@@ -211,7 +217,7 @@ class Child:
         self._messages: list[str] = []
 
     def start(self) -> "subprocess.Popen[str]":
-        """Start the process, and read what it says."""
+        """Start the process, and threads that read its output."""
         pipe = subprocess.PIPE
         options = {"stdout": pipe, "stderr": pipe, "text": True, "errors": "replace"}
         self._process = process = start(self._command, self._environment, **options)
@@ -226,7 +232,7 @@ class Child:
         return process
 
     def close(self) -> None:
-        """Read to the end of what it says."""
+        """Read the output to its end, and close the pipes."""
         for reader in self._readers:
             reader.join()
         if self._process is not None:
@@ -235,10 +241,10 @@ class Child:
                 pipe.close()
 
     def failure(self, code: int) -> ProcessFailedError:
-        """The error that it printed, or how it ended, with the exit code for the whole run.
+        """Return the error that the process printed, or an error about how it ended.
 
         Args:
-            code: Its own exit code.
+            code: Exit code of the process.
         """
         if errors := self.errors:
             return ProcessFailedError("\n".join(f"{self.name}: {line}" for line in errors), code)
@@ -256,7 +262,7 @@ class Child:
 
     @property
     def errors(self) -> list[str]:
-        """The errors that it printed."""
+        """The error messages that the process printed."""
         lines = [line for line in self._messages if line.startswith("error: ")]
         return [line.removeprefix("error: ").rstrip() for line in lines]
 
@@ -278,9 +284,9 @@ class Child:
             self._messages.append(line)
             del self._messages[:-200]
             with suppress(OSError), self._log.open("a", encoding="utf-8") as file:
-                file.write(line)  # a full disk must not keep us from hearing the rest
+                file.write(line)  # if the disk is full, continue to read
             if warning := _WARNING.match(line):
-                with suppress(OSError):  # nor must a terminal that is gone
+                with suppress(OSError):  # the terminal may be closed
                     self._view.warn(*warning.groups())
 
 
@@ -290,16 +296,17 @@ def run_together(
     view: ProgressView,
     name: str | None = None,
 ) -> None:
-    """Run children side by side until all have ended.
+    """Run children at the same time until all have ended.
 
     Args:
-        children: Not started yet.
-        stopping: When set, all are told to save and end.
-        name: Name of what they do, told at its begin; that of an only child needs none.
+        children: The children, not started yet.
+        stopping: Event that makes all children save and exit.
+        view: The view of the children's progress.
+        name: What the children do, shown when they start. Not needed for a single child.
 
     Raises:
-        ProcessFailedError: One failed; the others have been ended.
-        Stopped: The user asked to stop; all have saved and ended.
+        ProcessFailedError: A child failed, and the others have been ended.
+        Stopped: The user asked to stop, and all children have ended.
     """
     if name or len(children) == 1:
         view.begin(name or children[0].name)
@@ -322,7 +329,7 @@ def run_together(
     ]
     if blamed := mistakes or causes:
         raise children[blamed[0].child].failure(blamed[0].code)
-    if failed:  # they did not heed the signal in time; what was saved before is safe
+    if failed:  # they did not end in time after the signal; earlier checkpoints are safe
         names = ", ".join(children[end.child].name for end in failed)
         raise Stopped(f"{names} did not end in time; start the same command again to continue")
     if stopping.is_set() or any(end.code for end in ends):
@@ -330,7 +337,7 @@ def run_together(
 
 
 def _log_folder(run: Run) -> Path:
-    """Beside the run's other files, or in the current folder where they are not on this disk."""
+    """Return the folder for logs: in the run's folder, or in the current one if that is on S3."""
     if folder := folder_of(run.store.runs):
         return Path(folder) / run.name / "logs"
     return Path(f"{run.name}-logs")

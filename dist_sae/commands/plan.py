@@ -1,4 +1,4 @@
-"""`dist-sae plan`: fix which documents make up which unit."""
+"""`dist-sae plan`: read the corpus and assign its documents to units."""
 
 import argparse
 import threading
@@ -14,7 +14,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Plan, and say what the plan gives."""
+    """Write the plan, and print its numbers."""
     run = shared.load_whole(options)
     from dist_sae.producing.planner import foresee
 
@@ -27,6 +27,6 @@ def main(options: argparse.Namespace) -> None:
     except (DistSaeError, KeyboardInterrupt) as exc:
         if getattr(exc, "exit_code", EXIT_RESUMABLE) == EXIT_RESUMABLE:
             ending.set()
-            life.progressed()  # preempted, or the hub is away: no crash
+            life.progressed()  # a preemption or an unavailable hub is not a crash
         raise
     shared.print_result(options, told)

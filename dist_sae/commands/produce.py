@@ -24,7 +24,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> int | None:
-    """Produce as one process, or as the parent of a pod's ranks."""
+    """Produce as one process, or start a pod's ranks and wait for them."""
     run = shared.load_for_device(options)
     from dist_sae.data.work_queue import Worker
     from dist_sae.distributed.local_ranks import rank_environments
@@ -50,7 +50,7 @@ def main(options: argparse.Namespace) -> int | None:
         Telemetry(run.name, "produce", port, first_rank + shared.rank()) as telemetry,
         shared.ending_with_others(run, stopping),
     ):
-        if options.wait:  # while metrics are served: a process that waits is alive
+        if options.wait:  # after metrics are served, so that probes see a waiting process
             await_plan(run, stopping)
         telemetry.life = shared.this_life(run, "producer", stopping)
         work = produce_together if run.tensor_parallel > 1 else produce

@@ -1,4 +1,4 @@
-"""`dist-sae publish`: a checkpoint with a model card, on the hub or in a folder."""
+"""`dist-sae publish`: upload a checkpoint with a model card to the hub."""
 
 import argparse
 from pathlib import Path
@@ -37,7 +37,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Write or send, and say what and where."""
+    """Upload the files or write them to a folder, and print what and where."""
     if bool(options.dry_run) == options.yes:
         raise ConfigError(
             "nothing is sent yet: look at it with --dry-run FOLDER, then send it with --yes"

@@ -1,4 +1,4 @@
-"""`dist-sae render`: what a run file means for DeepSpeed, Kubernetes and Grafana."""
+"""`dist-sae render`: a run's DeepSpeed configuration, Kubernetes objects and dashboards."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Print them, as JSON or for kubectl."""
+    """Print them as JSON, or as YAML for kubectl."""
     run = shared.load_whole(options)
     from dist_sae.kubernetes.render import render, to_yaml
 

@@ -16,7 +16,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Make the report, and say where it is."""
+    """Write the report, and print where it is."""
     whole = shared.load_whole(options)
     from dist_sae.report.build import report
 

@@ -1,4 +1,4 @@
-"""`dist-sae resume`: start a run on the cluster again."""
+"""`dist-sae resume`: continue a run on the cluster."""
 
 import argparse
 
@@ -12,7 +12,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Resume; changes are printed as they are made."""
+    """Resume the run, and print each change to the cluster."""
     run, cluster = shared.open_cluster(options)
     from dist_sae.kubernetes.submit import resume
 

@@ -1,4 +1,4 @@
-"""`dist-sae run`: everything on this machine."""
+"""`dist-sae run`: do all parts of a run on this machine."""
 
 import argparse
 
@@ -13,7 +13,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Run all programs, and print the numbers of the evaluation."""
+    """Run all programs, and print the evaluation's numbers."""
     run = shared.load_for_device(options)
     from dist_sae.commands.pipeline import run_locally
 

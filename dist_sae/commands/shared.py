@@ -1,4 +1,4 @@
-"""Shared by commands: options, the run file, results, short-lived metrics, local ranks."""
+"""Functions shared by commands: options, run files, results, metrics, and local ranks."""
 
 import argparse
 import json
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Commands = Any
-"""Where a command is added: what `add_subparsers` returns."""
+"""The object from `add_subparsers` to which commands are added."""
 Main = Callable[[argparse.Namespace], int | None]
 
 
 def add_command(commands: Commands, name: str, main: Main, text: str) -> argparse.ArgumentParser:
-    """Add a command on a run; returns its parser, for options of its own."""
+    """Add a command that takes a run, and return its parser, so that the caller can add options."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.add_argument("run", metavar="RUN", help="a run file, or a run's folder: a path or URL")
     add_settings(parser)
@@ -49,18 +49,18 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def add_group(commands: Commands, name: str, text: str, metavar: str = "ACTION") -> Commands:
-    """Add a command that consists of actions; returns where they are added."""
+    """Add a command that has subcommands, and return the object to add them to."""
     parser = commands.add_parser(name, help=text, description=text)
     return parser.add_subparsers(metavar=metavar, required=True)
 
 
 def add_step(parser: argparse.ArgumentParser) -> None:
-    """Add `--step`."""
+    """Add `--step`, the checkpoint to use."""
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
 
 
 def add_ranks(parser: argparse.ArgumentParser) -> None:
-    """Add the options of programs whose ranks run side by side."""
+    """Add the options of programs that run as several ranks."""
     parser.add_argument("--port-offset", type=int, default=0, help="added to telemetry.port")
     parser.add_argument(
         "--local-ranks",
@@ -94,15 +94,15 @@ def add_endpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def open_endpoint(options: argparse.Namespace, run: "Run", file: str | None = None) -> "Endpoint":
-    """Open the endpoint of `--endpoint`; its answers are kept in the run's folder.
+    """Open a language model's endpoint, whose answers are cached in the run's folder.
 
     Args:
-        options: With `--endpoint`.
+        options: Options of the command, with `--endpoint`.
         run: The run.
-        file: Another file, in place of that.
+        file: Endpoint file to use instead of `--endpoint`.
 
     Raises:
-        ConfigError: There is none, or its file is not right.
+        ConfigError: No endpoint is given, or its file is not valid.
     """
     from dist_sae.endpoint.answers import Endpoint
     from dist_sae.endpoint.settings import read_endpoint
@@ -118,9 +118,9 @@ def open_endpoint(options: argparse.Namespace, run: "Run", file: str | None = No
 def agree(
     options: argparse.Namespace, endpoint: "Endpoint", questions: "Sequence[Question]"
 ) -> bool:
-    """Tell what asking takes; whether it may be asked, which is so if nothing has to be sent.
+    """Return True if the questions may be sent: with `--yes`, or if all answers are cached.
 
-    Where it may not, what has been told is all that the command prints.
+    Logs an estimate of the cost. If False, prints the estimate as the command's only result.
     """
     estimate = endpoint.estimate(questions)
     may = options.yes or not estimate.requests
@@ -155,7 +155,11 @@ def add_ignore_nodes(parser: argparse.ArgumentParser) -> None:
 
 
 def load_whole(options: argparse.Namespace) -> "Run":
-    """Read the run, or the sweep, that the command line names."""
+    """Read the run or the sweep that the command line names.
+
+    Raises:
+        ConfigError: `--job` does not name a job of a sweep.
+    """
     from dist_sae.checkpoint.folder import open_run
     from dist_sae.config import jobs_of
 
@@ -174,7 +178,7 @@ def load(options: argparse.Namespace) -> "Run":
     """Read the one run that the command line names.
 
     Raises:
-        ConfigError: It is a sweep of several.
+        ConfigError: The run file describes a sweep, and no job is named.
     """
     run = load_whole(options)
     if run.sweep:
@@ -184,10 +188,10 @@ def load(options: argparse.Namespace) -> "Run":
 
 
 def load_several(options: argparse.Namespace) -> "tuple[str, list[Run]]":
-    """Read all runs that the command line names, the jobs of sweeps one by one.
+    """Read all runs that the command line names, with each job of a sweep as a run.
 
     Returns:
-        Name of the first run or sweep, which keeps the findings; the runs.
+        Name of the first run or sweep, in whose folder findings are stored; and the runs.
     """
     from dist_sae.checkpoint.folder import open_run
     from dist_sae.config import jobs_of
@@ -198,12 +202,10 @@ def load_several(options: argparse.Namespace) -> "tuple[str, list[Run]]":
 
 
 def load_for_device(options: argparse.Namespace) -> "Run":
-    """Read the run, or the sweep, of a program that computes.
-
-    `processes.device` holds from here on.
+    """Read the run or the sweep, and apply `processes.device` to this process.
 
     Raises:
-        ConfigError: It asks for a GPU, and none can be used.
+        ConfigError: The run requires a GPU, and none can be used.
     """
     run = load_whole(options)
     from dist_sae.device import settle_device
@@ -214,7 +216,7 @@ def load_for_device(options: argparse.Namespace) -> "Run":
 
 
 def open_cluster(options: argparse.Namespace) -> tuple["Run", "Cluster"]:
-    """Read the run, or the sweep, and open its namespace on the cluster."""
+    """Read the run or the sweep, and open its namespace on the cluster."""
     run = load_whole(options)
     from dist_sae.kubernetes.cluster import Cluster
 
@@ -222,14 +224,14 @@ def open_cluster(options: argparse.Namespace) -> tuple["Run", "Cluster"]:
 
 
 def short_lived(run: "Run", role: str) -> "Telemetry":
-    """Metrics of a program that ends before anybody can scrape it: they are pushed."""
+    """Return metrics that are pushed, for a program that may end before it is scraped."""
     from dist_sae.telemetry.exporter import Telemetry
 
     return Telemetry(run.name, role, None, pushgateway_url=run.telemetry.pushgateway_url)
 
 
 def this_life(run: "Run", part: "Part", stopping: threading.Event) -> "Life":
-    """This process's life, which is counted in a pod."""
+    """Return this process's life, which is counted if the process runs in a pod."""
     from dist_sae.storage import open_store
     from dist_sae.storage.lives import this_life
 
@@ -237,28 +239,28 @@ def this_life(run: "Run", part: "Part", stopping: threading.Event) -> "Life":
 
 
 def ending_with_others(run: "Run", stopping: threading.Event) -> AbstractContextManager[None]:
-    """End if another part of the run fails for good, where no controller ends all of them."""
+    """Stop if another part of the run fails permanently and no controller ends all parts."""
     from dist_sae.storage.failure import ending_with_others
 
     return ending_with_others(run, stopping)
 
 
 def tell_of_failure(options: argparse.Namespace, error: DistSaeError) -> None:
-    """Tell the other parts of the run of an error that fails this one for good, if it is a pod."""
+    """In a pod, notify the other parts of the run of an error that fails this part permanently."""
     from dist_sae.storage.failure import ATTEMPT, tell
 
     if ATTEMPT in os.environ and error.exit_code == EXIT_USER:
-        with suppress(DistSaeError):  # of the run file: the others cannot read it either
+        with suppress(DistSaeError):  # of the run file, which the other parts cannot read either
             tell(load_whole(options), error)
 
 
 def rank() -> int:
-    """Rank of this process in its job, from the variable that torchrun sets."""
+    """Return the rank of this process in its job, from the variable that torchrun sets."""
     return int(os.environ.get("RANK", "0"))
 
 
 def metrics_port(run: "Run", options: argparse.Namespace) -> int | None:
-    """The port of this process; 0 stays any free port."""
+    """Return this process's metrics port. 0 (any free port) stays 0."""
     first: int | None = run.telemetry.port
     return first + options.port_offset if first else first
 
@@ -271,14 +273,18 @@ def run_local_ranks(
     stopping: threading.Event,
     first_rank: int = 0,
 ) -> int:
-    """Run this pod's ranks as children, and serve the metrics of all on one page.
+    """Run this pod's ranks as children, and serve the metrics of all ranks on one page.
 
     Args:
-        options: As given to this process; the ranks get the same run, overrides and `--wait`.
-        arguments: The program and its own options.
+        options: Options of this process. The ranks get the same run, overrides and `--wait`.
+        run: The run.
+        arguments: Name of the command, and its other options.
         environments: Environment variables of each rank.
-        stopping: When set, all are told to save and stop.
-        first_rank: Added to `RANK` in the labels of the metrics.
+        stopping: Event that makes all ranks save and exit.
+        first_rank: Number added to `RANK` in the labels of the metrics.
+
+    Returns:
+        The exit code.
 
     Raises:
         ConfigError: There are GPUs, but fewer than ranks.
@@ -304,7 +310,7 @@ def run_local_ranks(
 
 
 def say(options: argparse.Namespace) -> Callable[[str], None]:
-    """Prints lines for people: to stderr where stdout is for a program."""
+    """Return a function that prints lines for people: to stderr with `--json`, else to stdout."""
     stream = sys.stderr if options.json else sys.stdout
 
     def write(line: str) -> None:
@@ -315,12 +321,12 @@ def say(options: argparse.Namespace) -> Callable[[str], None]:
 
 
 def print_json(options: argparse.Namespace, content: Any) -> None:
-    """Print JSON: on one line for programs, indented for people."""
+    """Print JSON: on one line with `--json`, otherwise indented."""
     sys.stdout.write(json.dumps(content, indent=None if options.json else 2) + "\n")
 
 
 def print_lines(options: argparse.Namespace, content: Any, lines: Sequence[str]) -> None:
-    """Print lines, or the content as JSON if a program asked."""
+    """Print the lines, or with `--json` the content as JSON."""
     if options.json:
         print_json(options, content)
     else:
@@ -328,7 +334,7 @@ def print_lines(options: argparse.Namespace, content: Any, lines: Sequence[str])
 
 
 def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lines of a table: the first column to the left, the others to the right."""
+    """Yield the lines of a table, with the first column aligned left and the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         first, *others = (
@@ -347,10 +353,12 @@ def raise_if_bad(url: str, remedy: str, faults: Iterable[str]) -> None:
 def print_results(
     options: argparse.Namespace, run: "Run", work: "Callable[[Run], Mapping[str, Any] | None]"
 ) -> None:
-    """Do work for the run, or for each job of a sweep in turn, and print what comes of it.
+    """Call `work` on the run, or on each job of a sweep in turn, and print the results.
 
     Args:
-        work: Returns names and values; None where there is nothing to print.
+        options: Options of the command.
+        run: The run or the sweep.
+        work: Function that returns names and values, or None if there is nothing to print.
     """
     from dist_sae.config import jobs_of
 
@@ -367,7 +375,7 @@ def print_results(
 
 
 def print_result(options: argparse.Namespace, result: Mapping[str, Any]) -> None:
-    """Print names and values; with --json one object, as the last line of stdout."""
+    """Print names and values; with `--json`, one JSON object as the last line of stdout."""
     if options.json:
         print_json(options, result)
         return

@@ -1,4 +1,4 @@
-"""`dist-sae status`: pods, store and metrics of a run in one view."""
+"""`dist-sae status`: one view of a run's pods, store and metrics."""
 
 import argparse
 import logging
@@ -41,7 +41,7 @@ def main(options: argparse.Namespace) -> None:
     if not options.watch:
         console.print(render_status(read()))
         return
-    logging.disable(logging.WARNING)  # the view says what is out of reach
+    logging.disable(logging.WARNING)  # the view shows what cannot be reached
     try:
         with Live(console=console, auto_refresh=False) as live:
             while True:

@@ -1,4 +1,4 @@
-"""`dist-sae store`: the activation set."""
+"""`dist-sae store`: list, verify or clean up the activation set."""
 
 import argparse
 

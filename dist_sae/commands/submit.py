@@ -1,4 +1,4 @@
-"""`dist-sae submit`: bring a run to a Kubernetes cluster."""
+"""`dist-sae submit`: start a run on a Kubernetes cluster."""
 
 import argparse
 
@@ -18,7 +18,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Submit; changes are printed as they are made."""
+    """Submit the run, and print each change to the cluster."""
     run, cluster = shared.open_cluster(options)
     from dist_sae.kubernetes.submit import submit
 

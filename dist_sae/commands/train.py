@@ -1,4 +1,4 @@
-"""`dist-sae train`: train as one rank of the job, or as all ranks of a pod."""
+"""`dist-sae train`: train as one rank, or start all ranks of a pod."""
 
 import argparse
 import os
@@ -36,7 +36,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> int | None:
-    """Train as one rank, or as the parent of a pod's ranks."""
+    """Train as one rank, or start a pod's ranks and wait for them."""
     run = shared.load_for_device(options)
     asked = run
     if options.find_lr is not None:
@@ -65,7 +65,7 @@ def main(options: argparse.Namespace) -> int | None:
         if options.local_ranks > 1:
             return shared.run_local_ranks(options, run, program, environments, stopping)
         os.environ.update(environments[0])
-    group = min(shared.rank() // n, len(groups) - 1)  # the rendezvous refuses a rank too many
+    group = min(shared.rank() // n, len(groups) - 1)  # the rendezvous refuses extra ranks
     own = groups[group]
     logs.configure(rank=shared.rank() % n)
     timeouts = run.timeouts
@@ -79,11 +79,11 @@ def main(options: argparse.Namespace) -> int | None:
         ) as telemetry,
         shared.ending_with_others(asked, stopping),
     ):
-        telemetry.set("dist_sae_train_ranks", n)  # before the rendezvous: one may not come
-        if options.wait:  # while metrics are served: a process that waits is alive
+        telemetry.set("dist_sae_train_ranks", n)  # before the rendezvous, which may fail
+        if options.wait:  # after metrics are served, so that probes see a waiting process
             await_plan(run, stopping)
         telemetry.life = shared.this_life(run, "trainer", stopping)
-        telemetry.life.begin()  # ranks that do not come are a life without progress too
+        telemetry.life.begin()  # a failed rendezvous also counts as a life without progress
         with (
             rendezvous(world, timeouts.missing_seconds, stopping, name=run.name) as ranks,
             Watch(
@@ -99,13 +99,13 @@ def main(options: argparse.Namespace) -> int | None:
             try:
                 result = train(run, mesh, watch, stopping, telemetry, group)
             except JobsFailedError:
-                if n < world:  # a failure of this group; the others train on
+                if n < world:  # only this group failed; the others continue
                     watch.done(wait=True)
                     if stopping.is_set():
                         raise Stopped("stopped with others; start again to continue") from None
                 if options.find_lr is None:
                     raise
-                result = {}  # a rate that diverges is an answer
+                result = {}  # a rate that diverges is a result
             if n < world:
                 watch.done(wait=False)
     _print(options, asked, run, result)
@@ -126,7 +126,7 @@ def _lr_sweep(options: argparse.Namespace, run: "Run") -> "Run":
 def _print(
     options: argparse.Namespace, asked: "Run", run: "Run", result: Mapping[str, Any]
 ) -> None:
-    """Print the result; of `--find-lr` a line for each rate."""
+    """Print the result; for `--find-lr`, one line per learning rate."""
     if options.find_lr is None:
         shared.print_result(options, result)
         return
@@ -152,7 +152,7 @@ def _print(
 
 @contextmanager
 def _leases(jobs: "Sequence[Run]", stopping: threading.Event) -> Iterator[None]:
-    """The leases on runs, held by their first rank: nobody else may train them meanwhile."""
+    """Hold the leases on runs in the first rank, so that no other process trains them."""
     from dist_sae.checkpoint.lease import TrainerLease
     from dist_sae.storage import open_store
 

@@ -1,4 +1,4 @@
-"""`dist-sae analyse`: ask a question of trained dictionaries; a file for each question."""
+"""`dist-sae analyse`: analyses of trained dictionaries, with one file per analysis."""
 
 from typing import Any
 

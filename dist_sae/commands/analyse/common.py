@@ -1,4 +1,4 @@
-"""Shared by the questions of `dist-sae analyse`: runs, and keeping and printing findings."""
+"""Functions shared by the analyses of `dist-sae analyse`: options, and output of findings."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +20,10 @@ def add_question(
     *,
     several: bool = False,
 ) -> argparse.ArgumentParser:
-    """Add a question; returns its parser, for options of its own.
+    """Add an analysis, and return its parser, so that the caller can add options.
 
     Args:
-        several: It may be asked of several runs together.
+        several: Whether the analysis can take several runs.
     """
     parser = shared.add_command(questions, name, main, text)
     parser.set_defaults(what=name)
@@ -40,18 +40,18 @@ def answer(
     settings: Mapping[str, Any],
     find: "Callable[[], Findings]",
 ) -> None:
-    """Find an answer, keep it in the folder of the run or sweep, and print it.
+    """Do an analysis, store the findings in the folder of the run or sweep, and print them.
 
     Args:
-        options: As given to the command; `what` names the analysis.
-        name: Of the run or sweep.
-        runs: Those that are asked; each has a checkpoint.
+        options: Options of the command. `what` is the name of the analysis.
+        name: Name of the run or sweep.
+        runs: The runs to analyse. Each must have a checkpoint.
         title: Heading of the page.
         settings: Settings of the analysis.
-        find: Makes the findings, from the newest checkpoints.
+        find: Function that computes the findings from the newest checkpoints.
 
     Raises:
-        ConfigError: There is no checkpoint, or a newer one was saved meanwhile.
+        ConfigError: A run has no checkpoint, or a newer one was saved during the analysis.
     """
     from dist_sae.report.outcome import keep_findings
     from dist_sae.storage import open_store
@@ -59,7 +59,7 @@ def answer(
     store = open_store(runs[0].store.runs, runs[0].store.s3)
     checkpoints = _newest(runs)
     findings = find()
-    if _newest(runs) != checkpoints:  # the findings may be of either
+    if _newest(runs) != checkpoints:  # the findings may be from either checkpoint
         raise ConfigError(f"{name}: a newer checkpoint was saved meanwhile; index it and ask again")
     outcome = keep_findings(store, name, options.what, title, checkpoints, settings, findings)
     place = f"{store.url}/{name}/analysis/{options.what}/page.html"
@@ -68,7 +68,7 @@ def answer(
 
 
 def _newest(runs: "Sequence[Run]") -> dict[str, str]:
-    """Digests of the runs' newest checkpoints, by name."""
+    """Return the digests of the runs' newest checkpoints, by run name."""
     from dist_sae.checkpoint.trained import find_checkpoint, none_yet
     from dist_sae.storage import open_store
 

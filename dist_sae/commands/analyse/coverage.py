@@ -1,4 +1,4 @@
-"""`dist-sae analyse coverage`: which concepts have a latent, by frequency and width."""
+"""`dist-sae analyse coverage`: which concepts have a latent, by frequency and dictionary width."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ _TURNED = "the dictionary turned at random"
 
 
 def add(questions: shared.Commands) -> None:
-    """Add the question."""
+    """Add the analysis."""
     text = "which concepts have a latent of their own, by how often they occur; how wide is enough"
     parser = common.add_question(questions, "coverage", main, text, several=True)
     parser.add_argument(
@@ -64,7 +64,7 @@ def add(questions: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Answer the question."""
+    """Find the concepts that have a latent."""
     name, runs = shared.load_several(options)
     if not 0.3 < options.f1 <= 1:  # noqa: PLR2004 - pairs below are not followed
         raise ArgumentError(f"--f1 {options.f1:g}: must lie above .3 and be 1 at most")
@@ -111,7 +111,7 @@ def _words(options: argparse.Namespace, runs: "Sequence[Run]") -> "Iterator[Cove
         subject.index.check_postings()
     if CORPUS in options.concepts:
         tokenizer, words = subjects[0].tokenizer(), {concept.word for concept in concepts}
-        least = 4 * LEAST_OCCURRENCES  # so that few are left out for an uneven spread over halves
+        least = 4 * LEAST_OCCURRENCES  # so that few words are too rare in one of the halves
         chosen = corpus_words(subjects[0].index, tokenizer, _CORPUS_WORDS, least)
         concepts += [concept for concept in chosen if concept.word not in words]
     known: dict[tuple[str, tuple[int, ...], float], WordRows] = {}
@@ -119,7 +119,7 @@ def _words(options: argparse.Namespace, runs: "Sequence[Run]") -> "Iterator[Cove
     def match(subject: Subject) -> tuple[WordRows, Matched]:
         manifest = subject.index.manifest
         rows = manifest.plan, manifest.units, manifest.postings_share
-        if rows not in known:  # the jobs of a sweep have the same
+        if rows not in known:  # the jobs of a sweep share their rows
             known[rows] = find_words(subject.index, subject.tokenizer(), concepts)
         return known[rows], match_words(subject.index, known[rows], len(concepts))
 
@@ -127,7 +127,7 @@ def _words(options: argparse.Namespace, runs: "Sequence[Run]") -> "Iterator[Cove
     for subject in subjects:
         index, (words_at, matched) = subject.index, match(subject)
         frequency = frequencies(concepts, words_at, index.manifest.postings_share)
-        judged_words(frequency, matched)  # too few are refused before rows are encoded again
+        judged_words(frequency, matched)  # before the slow part: raises if too few
         name, trained = subject.run.name, subject.trained_rows
         others, caveat = [], f"{name}: what chance would find was not asked"
         if options.chance:

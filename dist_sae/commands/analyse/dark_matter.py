@@ -1,4 +1,4 @@
-"""`dist-sae analyse dark-matter`: what dictionaries miss, and whether wider ones would have it."""
+"""`dist-sae analyse dark-matter`: what dictionaries miss, and whether wider ones would find it."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ TITLE = "Dark matter"
 
 
 def add(questions: shared.Commands) -> None:
-    """Add the question."""
+    """Add the analysis."""
     text = "what dictionaries miss: the tail, the parts of the error, what two seeds share"
     parser = common.add_question(questions, "dark-matter", main, text, several=True)
     parser.add_argument(
@@ -27,7 +27,7 @@ def add(questions: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Study each run; those of equal width are also searched for latents in common."""
+    """Study each run, and count the latents that runs of equal width have in common."""
     name, runs = shared.load_several(options)
     if options.rows is not None and options.rows < 1:
         raise ConfigError(f"--rows: is {options.rows}; give a number of rows above 0")

@@ -1,4 +1,4 @@
-"""`dist-sae analyse manifolds`: which features are not lines but rings or other manifolds."""
+"""`dist-sae analyse manifolds`: features that are rings or other manifolds instead of lines."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def add(questions: shared.Commands) -> None:
-    """Add the question."""
+    """Add the analysis."""
     text = "find groups of latents that are one feature of several dimensions, such as a ring"
     parser = add_question(questions, "manifolds", main, text)
     parser.add_argument(
@@ -34,7 +34,7 @@ def add(questions: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Search a run's newest index."""
+    """Search a run's newest index for groups of latents."""
     if not 0 < options.cosine < 1:
         raise ArgumentError(f"--cosine {options.cosine:g}: must be between 0 and 1")
     if not 2 <= options.least <= options.most:  # noqa: PLR2004 - one latent is a line

@@ -1,4 +1,4 @@
-"""`dist-sae analyse map`: what a dictionary looks like from afar."""
+"""`dist-sae analyse map`: a map of all latents of a dictionary."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def add(questions: shared.Commands) -> None:
-    """Add the question."""
+    """Add the analysis."""
     text = "map all latents: clusters, parents and children, a page to zoom into"
     parser = add_question(questions, "map", main, text)
     parser.add_argument(
@@ -25,7 +25,7 @@ def add(questions: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Map a run's newest index."""
+    """Map the latents of a run's newest index."""
     if options.resamples < 1:
         raise ArgumentError(f"--resamples {options.resamples}: must be at least 1")
     run = shared.load(options)

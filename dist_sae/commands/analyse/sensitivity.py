@@ -1,4 +1,4 @@
-"""`dist-sae analyse sensitivity`: does a latent fire wherever its concept is?"""
+"""`dist-sae analyse sensitivity`: whether a latent fires wherever its concept occurs."""
 
 import argparse
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def add(questions: shared.Commands) -> None:
-    """Add the question."""
+    """Add the analysis."""
     text = (
         "does a latent fire wherever its concept is, and only there; without the bias of a filter"
     )
@@ -58,14 +58,14 @@ def add(questions: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Answer the question, or draw a sample for it."""
+    """Measure the latents' sensitivity, or draw a sample for judging."""
     run = shared.load(options)
     sampling = _sampling(options)
     if options.draw is not None:
         _draw(options, run, sampling)
         return
     asks = _asks(options, run, sampling)
-    if asks is None:  # it was told what asking a language model takes
+    if asks is None:  # only the estimate of the requests was printed
         return
     settings = {
         "ask": options.ask,
@@ -114,7 +114,7 @@ def _sampling(options: argparse.Namespace) -> "Sampling":
 def _asks(
     options: argparse.Namespace, run: "Run", sampling: "Sampling"
 ) -> "list[tuple[int, Judge]] | None":
-    """Latents with their judges; None if a language model has to be asked, and may not."""
+    """Return latents with their judges, or None if the user has not agreed to send requests."""
     from dist_sae.analysis.asked import is_asked
     from dist_sae.analysis.judges import open_judge
 
@@ -138,7 +138,7 @@ def _asks(
 def _ask_endpoint(
     options: argparse.Namespace, run: "Run", sampling: "Sampling", texts: "Sequence[str]"
 ) -> "dict[str, Judge] | None":
-    """Judges that a language model is; None if it may not be asked."""
+    """Return judges that ask a language model, or None if the user has not agreed to that."""
     from dist_sae.analysis.asked import judge_of, questions
     from dist_sae.analysis.passages import draw_passages
     from dist_sae.analysis.subject import open_subject
@@ -169,7 +169,7 @@ def _find(run: "Run", asks: "list[tuple[int, Judge]]", sampling: "Sampling") -> 
     subject = open_subject(run)
     index = subject.index
     index.check_all_postings("sensitivity")
-    largest = [index.latent(latent).max for latent, _ in asks]  # an unknown one is refused here
+    largest = [index.latent(latent).max for latent, _ in asks]  # raises for an unknown latent
     tokens = TokenTexts(subject.tokenizer(), [])
     others = np.setdiff1d(np.flatnonzero(index.firings), [latent for latent, _ in asks])
     peers = np.random.default_rng(0).permutation(others)[:PEERS].tolist()
