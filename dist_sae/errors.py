@@ -20,7 +20,7 @@ _MOST_NAMED = 3
 
 
 class DistSaeError(Exception):
-    """An error that is printed as one line, without a traceback. Each class has an exit code."""
+    """An error that the user can fix, printed without a traceback. Each class has an exit code."""
 
     exit_code = EXIT_USER
 

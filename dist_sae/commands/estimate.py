@@ -131,7 +131,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _rates(options: argparse.Namespace, run: "Run", groups: "Sequence[Sequence[Basis]]") -> "Rates":
-    """Collect rates from bench files, then from a measurement, then from a data sheet."""
+    """Collect rates. Bench files take precedence over a measurement, and both over a data sheet."""
     from dist_sae.planning.rates import Rates, of_accelerator, of_bench, read_bench
 
     store = options.store and options.store * 1e9

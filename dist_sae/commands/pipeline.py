@@ -50,8 +50,8 @@ def run_locally(
         stopping: Event that makes all processes save and exit.
 
     Returns:
-        For each run, by its name, the evaluation and the location of the report. Also that of the
-        export, if SAELens supports the kind. A sweep has several runs.
+        Results by the run's name; a sweep has several runs. Results are the evaluation, the
+        location of the report, and that of the export if SAELens supports the kind.
 
     Raises:
         Stopped: `stopping` was set, and everything is saved.

@@ -161,7 +161,7 @@ class HuggingFaceModel(Section):
     needs config.json, a tokenizer and safetensors. A folder in a store is downloaded once into
     HF_HOME (see `cluster.cache`)."""
     revision: str | None = None
-    """Commit, tag or branch on the hub; name a commit to make the plan reproducible."""
+    """Commit, tag or branch on the hub. Use a commit to make the plan reproducible."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Precision of the forward pass."""
     batch_tokens: PositiveInt = 4096
@@ -207,7 +207,7 @@ class HuggingFaceModel(Section):
         return tuple(self.of_site(end)[0] for end in ("", "@")[: 2 if self.other else 1])
 
     def by_model(self, sites: Iterable[str]) -> list[tuple[Self, dict[str, str]]]:
-        """Group sites by their model: a mapping from the site's name in the model to the site."""
+        """Group sites by model, with a mapping from each site's name in the model to the site."""
         found: dict[bool, tuple[Self, dict[str, str]]] = {}
         for site in sites:
             model, name = self.of_site(site)
@@ -268,7 +268,7 @@ class FilesCorpus(Section):
     txt_documents: Literal["paragraph", "line", "file"] = "paragraph"
     """What counts as one document in a .txt file."""
     max_documents: PositiveInt | None = None
-    """Use only about this many documents, sampled by activations.seed; null uses all."""
+    """Approximate number of documents to use, sampled with activations.seed. null: all."""
 
     @property
     def label(self) -> str:
@@ -287,11 +287,11 @@ class DatasetCorpus(Section):
     split: str = "train"
     """Split of the data set."""
     revision: str | None = None
-    """Commit, tag or branch on the hub; name a commit to make the plan reproducible."""
+    """Commit, tag or branch on the hub. Use a commit to make the plan reproducible."""
     text_field: str = "text"
     """Column with the text."""
     max_documents: PositiveInt | None = None
-    """Use only about this many documents, sampled by activations.seed; null uses all."""
+    """Approximate number of documents to use, sampled with activations.seed. null: all."""
 
     @property
     def label(self) -> str:

@@ -70,7 +70,7 @@ class RoutedConfig(KeepsThresholdConfig):
     balance_rate: PositiveFloat = 1e-2
     """Change per step of the bias of an expert that gets too few or too many rows."""
     capacity: float | None = Field(None, ge=1)
-    """Maximum number of rows per expert, as a multiple of its even share of a batch. null: none.
+    """Maximum rows per expert, as a multiple of its even share of a batch. null: no limit.
 
     Rows above the limit get no reconstruction from that expert, and are counted. The share is of a
     replica's rows, so the result depends on the number of replicas.
@@ -135,12 +135,12 @@ class RoutedConfig(KeepsThresholdConfig):
 
 _JUMP_COST = 2e-3  # default penalty per active latent, in units of FVU; .001 leaves L0 far too high
 _COST_AT_TARGET = (
-    0.05  # penalty on the latents of `target_l0`, in units of FVU; about what it takes
+    0.05  # penalty on the latents of `target_l0`, in units of FVU; about what is needed
 )
 _OLD_TANH_COST = 5e-4
 _LEAST_COST = 1e-5  # a smaller lambda gives no useful initial values
 _COST_AT_START = 0.1  # penalty on all initially active latents, in units of FVU
-_L1_AT_START = 0.8  # the same for an L1 penalty, about that of as many orthogonal features
+_L1_AT_START = 0.8  # the same for an L1 penalty; about its value for that many orthogonal features
 
 
 class PenalisedConfig(DictionaryConfig):

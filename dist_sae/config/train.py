@@ -145,7 +145,7 @@ class ExportConfig(Section):
 
 
 class ProcessesConfig(Section):
-    """Number of processes, and the device that they use."""
+    """Numbers of processes, and the device that they use."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: use GPUs if there are any. cuda: exit with code 2 if no GPU can be used; pods with

@@ -28,7 +28,7 @@ Latents = int | Sequence[int] | Int[Tensor, "..."]
 class RawDictionary(nn.Module):
     """A trained dictionary that reads and reconstructs the model's raw activations.
 
-    Training multiplied the activations of each site by a constant s. This module does it for you:
+    Training scales the activations of each site by a constant s. This module applies s itself:
 
         f     = codes of s x, selected as at inference
         x_hat = W_dec^T f + b_dec
