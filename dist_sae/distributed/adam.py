@@ -26,8 +26,8 @@ class OnePassAdam(torch.optim.Optimizer):
     """
 
     updates: int = 0
-    """Number of updates so far, set by the caller: `step` does not know yet whether the norm is
-    finite, so that it changes anything."""
+    """Number of updates so far. The engine counts them once it has read the norm: `step` changes
+    nothing if the norm is not finite."""
     # torch wraps these two to exclude them from compilation. The wrapper imports the compiler at
     # the first call, which takes 1.4 s of CPU, a third of a trainer's start
     add_param_group = unwrap(torch.optim.Optimizer.add_param_group)

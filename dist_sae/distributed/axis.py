@@ -29,7 +29,7 @@ spans: list[tuple[Any, Any]] = []
 
 @dataclass(kw_only=True, eq=False)
 class ShardedAxis(LatentAxis):
-    """The axis over several ranks. A replica has neighboring ranks: replica * shards + shard."""
+    """The axis over several ranks. A replica's ranks are neighbors: replica * shards + shard."""
 
     within: dist.ProcessGroup
     """The ranks of this replica."""
@@ -48,7 +48,7 @@ class ShardedAxis(LatentAxis):
         return result
 
     def kth_largest(self, keys: Tensor, k: int) -> Tensor:
-        """Return each row's k-th largest; each rank finds those of an equal share of the rows."""
+        """Return each row's k-th largest candidate. Each rank does an equal share of the rows."""
         if self.shards == 1:
             return super().kth_largest(keys, k)
         per_rank = keys.reshape(self.shards, -1, keys.shape[1])

@@ -74,14 +74,14 @@ class Engine:
         return moment
 
     def restore(self, step: int, moments: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
-        """Adopt parameters that other code changed, and set Adam's state after `step` updates."""
+        """Adopt parameters changed elsewhere, and set Adam's state to that after `step` updates."""
         self._adam.updates = step
         for parameter, state in moments.items():
             self._adam.state[parameter] = dict(state)
         self._adam.forget()
 
     def _updated(self, constrain: Callable[[], None], norm: Tensor, *wanted: Tensor) -> list[float]:
-        """Read the norm and the wanted values. If the norm is finite, count and constrain."""
+        """Read the norm and other values. If the norm is finite, count the update and constrain."""
         # wait with the update already queued, so that the device has work in the meantime
         norm_read, *numbers = read(norm, *wanted)
         check_finite(norm_read)

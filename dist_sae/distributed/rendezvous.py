@@ -239,7 +239,7 @@ def _serve() -> Any:
     try:
         return dist.TCPStore(address, port, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     except dist.DistError as exc:
-        if "EADDRINUSE" not in str(exc):  # such as when DNS does not resolve its own name
+        if "EADDRINUSE" not in str(exc):  # such as when DNS does not resolve this address
             raise RankLostError(
                 f"MASTER_ADDR:MASTER_PORT {address}:{port}: the store cannot be opened there "
                 f"({_first_line(exc)}); check that the name resolves to rank 0, and start again"

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 _RESAMPLES = 1000
 _LOSSES = ("clean", "spliced", "zero", "mean", "replacement")
 _Passes = dict[str, Callable[[Splice], Edits]]
-"""Passes over a batch in the order they run: by name of the loss, what returns a pass's edits."""
+"""Passes over a batch, in order. By the name of a pass's losses, a function returns its edits."""
 _Places = Mapping[str, tuple[str, ...]]
 """Written sites that are replaced at once. The key is "" for all sites, or the name of one."""
 
@@ -63,8 +63,8 @@ def cross_entropies(
         sae: The dictionary.
         normalisers: Normalisers of the dictionary's sites.
         mesh: The ranks.
-        causal: Whether what the dictionary writes at a site depends only on sites that the model
-            reaches before. If so, the replacement model is measured as well, unless a layer is
+        causal: Whether what the dictionary writes at a site depends on no site that the model
+            reaches later. If so, the replacement model is measured as well, unless a layer is
             written before it is read.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Latent scaling: does a crosscoder's exclusive latent really belong to one site only?
+"""Latent scaling: checks that a crosscoder's exclusive latents belong to one site only.
 
 The method is from Minder et al. (arXiv:2504.02922). By its decoder norms, a latent may belong to
 site A although site B has its feature as well. Either the penalty has shrunk the decoder row at B

@@ -74,7 +74,7 @@ class Times:
         self._report_waiting()
 
     def take(self, job: str) -> dict[str, float]:
-        """Return a job's seconds by phase since its last call. On a GPU, wait for the device."""
+        """Return a job's seconds by phase since its last `take`. On a GPU, wait for the device."""
         spent = self._export(job)
         early, self._exported_early[job] = self._exported_early[job], defaultdict(float)
         return {phase: spent.get(phase, 0.0) + early.get(phase, 0.0) for phase in {*spent, *early}}

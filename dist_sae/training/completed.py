@@ -55,7 +55,11 @@ def check_settings(checkpoint: Checkpoint, run: Run, runs: ObjectStore) -> None:
 
 
 def completed_results(run: Run) -> dict[str, Any] | None:
-    """Return `train`'s result if the run, or every job of the sweep, is complete; else None."""
+    """Return `train`'s result if the run, or every job of the sweep, is complete; else None.
+
+    Raises:
+        PlanMismatchError: A run's checkpoints were written with other settings.
+    """
     results = {job.name: completed_result(job) for job in jobs_of(run)}
     if not all(results.values()):
         return None

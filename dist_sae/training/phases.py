@@ -83,7 +83,7 @@ class Phases:
             self._fold()
 
     def take(self, job: str) -> dict[str, float]:
-        """Return a job's seconds by phase since its last call. On a GPU, wait for the device."""
+        """Return a job's seconds by phase since its last `take`. On a GPU, wait for the device."""
         self._clock.await_(self._marks[-1].end)
         while len(self._marks) > 1:
             self._fold()

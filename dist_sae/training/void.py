@@ -29,7 +29,8 @@ def void_settings(run: Run, plan: Plan) -> list[str]:
 
 def _dictionary(run: Run) -> Iterator[tuple[str, str]]:
     sae, window = run.sae, run.dead_after_rows
-    begun = run.train.parent is not None and run.train.parent.state  # counts continue
+    # a child with its parent's state also continues the counts of rows
+    begun = run.train.parent is not None and run.train.parent.state
     if window >= run.rows and not begun:
         auxk = ", so AuxK never acts" if isinstance(sae, CountsLatentsConfig) and sae.auxk else ""
         yield (

@@ -72,7 +72,7 @@ def number(
     width: int | None = None,
     of: Query | None = None,
 ) -> Panel:
-    """Create a panel with the last value as a large number, next to the wanted one if `of`."""
+    """Create a panel with the last value as a large number; with `of`, also the wanted value."""
     queries = (query.named("there"), of.named("wanted")) if of else (query,)
     return Panel("number", title, unit, queries, says, limits, width)
 
