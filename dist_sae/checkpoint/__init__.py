@@ -1,1 +1,1 @@
-"""Checkpoints of a training run, in the object store."""
+"""Checkpoints of training runs in the object store."""

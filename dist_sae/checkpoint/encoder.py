@@ -1,8 +1,8 @@
-"""The encoder of a trained dictionary, read where it is stored: for the few rows of a text.
+"""The encoder of a trained dictionary, read from the store on demand, for the few rows of a text.
 
-The encoder product goes from chunk to chunk of latents (`select.products`), in routed dictionaries
-through those experts alone that rows are sent to. So a chunk is read when the product gets there.
-The decoder is never read.
+The encoder product is computed chunk by chunk of latents (`select.products`), so each chunk is read
+only when the product reaches it. In routed dictionaries only the experts that rows are sent to are
+read. The decoder is never read.
 """
 
 import torch
@@ -17,24 +17,24 @@ from dist_sae.dictionaries.interface import Codes, Widths
 
 
 class StoredEncoder:
-    """Encodes as the whole dictionary in memory does, with a checkpoint's encoder.
+    """Encodes rows with a checkpoint's encoder, with the same codes as the dictionary in memory.
 
-    Each part is read and checked once. In a local folder it is then mapped: the kernel holds it
-    while memory is free, and reads it again from the file. Parts from another store are kept while
-    they fit; those beyond are fetched anew each time.
+    In a local store, each part is checked once and then memory-mapped, so the operating system
+    caches it while memory is free. Parts from other stores are cached as long as they fit. Parts
+    that do not fit are fetched again each time.
 
     Args:
         config: The recipe.
-        widths: Widths of the sites; a number is that of the one site of an autoencoder.
-        checkpoint: Has the weights.
-        memory_bytes: Bytes for kept parts.
+        widths: Widths of the sites. A number means an autoencoder of a single site of that width.
+        checkpoint: The checkpoint with the weights.
+        memory_bytes: Size of the cache of parts.
 
     Attributes:
-        checkpoint: The same.
+        checkpoint: The checkpoint with the weights.
 
     Raises:
-        CorruptObjectError, ObjectNotFoundError: The checkpoint is damaged or has been deleted;
-            `encode` raises them as well.
+        CorruptObjectError, ObjectNotFoundError: The checkpoint is damaged or has been deleted.
+            `encode` raises these errors too.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class StoredEncoder:
             sae.constrain()
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        """Codes of inputs: see `Dictionary.encode`."""
+        """Compute the codes of inputs; see `Dictionary.encode`."""
         return self._sae.encode(x)
 
 
 class _Rows:
-    """Some rows of a stored matrix: `select.EncoderRows`."""
+    """A range of rows of a stored matrix. Implements `select.EncoderRows`."""
 
     dtype = torch.float32
 
@@ -81,7 +81,7 @@ class _Rows:
 
 
 class _Parts:
-    """The parts of a stored matrix, kept as far as they fit."""
+    """Cache of the parts of a stored matrix."""
 
     def __init__(self, checkpoint: Checkpoint, name: str, memory_bytes: int) -> None:
         self._checkpoint = checkpoint
@@ -90,7 +90,7 @@ class _Parts:
         self._kept: dict[str, Tensor] = {}
 
     def read(self, rows: range) -> Tensor:
-        """Some rows; a view where one part has them. No others are copied."""
+        """Return a range of rows: a view if they are all in one part, else a copy."""
         found = self._checkpoint.pieces(self._name, rows.start, rows[-1] + 1, self._of)
         some = [part[(rows.start - first) % rows.step :: rows.step] for first, part in found]
         return some[0] if len(some) == 1 else torch.cat(some)

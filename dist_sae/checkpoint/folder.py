@@ -1,4 +1,4 @@
-"""A run's folder and the run file in it: `<runs>/<run>/run.yaml`."""
+"""Run folders and the run file in each of them: `<runs>/<run>/run.yaml`."""
 
 import os
 from collections.abc import Sequence
@@ -15,20 +15,20 @@ _RUN_FILE = "run.yaml"
 
 
 def run_file_key(name: str) -> str:
-    """Key of a run's resolved run file in the store of runs."""
+    """Return the key of a run's resolved run file in the store of runs."""
     return f"{name}/{_RUN_FILE}"
 
 
 def open_run(argument: str, overrides: Sequence[str] = ()) -> Run:
-    """Read the run file, or the run folder, that a command was given.
+    """Read the run file or run folder that was passed to a command.
 
     Args:
-        argument: A run file, or a run's folder: a path or a URL. A folder may have been moved as a
-            whole, but keeps its name.
+        argument: Path of a run file, or path or URL of a run folder. A run folder may have been
+            moved as a whole, but must keep its name.
         overrides: `section.key=value` strings.
 
     Raises:
-        ConfigError: With one line for every problem.
+        ConfigError: The run file is invalid. The message has one line for every problem.
         StoreError: The folder cannot be read.
     """
     is_url = "://" in argument
@@ -37,7 +37,7 @@ def open_run(argument: str, overrides: Sequence[str] = ()) -> Run:
     place = argument if is_url else Path(os.path.abspath(argument)).as_uri()
     runs, _, name = place.removesuffix(f"/{_RUN_FILE}").rstrip("/").rpartition("/")
     store = parse_overrides(overrides).get("store", {})
-    given = store.get("s3", {}) if isinstance(store, dict) else {}  # else refused with the rest
+    given = store.get("s3", {}) if isinstance(store, dict) else {}  # else rejected below
     try:
         s3 = S3Config.model_validate(given)
     except ValidationError as exc:
@@ -52,19 +52,19 @@ def open_run(argument: str, overrides: Sequence[str] = ()) -> Run:
 
 
 def begun_run(runs: ObjectStore, name: str) -> Run | None:
-    """Run file with which training last started; None if it never did.
+    """Read the run file that training last started with. None if it has never started.
 
     Raises:
-        ConfigError: This version cannot read the run file.
+        ConfigError: The run file cannot be read by this version.
     """
     return _read(runs, name, runs.url)
 
 
 def check_kind(runs: ObjectStore, run: Run) -> None:
-    """Check that a run does not take a sweep's folder, nor a sweep a run's.
+    """Check that a run does not use the folder of a sweep, and a sweep not that of a run.
 
     Raises:
-        ConfigError: It would.
+        ConfigError: The folder belongs to the other kind.
     """
     key = run_file_key(run.name)
     try:
@@ -79,7 +79,7 @@ def check_kind(runs: ObjectStore, run: Run) -> None:
 
 
 def _read(store: ObjectStore, name: str, runs: str, overrides: Sequence[str] = ()) -> Run | None:
-    """Read the run in a folder, with the folder's own location as `store.runs`."""
+    """Read the run in a folder. `store.runs` is set to where the folder actually is."""
     try:
         text = store.get(run_file_key(name)).decode()
     except ObjectNotFoundError:

@@ -1,10 +1,10 @@
-"""Layout of checkpoints in the store: tensors cut along dim 0, the manifest written last.
+"""Layout of checkpoints in the store: tensors split along dim 0, and a manifest written last.
 
     <run>/checkpoints/step-00000400/<tensor>-<first row>.safetensors
     <run>/checkpoints/step-00000400/manifest.json
 
-A checkpoint exists once its manifest does. Every rank writes the rows it holds and reads the rows
-it needs, so the number of ranks may change between save and load.
+A checkpoint exists as soon as its manifest does. Every rank writes the rows that it holds and reads
+the rows that it needs, so the number of ranks may change between save and load.
 """
 
 import hashlib
@@ -29,13 +29,16 @@ from dist_sae.storage.records import READS, Record, digest, read_record, seal
 logger = logging.getLogger(__name__)
 
 PART_BYTES = 64 * 2**20
-"""Largest size of a part; also the most that a rank reads in vain where its rows begin."""
-_COPIES = 8  # parts in flight
+"""Maximum size of a part, and so of what a rank reads in vain if its rows start within a part."""
+_COPIES = 8  # parts that are copied concurrently
 _MANIFEST = "manifest.json"
 
 
 def part_rows(row_bytes: int) -> int:
-    """Rows of a part: a power of 2, so that few chunks of latents lie in two (`StoredEncoder`)."""
+    """Return the number of rows per part.
+
+    It is a power of 2, so that few chunks of latents span two parts (`StoredEncoder`).
+    """
     fitting = max(1, PART_BYTES // max(1, row_bytes))
     return 1 << fitting.bit_length() - 1
 
@@ -51,12 +54,12 @@ class Part(Record):
 
 
 class TensorRecord(Record):
-    """A tensor's shape and the location of its rows."""
+    """A tensor's shape and the parts that contain its rows."""
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     older: bool = False
-    """Stored under an older name; needs conversion (`checkpoint/older.py`)."""
+    """Whether it is stored under an older name and must be converted (`checkpoint/older.py`)."""
 
 
 class CheckpointManifest(Record):
@@ -69,7 +72,7 @@ class CheckpointManifest(Record):
 
 
 class Piece(NamedTuple):
-    """Rows `[first, first + len(rows))` of a tensor with `total` rows."""
+    """Rows `[first, first + len(rows))` of a tensor that has `total` rows."""
 
     name: str
     rows: Tensor
@@ -85,7 +88,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Number of training steps done."""
         return self.manifest.step
 
     @property
@@ -95,20 +98,20 @@ class Checkpoint(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """Checksum that identifies the content."""
+        """Checksum that identifies the checkpoint's content."""
         return digest(self.manifest)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Read all tensors in full."""
+        """All tensors, read in full."""
         return {name: self.read(name) for name in self.manifest.tensors}
 
     def has(self, name: str) -> bool:
-        """True if the checkpoint has the tensor."""
+        """Return whether the checkpoint contains the tensor."""
         return name in self.manifest.tensors
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Read rows `[start, stop)` of a tensor; fetches and checks only their parts.
+        """Read rows `[start, stop)` of a tensor. Only their parts are fetched and checked.
 
         Raises:
             CorruptObjectError: A part does not match its checksum.
@@ -121,7 +124,7 @@ class Checkpoint(NamedTuple):
         return torch.cat(list(pieces)).reshape(-1, *record.shape[1:])
 
     def fill(self, tensor: Tensor, name: str, start: int = 0) -> None:
-        """Fill a tensor with stored rows from `start` on, holding one part at a time.
+        """Fill a tensor with stored rows from `start` on, with one part in memory at a time.
 
         Raises:
             CorruptObjectError: A part does not match its checksum, or rows are missing.
@@ -138,10 +141,10 @@ class Checkpoint(NamedTuple):
         """Yield rows `[start, stop)` part by part, each as (first row number, rows).
 
         Args:
-            name: Of the tensor.
+            name: Name of the tensor.
             start: First row.
             stop: Row after the last.
-            read: Gives the rows of a part; None fetches them.
+            read: Function that returns the rows of a part. By default the part is fetched.
 
         Raises:
             CorruptObjectError: A part does not match its checksum, or rows are missing.
@@ -184,14 +187,15 @@ class Checkpoint(NamedTuple):
         )
 
     def rows(self, part: Part) -> Tensor:
-        """Fetch the rows of a part; raises like `data`."""
+        """Fetch the rows of a part. Raises the same errors as `data`."""
         return safetensors.torch.load(self.data(part))["rows"]
 
     def mapped(self, part: Part) -> Tensor | None:
-        """The rows of a part in its file, mapped; None if the store is no local folder.
+        """Memory-map the rows of a part. None if the store is not a local folder.
 
-        They stay if the file is deleted, but on NFS not if another machine deletes it: reading them
-        then ends the process (SIGBUS). Raises like `data`.
+        The rows remain readable if the file is deleted. The exception is NFS: if another machine
+        deletes the file, reading the rows kills the process (SIGBUS). Raises the same errors as
+        `data`.
         """
         if not isinstance(self.store, LocalStore):
             return None
@@ -207,7 +211,7 @@ class Checkpoint(NamedTuple):
         """Fetch the bytes of a part's object.
 
         Raises:
-            CorruptObjectError: They do not match the checksum.
+            CorruptObjectError: The bytes do not match the checksum.
         """
         for _ in range(READS):
             data = self.store.get(part.key)
@@ -230,9 +234,9 @@ class Checkpoints:
         store: The store of runs.
         run: Name of the run.
         keep: Number of newest checkpoints to keep.
-        every: Also keep checkpoints at multiples of this many steps.
-        best: Also keep this many checkpoints with the lowest `heldout_fvu`.
-        folder: Folder within the run's.
+        every: Also keep checkpoints at multiples of this number of steps.
+        best: Also keep this number of checkpoints, those with the lowest `heldout_fvu`.
+        folder: Name of the checkpoints' folder in the run's folder.
     """
 
     def __init__(
@@ -255,11 +259,14 @@ class Checkpoints:
         self._best = best
 
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, ascending."""
+        """List the steps of complete checkpoints, ascending."""
         return list(self.ages())
 
     def ages(self) -> dict[int, float]:
-        """Age of each complete checkpoint in seconds of the store's clock, by step, ascending."""
+        """Return the age of each complete checkpoint in seconds by the store's clock.
+
+        The result is keyed by step, ascending.
+        """
         return {
             int(key["step"]): entry.age_seconds
             for key, entry in self._keys.entries(self._store)
@@ -267,16 +274,19 @@ class Checkpoints:
         }
 
     def folders(self) -> set[int]:
-        """Steps of complete and incomplete checkpoints."""
+        """Return the steps of complete and incomplete checkpoints."""
         return {int(key["step"]) for key in self._keys.keys(self._store)}
 
     def has_raised(self, exc: StoreError) -> bool:
-        """True if an error is about one of these checkpoints, not about something else."""
+        """Return whether an error is about an object of these checkpoints."""
         key = self._prefix if exc.key is None else exc.key
         return exc.url == self._store.url and key.startswith(self._prefix)
 
     def write(self, step: int, pieces: Iterable[Piece]) -> dict[str, TensorRecord]:
-        """Store one rank's pieces; `commit` with all ranks' records completes the checkpoint."""
+        """Store one rank's pieces and return their records.
+
+        The checkpoint is complete after `commit` with the records of all ranks.
+        """
         records: dict[str, TensorRecord] = {}
         for name, tensor, first, total in pieces:
             rows = tensor.reshape(tensor.shape or (1,)).detach()
@@ -301,7 +311,7 @@ class Checkpoints:
         return records
 
     def copy(self, checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, TensorRecord]:
-        """Copy tensors from another run's checkpoint; returns records as `write` does.
+        """Copy tensors from another run's checkpoint. Returns records as `write` does.
 
         Raises:
             CorruptObjectError: A part is damaged.
@@ -323,7 +333,10 @@ class Checkpoints:
     def commit(
         self, step: int, records: Iterable[Mapping[str, TensorRecord]], scalars: Mapping[str, Any]
     ) -> int:
-        """Write the manifest of all ranks' records and delete old checkpoints; returns bytes."""
+        """Write the manifest, delete old checkpoints, and return the checkpoint's bytes.
+
+        `records` are those of all ranks.
+        """
         merged: dict[str, TensorRecord] = {}
         for name, record in (item for rank in records for item in rank.items()):
             before = merged[name].parts if name in merged else ()
@@ -352,7 +365,7 @@ class Checkpoints:
         """Open a complete checkpoint.
 
         Raises:
-            CorruptObjectError: The manifest is damaged, or a copy of another step's.
+            CorruptObjectError: The manifest is damaged, or is a copy from another step.
         """
         key = f"{self._folder(step)}{_MANIFEST}"
         manifest = read_record(CheckpointManifest, self._store, key)
@@ -369,11 +382,11 @@ class Checkpoints:
         return Checkpoint(self._store, manifest.model_copy(update={"tensors": tensors}))
 
     def latest(self) -> Checkpoint | None:
-        """Open the newest checkpoint with a readable manifest, if there is one."""
+        """Open the newest checkpoint with a readable manifest. None if there is none."""
         return next(self.newest_first(), None)
 
     def newest_first(self) -> Iterator[Checkpoint]:
-        """Open checkpoints from the newest on; skips damaged manifests with an error in the log."""
+        """Open checkpoints from newest to oldest. Damaged manifests are logged and skipped."""
         for step in reversed(self.steps()):
             try:
                 yield self.open(step)
@@ -381,7 +394,7 @@ class Checkpoints:
                 logger.error("%s; using the checkpoint before it", exc)
 
     def delete(self, step: int) -> None:
-        """Delete a checkpoint, the manifest first: without it the checkpoint does not exist."""
+        """Delete a checkpoint. Its manifest goes first, so that no half-deleted one is opened."""
         folder = self._folder(step)
         self._store.delete(f"{folder}{_MANIFEST}")
         self._store.delete_many(

@@ -1,10 +1,11 @@
-"""Lease that allows one trainer per run; two would delete each other's checkpoints and history.
+"""A lease that allows only one trainer per run.
 
     <run>/trainer.json    the current trainer; renewed every few seconds, deleted at the end
 
-Only the first rank holds the lease. A killed trainer leaves it behind. Another one takes over once
-the file is old by the store's clock, does not change while watched, or names a process of this
-machine that is gone.
+Two trainers would delete each other's checkpoints and history. Only the first rank holds the lease.
+If a trainer is killed, the file stays. Another trainer takes over in one of three cases: the file
+is old by the store's clock, it does not change while watched, or its process ran on this machine
+and no longer exists.
 """
 
 import logging
@@ -31,15 +32,15 @@ logger = logging.getLogger(__name__)
 RENEW_SECONDS = 5.0
 """Time between renewals."""
 LEASE_SECONDS = 20.0
-"""Without a renewal for this long the holder counts as dead."""
+"""Time without a renewal after which the holder counts as dead."""
 LOOK_SECONDS = 0.5
-"""Time between looks at a lease that may have expired."""
+"""Time between two reads of a lease that may have expired."""
 _START_FIELD = 19  # in /proc/<pid>/stat, counted after the program's name
-_DEAD = "ZX"  # process states: dead, but not yet reaped
+_DEAD = "ZX"  # process states: zombie or dead
 
 
 class Holder(Record):
-    """The trainer that holds a run: content of `trainer.json`."""
+    """The trainer that holds the lease: the content of `trainer.json`."""
 
     schema_version: Literal[1] = 1
     life: str
@@ -47,21 +48,21 @@ class Holder(Record):
     host: str
     pid: int
     machine: str
-    """Boot id and process namespace of `pid`; empty where unknown."""
+    """Boot id and process namespace of `pid`. Empty if unknown."""
     started: str
-    """Start time in the kernel's ticks, since a `pid` may be reused."""
+    """Start time of the process in kernel ticks, since a `pid` may be reused."""
     beat: int
     """Number of renewals."""
 
 
 class TrainerLease:
-    """Context manager in which this process holds a run.
+    """Context manager in which this process holds the lease on a run.
 
     Args:
         store: The store of runs.
         run: Name of the run.
-        stopping: Set when another trainer has taken over because renewals failed for too long;
-            this process then saves and stops.
+        stopping: Event that is set if another trainer has taken over, because renewals failed for
+            too long. This process then saves and stops.
     """
 
     def __init__(self, store: ObjectStore, run: str, stopping: threading.Event) -> None:
@@ -85,7 +86,7 @@ class TrainerLease:
 
         Raises:
             RunTakenError: Another trainer holds the run.
-            Stopped: A stop was requested while waiting.
+            Stopped: A stop was requested while waiting for the lease.
         """
         self._await_free()
         self._store.put(self._key, seal(self._mine))
@@ -110,7 +111,7 @@ class TrainerLease:
         if first.machine and first.machine == self._mine.machine:
             if first.started == _started(first.pid):
                 raise self._taken(first)
-            return  # it was killed
+            return  # the holder was killed
         ages = [e.age_seconds for e in self._store.entries(self._key) if e.key == self._key]
         if not ages or ages[0] > LEASE_SECONDS:
             return
@@ -146,7 +147,7 @@ class TrainerLease:
     def _holder(self) -> Holder | None:
         try:
             return read_record(Holder, self._store, self._key)
-        except (ObjectNotFoundError, CorruptObjectError):  # a damaged lease holds nothing
+        except (ObjectNotFoundError, CorruptObjectError):  # a damaged lease has no holder
             return None
 
     def _taken(self, holder: Holder) -> RunTakenError:
@@ -165,7 +166,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """Start time of a process of this machine in kernel ticks; empty if it is dead."""
+    """Return the start time of a process on this machine in kernel ticks. Empty if it is dead."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""Lineage of a run: the runs that it continues, and their progress."""
+"""The lineage of a run: the runs that it continues, and how far each was trained."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
@@ -9,45 +9,45 @@ _KEY = "lineage"
 
 
 class Ancestor(NamedTuple):
-    """A run that another one continued."""
+    """A run that another run continued."""
 
     run: str
     step: int
-    """Step of the checkpoint that its child started from."""
+    """Step of the checkpoint that the child started from."""
     rows: int
-    """Rows trained on by then, without those of its own ancestors."""
+    """Number of rows trained on until that step, without the rows of its own ancestors."""
     state: bool
-    """True if the child took the optimiser's state, False if only the weights."""
+    """Whether the child took the optimizer's state in addition to the weights."""
 
 
 class Lineage(NamedTuple):
-    """Training by a run's ancestors before its first step; stored in checkpoints."""
+    """What a run's ancestors did before its first step. Stored in checkpoints."""
 
     ancestors: tuple[Ancestor, ...] = ()
-    """Ancestors, oldest first."""
+    """The ancestors, oldest first."""
     updates: int = 0
-    """Updates in Adam's state."""
+    """Number of updates in the inherited Adam state."""
     counted_rows: int = 0
-    """Rows over which latents' idle rows were counted."""
+    """Number of rows over which the inherited idle rows were counted."""
     stream_rows: int = 0
-    """Rows taken from each stream of the activation set."""
+    """Number of rows already taken from each stream of the activation set."""
 
     @property
     def rows(self) -> int:
-        """Rows that all ancestors trained on."""
+        """Number of rows that all ancestors trained on."""
         return sum(ancestor.rows for ancestor in self.ancestors)
 
     def totals(self, rows: int) -> Mapping[str, float]:
-        """Rows that the run has trained on, alone and (if it has ancestors) with theirs."""
+        """Return the run's rows, and with ancestors also the total including their rows."""
         return {"rows": rows} | ({"rows_with_parents": self.rows + rows} if self.ancestors else {})
 
     def to_scalars(self) -> dict[str, Any]:
-        """Convert to a checkpoint's scalars; empty for a run without ancestors."""
+        """Convert to a checkpoint's scalars. Empty for a run without ancestors."""
         return {_KEY: self._asdict()} if self.ancestors else {}
 
     @classmethod
     def from_scalars(cls, scalars: Mapping[str, Any]) -> Self:
-        """Read the lineage from a checkpoint's scalars; empty if there is none."""
+        """Read the lineage from a checkpoint's scalars. Empty if the run has no ancestors."""
         if _KEY not in scalars:
             return cls()
         ancestors = tuple(Ancestor(*fields) for fields in scalars[_KEY]["ancestors"])
@@ -55,12 +55,13 @@ class Lineage(NamedTuple):
 
     @classmethod
     def of_child(cls, parent: Checkpoint, *, state: bool, streams: int | None) -> Self:
-        """Lineage of a run that continues from a checkpoint.
+        """Build the lineage of a run that continues from a checkpoint.
 
         Args:
             parent: The checkpoint.
-            state: Whether the child takes the optimiser's state.
-            streams: Number of streams if the child reads on where the parent stopped, else None.
+            state: Whether the child takes the optimizer's state.
+            streams: Number of streams if the child continues reading where the parent stopped, else
+                None.
         """
         before, settings = Lineage.from_scalars(parent.scalars), parent.scalars["run"]
         rows = parent.step * settings["train"]["batch_rows"]
@@ -72,7 +73,7 @@ class Lineage(NamedTuple):
         )
 
     def describe(self) -> str:
-        """Describe the ancestors and their rows, for a report."""
+        """Describe the ancestors and their rows for a report."""
         return ", ".join(
             f"{run} to step {step:,} ({rows:,} rows; {'with' if state else 'without'} Adam's state)"
             for run, step, rows, state in self.ancestors

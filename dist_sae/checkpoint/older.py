@@ -1,10 +1,10 @@
-"""Conversion of old checkpoints, which store `log_threshold` in the rows' scale.
+"""Conversion of old checkpoints, which contain `log_threshold`, in the scale of the rows.
 
-The parameter is now `theta`, in units of the rows' root mean square norm, sqrt(d_in):
+The current parameter is `theta`, in units of the rows' root mean square norm, sqrt(d_in):
 
     theta = exp(log_threshold) / sqrt(d_in)        dL/dtheta = dL/dlog_threshold / theta
 
-so Adam's moments are divided by theta and by its square.
+So Adam's first moment is divided by theta, and its second by theta^2.
 """
 
 import math
@@ -18,7 +18,7 @@ _T = TypeVar("_T")
 
 
 def renamed(tensors: dict[str, _T], mark: Callable[[_T], _T]) -> dict[str, _T]:
-    """Give a checkpoint's tensors today's names; `mark` is applied to the renamed ones."""
+    """Give a checkpoint's tensors their current names. `mark` is applied to renamed ones."""
     return {
         name.removesuffix(_OLD) + _NEW if name.endswith(_OLD) else name: (
             mark(tensor) if name.endswith(_OLD) else tensor
@@ -31,10 +31,10 @@ def converted(name: str, rows: Tensor, d_in: int, theta: Callable[[], Tensor]) -
     """Convert rows of a renamed tensor.
 
     Args:
-        name: Today's name.
-        rows: Stored rows.
+        name: Current name of the tensor.
+        rows: The stored rows.
         d_in: Width of the activations.
-        theta: Returns the converted thresholds of the same rows.
+        theta: Function that returns the converted thresholds of the same rows.
     """
     if name.startswith("exp_avg_sq."):
         return rows / theta().square()

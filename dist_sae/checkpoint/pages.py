@@ -1,9 +1,10 @@
-"""A trained dictionary of any width in bounded memory, read from its checkpoint page by page.
+"""Inference with a dictionary of any width in bounded memory, reading its checkpoint in pages.
 
-A page is some consecutive latents, and a dictionary of its own (`PageAxis`). Where every shard
-decides about its own latents (thresholds, experts), one turn over the pages sums their parts of
-x_hat. Where a row keeps its k largest codes, a first turn merges what the pages would keep, and a
-second one decodes that. A turn reads all weights, so it should have many rows: `grouped`.
+A page is a range of consecutive latents, loaded as a separate dictionary (`PageAxis`). If each
+shard decides about its latents independently (thresholds, experts), one pass over the pages sums
+their parts of x_hat. If each row keeps its k largest codes, a first pass merges the pages' largest
+codes, and a second pass decodes them. Each pass reads all weights, so it should process many rows;
+see `grouped`.
 """
 
 from collections.abc import Container, Iterator
@@ -24,31 +25,32 @@ from dist_sae.kernels import Entries, select
 from dist_sae.kernels.keys import NOTHING, from_keys, to_keys
 
 SLICE_ROWS = 4096
-"""Rows that meet a page at a time, at most."""
+"""Maximum number of rows that a page processes at a time."""
 Coded = tuple[Dictionary, slice, Codes]
-"""A page, or a rank's shard, with its codes of some rows."""
+"""A page or a rank's shard, a slice of rows, and its codes on these rows."""
 
 
 class PagedDictionary:
-    """A trained dictionary, in memory if it takes at most half of the bytes allowed.
+    """A trained dictionary, loaded in full if it needs at most half of the memory, else in pages.
 
-    With ranks each holds its shard of it in memory, and all infer the same rows together. Otherwise
-    a quarter is for a page, one for the next page, which is read meanwhile, and one for
-    rows; the last is for products, and for the part of a tensor that is being read.
+    With several shards, each rank loads its shard in full, and all ranks process the same rows
+    together. When paging, the memory is divided into four quarters: the current page, the next
+    page, which is read in the background, the rows, and the products together with the tensor part
+    that is being read.
 
     Args:
         config: The recipe.
-        widths: Widths of the sites; a number is that of the one site of an autoencoder.
-        checkpoint: Has the weights.
-        memory_bytes: Bytes allowed; None keeps the whole dictionary in memory. A page holds at
-            least one latent, or expert.
+        widths: Widths of the sites. A number means an autoencoder of a single site of that width.
+        checkpoint: The checkpoint with the weights.
+        memory_bytes: Memory limit in bytes. None loads the whole dictionary. A page has at least
+            one latent or expert, even if the limit is smaller.
         dtype: Precision of the weights.
-        axis: This rank's place among those that infer the same rows.
-        device: Where the weights are, if they are in memory.
+        axis: This rank's place among the ranks that process the same rows.
+        device: Device of the weights if they are loaded in full.
 
     Raises:
-        CorruptObjectError, ObjectNotFoundError: The checkpoint is damaged or has been deleted; all
-            methods raise them as well.
+        CorruptObjectError, ObjectNotFoundError: The checkpoint is damaged or has been deleted. All
+            methods raise these errors too.
     """
 
     def __init__(
@@ -74,26 +76,27 @@ class PagedDictionary:
         self._decoder = shape.decoder
         self._row_limit = shape.selection.row_limit
         n_bytes = sum(tensor.nbytes for _, tensor in shape.tensors())
-        shared = sum(tensor.nbytes for tensor in shape.replicated)  # each page has them
+        shared = sum(tensor.nbytes for tensor in shape.replicated)  # a copy is in each page
         self._page_latents = config.n_latents
         self._in_memory: Dictionary | None = None
         if memory_bytes is None or 2 * n_bytes <= memory_bytes or axis.shards > 1:
             self._in_memory = self._load(axis).to(device)
             return
         self._memory: list[dict[str, Tensor]] = [{}, {}]
-        """Buffers of two pages, reused: a module keeps its memory until it is collected."""
+        """Buffers for two pages, which are reused because a module is not freed until the garbage
+        collector runs."""
         quarter = memory_bytes // 4
         fitting = max(0, quarter - shared) * config.n_latents // (n_bytes - shared)
         self._page_latents = _page_latents(config, fitting)
         # inputs; targets; reconstructions; keys and codes
         row_bytes = 4 * self._widths.d_in + 8 * self._widths.d_out + 12 * (self._row_limit or 0)
-        product_bytes = 12 * min(self._page_latents, select.CHUNK_LATENTS)  # of a row, with copies
+        product_bytes = 12 * min(self._page_latents, select.CHUNK_LATENTS)  # per row, with copies
         self._slice_rows = max(1, min(SLICE_ROWS, quarter // product_bytes))
         self._turn_rows = max(1, quarter // row_bytes // self._slice_rows) * self._slice_rows
 
     @property
     def device(self) -> torch.device:
-        """Where it computes: its own device if it is in memory, else the CPU."""
+        """Device of the computation: `device` if the dictionary is loaded in full, else the CPU."""
         return torch.device("cpu" if self._in_memory is None else self._device)
 
     @property
@@ -102,7 +105,7 @@ class PagedDictionary:
         return self._config.n_latents
 
     def whole(self) -> Dictionary:
-        """The whole dictionary, in memory."""
+        """Return the whole dictionary in memory."""
         if self._in_memory is not None and self._axis.shards == 1:
             return self._in_memory
         return self._load(WHOLE)
@@ -113,10 +116,11 @@ class PagedDictionary:
         return sae
 
     def pages(self, leave_out: Container[str] = ()) -> Iterator[Dictionary]:
-        """Yield the pages in order; the one after the next overwrites a page.
+        """Yield the pages in order. Each is overwritten by the page after the next.
 
         Args:
-            leave_out: Tensors that are not needed; in memory they are there all the same.
+            leave_out: Names of tensors that are not needed. If the dictionary is loaded in full,
+                this has no effect.
         """
         if self._in_memory is not None:
             yield self._in_memory
@@ -124,9 +128,9 @@ class PagedDictionary:
             yield from self._pages(leave_out)
 
     def parts(self, name: str) -> Iterator[Tensor]:
-        """Yield parts of a tensor with a row for every latent; each is soon overwritten.
+        """Yield parts of a tensor that has a row for every latent. Copy parts that you keep.
 
-        Of W_dec these are the latents' decoder rows, whatever its layout: `decoder_rows`.
+        For W_dec the parts are decoder rows, independent of its layout; see `decoder_rows`.
         """
 
         def rows(sae: Dictionary) -> Tensor:
@@ -141,9 +145,10 @@ class PagedDictionary:
             yield rows(page)
 
     def grouped(self, batches: Iterator[Rows]) -> Iterator[Rows]:
-        """Join batches to larger ones, each for one turn over the pages; as they are if in memory.
+        """Join batches into larger ones, each for one pass over the pages.
 
-        A batch is overwritten by the next.
+        Batches are not joined if the dictionary is loaded in full. Each result is overwritten by
+        the next.
         """
         if self._in_memory is not None:
             yield from batches
@@ -168,9 +173,10 @@ class PagedDictionary:
 
     @torch.no_grad()
     def coded(self, x: Float[Tensor, "batch d_in"]) -> Iterator[Coded]:
-        """Yield every page, or this rank's shard, with its codes of some rows at a time.
+        """Yield every page, or this rank's shard, with its codes for a slice of rows at a time.
 
-        As of the whole dictionary, in the order of the pages; ranks have the same rows. Collective.
+        The codes are those that the whole dictionary would compute. Pages come in order. All ranks
+        must pass the same rows. Collective.
         """
         if self._in_memory is not None:
             for rows in _slices(x, SLICE_ROWS):
@@ -188,9 +194,9 @@ class PagedDictionary:
 
     @torch.no_grad()
     def infer(self, x: Float[Tensor, "batch d_in"]) -> Inferred:
-        """Reconstructions and firings, as of the whole dictionary: see `Dictionary.infer`.
+        """Compute the whole dictionary's reconstructions and firings; see `Dictionary.infer`.
 
-        They are on `device`.
+        The results are on `device`.
         """
         x = x.to(self.device)
         if self._in_memory is not None:
@@ -222,7 +228,10 @@ class PagedDictionary:
         return largest
 
     def _pages(self, leave_out: Container[str]) -> Iterator[Dictionary]:
-        """Yield the pages in order; the next is read meanwhile, and the one after it overwrites."""
+        """Yield the pages in order, and read the next page in the background.
+
+        Each page is overwritten by the page after the next.
+        """
         n_pages = -(-self.n_latents // self._page_latents)
         with ThreadPoolExecutor(1, "page") as reader:
             coming = reader.submit(self._read, 0, leave_out)
@@ -238,7 +247,7 @@ class PagedDictionary:
             page = build_sae(self._config, self._widths, PageAxis(page=latents), dtype=self._dtype)
         memory, tensors = self._memory[number % 2], {}
         for name, tensor in page.tensors():
-            if name not in memory:  # a first page, which is the largest
+            if name not in memory:  # the first page in this buffer, which is the largest
                 memory[name] = torch.zeros(tensor.shape, dtype=tensor.dtype)
             tensors[name] = memory[name][: len(tensor)]
         page.load_state_dict(tensors, assign=True)
@@ -247,11 +256,11 @@ class PagedDictionary:
 
 
 class _Largest:
-    """The largest codes of each row, of the pages so far.
+    """The largest codes of each row over the pages so far.
 
     Args:
         rows: Number of rows.
-        limit: Codes of a row.
+        limit: Number of codes per row.
         dtype: Precision of the codes.
     """
 
@@ -260,7 +269,7 @@ class _Largest:
         self._acts = torch.zeros(rows, limit, dtype=dtype)
 
     def take(self, rows: slice, codes: Codes, first: int) -> None:
-        """Take in a page's codes of some rows, with the number of the page's first latent."""
+        """Merge a page's codes for a slice of rows. `first` is the number of its first latent."""
         limit = self._keys.shape[1]
         entries = Entries(codes.latents, codes.starts, 0)
         places = torch.arange(len(codes.acts)) - codes.starts[entries.rows]
@@ -273,7 +282,7 @@ class _Largest:
         self._acts[rows] = torch.cat([self._acts[rows], acts], 1).gather(1, chosen)
 
     def codes(self, rows: slice, latents: range) -> Codes:
-        """The codes of some rows and consecutive latents, which are numbered from their first."""
+        """Return the codes of a slice of rows and a range of latents, numbered from its first."""
         keys = self._keys[rows]
         which = from_keys(keys)[1]
         here = (keys > NOTHING) & (which >= latents.start) & (which < latents.stop)
@@ -281,7 +290,7 @@ class _Largest:
         return Codes(self._acts[rows][here], which[here] - latents.start, counts.cumsum(0) - counts)
 
     def firings(self, n_latents: int) -> Tensor:
-        """Rows in which each latent is active."""
+        """Count the rows on which each latent is active."""
         fired = torch.zeros(n_latents, dtype=torch.int32)
         for rows in _slices(self._keys, SLICE_ROWS):
             latents = from_keys(self._keys[rows])[1][self._acts[rows] > 0]
@@ -295,7 +304,10 @@ def _slices(x: Tensor, rows: int) -> Iterator[slice]:
 
 
 def _page_latents(config: SaeConfig, fitting: int) -> int:
-    """Latents of a page that has room for `fitting`: a multiple of a chunk, or of neighbours."""
+    """Return the latents per page if `fitting` fit in memory.
+
+    It is a multiple of a chunk, or of the latents that must stay together (`config.together`).
+    """
     unit = config.together
     if unit == 1 and fitting >= select.CHUNK_LATENTS:
         unit = select.CHUNK_LATENTS

@@ -1,7 +1,7 @@
-"""safetensors files that are made in pieces, so that no tensor has to be in memory as a whole.
+"""Writing safetensors files in pieces, so that no tensor has to be in memory as a whole.
 
 8 bytes   length of the header, little-endian
-header    JSON: dtype, shape and place of each tensor; padded with spaces to 8 bytes
+header    JSON: dtype, shape and offsets of each tensor; padded with spaces to 8 bytes
 data      the tensors' rows, tensor after tensor
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from dist_sae.checkpoint.layout import Checkpoint
 
 PIECE_BYTES = 16 * 2**20
-"""Most bytes that a file comes in at a time."""
+"""Maximum number of bytes that are yielded at a time."""
 _ALIGNMENT = 8
 _DTYPES = {
     torch.int64: "I64",
@@ -30,26 +30,27 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_ORDER = list(_DTYPES)  # the library's: every tensor is then aligned to its dtype
+_ORDER = list(_DTYPES)  # the safetensors library's order, which aligns every tensor to its dtype
 TRANSPOSED_BYTES = 512 * 2**20
-"""Most bytes of a transposed tensor that are in memory."""
+"""Maximum number of bytes of a transposed tensor in memory."""
 
 
 class PiecewiseTensor(NamedTuple):
-    """A tensor that is made in pieces."""
+    """A tensor whose values are produced in pieces."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     pieces: Callable[[], Iterable[Tensor]]
-    """Makes it, as tensors that follow one another along dim 0; the next may overwrite one."""
+    """Returns the pieces in order along dim 0. Each may be overwritten by the next."""
 
 
 def stored(checkpoint: Checkpoint, name: str) -> PiecewiseTensor:
-    """A checkpoint's tensor; its parts are the pieces.
+    """Return a checkpoint's tensor, with its parts as the pieces.
 
     Raises:
-        CorruptObjectError: Its first part is damaged. Making the pieces raises it of the others.
+        CorruptObjectError: The first part is damaged. For other parts, iterating over the pieces
+            raises this error.
     """
     shape = checkpoint.manifest.tensors[name].shape
     if not shape:
@@ -64,14 +65,14 @@ def stored(checkpoint: Checkpoint, name: str) -> PiecewiseTensor:
 def transposed(
     name: str, shape: tuple[int, int], columns: Callable[[slice], Iterable[Tensor]]
 ) -> PiecewiseTensor:
-    """The transpose of an fp32 matrix that comes by rows.
+    """Return the transpose of an fp32 matrix that is produced row by row.
 
-    The matrix is made several times, each time some columns of it.
+    To bound the memory, the matrix is produced several times, each time only a range of columns.
 
     Args:
-        name: Of the tensor.
-        shape: Of the transpose.
-        columns: Makes these columns of the matrix, as pieces that follow one another along dim 0.
+        name: Name of the tensor.
+        shape: Shape of the transpose.
+        columns: Function that yields a slice of the matrix's columns, in pieces along dim 0.
     """
     height, width = shape
     at_a_time = max(1, TRANSPOSED_BYTES // (width * torch.float32.itemsize))
@@ -93,11 +94,11 @@ def transposed(
 def safetensors_pieces(
     tensors: Iterable[PiecewiseTensor], metadata: Mapping[str, str] | None = None
 ) -> Iterator[bytes]:
-    """Yield the bytes of a safetensors file, a few at a time.
+    """Yield the bytes of a safetensors file in pieces.
 
     Args:
-        tensors: With distinct names.
-        metadata: Of the file.
+        tensors: The tensors, with distinct names.
+        metadata: Metadata of the file.
     """
     ordered = sorted(tensors, key=lambda tensor: (_ORDER.index(tensor.dtype), tensor.name))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}

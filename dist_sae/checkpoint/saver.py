@@ -1,4 +1,4 @@
-"""Saves checkpoints in the background while training continues."""
+"""Saving of checkpoints in the background while training continues."""
 
 import logging
 import time
@@ -25,23 +25,22 @@ class Saved(NamedTuple):
     """Positions of all streams."""
     bytes: int
     seconds: float
-    """Time from the start of the copy to the manifest."""
+    """Time from the start of the copy until the manifest was written."""
 
 
 def saver_thread() -> ThreadPoolExecutor:
-    """One thread for saves. The process does not end while one is under way."""
+    """Create the thread for saves. The process does not exit while a save is running."""
     return ThreadPoolExecutor(1, "saver")
 
 
 @dataclass(kw_only=True, eq=False)
 class Saver:
-    """Copies this rank's part between two steps and stores the copy in a thread.
+    """Copies this rank's part between two steps and writes the copy in a thread.
 
-    At most one save is under way; the next one waits for it. When every rank has stored its part,
-    rank 0 writes the manifest, and the checkpoint exists.
+    At most one save is in progress, and the next one waits for it. When every rank has written its
+    part, rank 0 writes the manifest, and the checkpoint exists.
 
-    The jobs of a sweep share the thread, so their saves follow one another in the same order on
-    every rank.
+    The jobs of a sweep share the thread, so their saves run in the same order on every rank.
     """
 
     checkpoints: Checkpoints
@@ -50,20 +49,21 @@ class Saver:
     scalars: Mapping[str, Any]
     """Numbers and settings that are the same in every checkpoint of the run."""
     all_gather: Callable[[Any, Any], list[Any]]
-    """Gathers a value of every rank, by rank, given its type; called in the thread."""
+    """Gathers a value from every rank, in rank order, given its type. Called in the thread."""
     first: bool
     """Whether this rank writes the manifest."""
     before_commit: Callable[[], None]
-    """Called in the thread, on rank 0, before the manifest is written, to make durable what belongs
-    to the checkpoint."""
+    """Called in the thread on rank 0 before the manifest is written, to make other data that
+    belongs to the checkpoint durable."""
     on_durable: Callable[[Saved], None]
-    """Called in the thread, on every rank, once the checkpoint exists."""
+    """Called in the thread on every rank as soon as the checkpoint exists."""
     last_step: int
-    """The last step that was saved, or is being saved; at first that which the run starts from."""
+    """The last step that was saved or is being saved. Initially the step that the run resumes."""
     background: bool = True
-    """Whether to store a copy in a thread; if not, `save` stores and then returns."""
+    """Whether `save` copies the state and writes it in the thread. If not, `save` blocks until the
+    checkpoint is written."""
     thread: ThreadPoolExecutor = field(default_factory=saver_thread)
-    """Stores the copies; see `saver_thread`."""
+    """The thread that writes the copies; see `saver_thread`."""
     _under_way: Future[None] | None = field(default=None, init=False)
 
     def __enter__(self) -> "Saver":
@@ -78,12 +78,12 @@ class Saver:
             logger.error("the last save failed as well: %s", exc)
 
     def save(self, step: int, cursors: Mapping[int, Any], **scalars: Any) -> None:
-        """Start a save. Collective. In the background, returns once the copy is made.
+        """Start a save. In the background mode, return as soon as the state is copied. Collective.
 
         Args:
-            step: Steps done.
+            step: Number of steps done.
             cursors: Positions of this rank's streams.
-            scalars: Numbers of this checkpoint, the same on all ranks.
+            scalars: Numbers to store with this checkpoint, the same on all ranks.
 
         Raises:
             StoreError: The previous save failed.
@@ -96,7 +96,7 @@ class Saver:
         since = time.monotonic()
         scalars |= self.state.scalars()
         if not self.background:
-            self.thread.submit(int).result()  # saves of other jobs come first, on every rank
+            self.thread.submit(int).result()  # wait for the saves of other jobs, on every rank
             self._store(step, self.state.pieces(), cursors, scalars, since)
             return
         copies = [piece._replace(rows=copied_to_cpu(piece.rows)) for piece in self.state.pieces()]
@@ -105,11 +105,11 @@ class Saver:
 
     @property
     def saving(self) -> bool:
-        """True while a save is under way."""
+        """Whether a save is in progress."""
         return self._under_way is not None and not self._under_way.done()
 
     def finish(self) -> None:
-        """Wait until the last save is durable.
+        """Wait until the last checkpoint is durable.
 
         Raises:
             StoreError: The save failed.
@@ -127,7 +127,7 @@ class Saver:
         scalars: Mapping[str, Any],
         since: float,
     ) -> None:
-        """Write this rank's part, then, on rank 0, the manifest of all parts. Collective."""
+        """Write this rank's part and then, on rank 0, the manifest of all parts. Collective."""
         parts = self._on_all_ranks(
             lambda: (self.checkpoints.write(step, pieces), cursors),
             tuple[dict[str, TensorRecord], dict[int, tuple[int, ...]]],
@@ -146,11 +146,11 @@ class Saver:
         self.on_durable(Saved(step, everywhere, size, time.monotonic() - since))
 
     def _on_all_ranks(self, work: Callable[[], Some], kind: Any) -> list[Some]:
-        """Call `work` on every rank and gather the results; raises on all if one rank fails.
+        """Call `work` on every rank and gather the results. Raise on all ranks if one rank fails.
 
         Args:
-            work: Does it.
-            kind: Type of its results.
+            work: Function to call.
+            kind: Type of its result.
         """
         value, failure = None, None
         try:
@@ -168,7 +168,7 @@ class Saver:
 
 
 def _consumed(copies: list[Piece]) -> Iterator[Piece]:
-    """Yield the copies in order and free each one after use."""
+    """Yield the copies in order, and drop the reference to each so that it is freed after use."""
     copies.reverse()
     while copies:
         yield copies.pop()

@@ -1,4 +1,4 @@
-"""Saves and restores the state of a training run."""
+"""Saving and restoring of the state of a training run."""
 
 import logging
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -16,13 +16,13 @@ from dist_sae.dictionaries.ema import WeightAverage
 logger = logging.getLogger(__name__)
 
 IDLE_ROWS = "idle_rows"
-"""Rows since each latent last fired."""
+"""Name of the tensor with the rows since each latent last fired."""
 _EMA = "ema."
 _UPDATES = "ema_updates"
 
 
 class Moments(Protocol):
-    """The optimiser's part of the state; see `Engine`."""
+    """The optimizer's part of the state; see `Engine`."""
 
     moments: tuple[str, ...]
 
@@ -32,7 +32,7 @@ class Moments(Protocol):
 
 
 class TrainingState(NamedTuple):
-    """The live objects whose state a checkpoint holds."""
+    """The live objects whose state is saved in a checkpoint."""
 
     sae: Dictionary
     engine: Moments
@@ -40,13 +40,13 @@ class TrainingState(NamedTuple):
     average: WeightAverage | None
 
     def pieces(self) -> Iterator[Piece]:
-        """This rank's part of every tensor that a run resumes from, one at a time.
+        """Yield this rank's part of every tensor that is needed to resume, one at a time.
 
-        To be consumed by all ranks, in step. The rows of a shard are shared out to its replicas.
+        All ranks must iterate in lockstep. The rows of a shard are divided among its replicas.
         """
         if (
             self.average
-        ):  # collective, so before any write: a rank that fails there would be missing
+        ):  # collective, so before any write: a rank whose write fails would be missing here
             self.average.measure()
         yield self._piece(IDLE_ROWS, self.dead.idle_rows)
         for name, buffer in self.sae.named_buffers():
@@ -59,7 +59,7 @@ class TrainingState(NamedTuple):
             yield self._piece(f"{_EMA}{name}", mean)
 
     def scalars(self) -> dict[str, int]:
-        """Numbers of the state for the manifest, beside the step and the lineage."""
+        """Return the numbers to store in the manifest in addition to the step and the lineage."""
         return {_UPDATES: self.average.updates} if self.average else {}
 
     @torch.no_grad()
@@ -67,10 +67,10 @@ class TrainingState(NamedTuple):
         """Read this rank's part. Collective.
 
         Returns:
-            A function that puts dead counts, running mean and optimiser state in place.
+            A function that applies dead counts, running mean and optimizer state.
 
         Raises:
-            CorruptObjectError: The checkpoint is damaged; another one can be read instead.
+            CorruptObjectError: The checkpoint is damaged. Another one can be read instead.
         """
         idle_rows = self._read(checkpoint, IDLE_ROWS)
         for name, buffer in self.sae.named_buffers():
@@ -82,11 +82,12 @@ class TrainingState(NamedTuple):
                 m: self._read(checkpoint, f"{m}.{name}") for m in self.engine.moments
             }
         for name, mean in self.average.mean.items() if self.average else ():
-            stored = f"{_EMA}{name}"  # a parent may have none, and of buffers there once was none
+            stored = f"{_EMA}{name}"  # missing if the parent has no mean, and in old checkpoints
             self._fill(mean, checkpoint, stored if checkpoint.has(stored) else name)
         updates = Lineage.from_scalars(checkpoint.scalars).updates + checkpoint.step
         has_mean = checkpoint.has(f"{_EMA}W_enc")
-        # older checkpoints do not say, and a child's mean may be younger than Adam's state
+        # stored separately because a child's mean may be younger than Adam's state; not in older
+        # checkpoints
         taken_in = checkpoint.scalars.get(_UPDATES, updates) if has_mean else 0
 
         def take() -> None:
@@ -118,24 +119,28 @@ class TrainingState(NamedTuple):
 
 
 def is_moment(name: str) -> bool:
-    """True if a tensor of a checkpoint is the optimiser's."""
+    """Return whether a checkpoint's tensor belongs to the optimizer."""
     return name.startswith("exp_avg")
 
 
 def is_weight(name: str) -> bool:
-    """True if a tensor is a parameter or buffer of the dictionary after the last step."""
+    """Return whether a checkpoint's tensor is a parameter or buffer of the dictionary.
+
+    Running means are not counted.
+    """
     return not is_moment(name) and not name.startswith(_EMA) and name != IDLE_ROWS
 
 
 def is_per_latent(sae: Dictionary, name: str) -> bool:
-    """True if dim 0 of a checkpoint's tensor is latents, so sharded; else all ranks hold it."""
+    """Return whether dim 0 of a checkpoint's tensor is latents, and so sharded over ranks."""
     return name == IDLE_ROWS or sae.is_per_latent(name.rpartition(".")[2])
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """Names of the tensors to use for parameters and buffers: running means if all have one.
+    """Return the names of the tensors to use as parameters and buffers.
 
-    A mean without the threshold that belongs to it, as checkpoints once had it, is of no use.
+    These are the running means if all tensors have one. Old checkpoints have means without the
+    matching threshold. Such means are useless, so the last weights are used instead.
     """
     names = {name.removeprefix(_EMA) for name in checkpoint.manifest.tensors}
     names = {name for name in names if is_weight(name)}
@@ -160,15 +165,15 @@ def load_weights(
     stored: Mapping[str, str] | None = None,
     leave_out: Container[str] = (),
 ) -> None:
-    """Fill a dictionary or one shard for inference, with the mean of the weights if there is one.
+    """Load weights into a dictionary or a shard for inference: their running mean if available.
 
-    The mean of unit rows may be a little shorter than one, so the recipe's constraint is applied.
+    A mean of unit rows may be a little shorter than 1, so the recipe's constraints are applied.
 
     Args:
         sae: The dictionary.
         checkpoint: The checkpoint.
-        stored: Names of its tensors in the checkpoint; None looks for them (`weights_of`).
-        leave_out: Tensors that are not needed.
+        stored: Names of the dictionary's tensors in the checkpoint. From `weights_of` if None.
+        leave_out: Names of tensors that are not needed.
     """
     stored = weights_of(checkpoint) if stored is None else stored
     for name, tensor in sae.tensors():

@@ -1,4 +1,4 @@
-"""Trained dictionaries, read from checkpoints to be evaluated, exported or shown."""
+"""Trained dictionaries, read from checkpoints for evaluation, export or display."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -26,20 +26,20 @@ class Trained(NamedTuple):
     """A trained dictionary with its checkpoint and normalisers."""
 
     run: Run
-    """Settings it was trained with, from the checkpoint, but with the given run file's stores."""
+    """The settings from the checkpoint, but with the stores of the given run file."""
     checkpoint: Checkpoint
     pages: PagedDictionary
     normalisers: SiteNormalisers
-    """Scales and means of the sites that it reads and writes."""
+    """Scales and means of the sites that the dictionary reads and writes."""
     idle_rows: Int[Tensor, " n_latents"]
-    """Rows since each latent last fired."""
+    """Number of rows since each latent last fired."""
 
     suffix: str
-    """Suffix for names of results; see `suffix`."""
+    """Suffix for the names of results; see `suffix`."""
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Number of training steps done."""
         return self.checkpoint.step
 
     @property
@@ -48,10 +48,10 @@ class Trained(NamedTuple):
         return self.pages.whole()
 
     def check_plan(self, plan: str) -> None:
-        """Make sure that the run was trained on the given activation set.
+        """Check that the run was trained on the given activation set.
 
         Args:
-            plan: Hash of the set's plan.
+            plan: Hash of the activation set's plan.
 
         Raises:
             PlanMismatchError: The run was trained on another set.
@@ -60,15 +60,15 @@ class Trained(NamedTuple):
 
 
 def check_plan(run: Run, checkpoint: Checkpoint, plan: str) -> None:
-    """Make sure that a run was trained on the activation set with this plan.
+    """Check that a run was trained on the activation set with this plan.
 
     Args:
         run: The run, with its stores.
-        checkpoint: Of the run.
-        plan: Hash of the plan.
+        checkpoint: A checkpoint of the run.
+        plan: Hash of the activation set's plan.
 
     Raises:
-        PlanMismatchError: It was trained on another set.
+        PlanMismatchError: The run was trained on another set.
     """
     if checkpoint.scalars["plan"] != plan:
         raise PlanMismatchError(
@@ -78,14 +78,14 @@ def check_plan(run: Run, checkpoint: Checkpoint, plan: str) -> None:
 
 
 def normalisers_of(run: Run, checkpoint: Checkpoint) -> SiteNormalisers:
-    """The normalisers that a run's checkpoint was trained with."""
+    """Return the normalisers that a run's checkpoint was trained with."""
     return SiteNormalisers.from_scalars(checkpoint.scalars, run.reads, run.writes)
 
 
 def read_trained(runs: ObjectStore, run: Run, step: int | None = None) -> Trained | None:
-    """Read a whole dictionary, by default the newest readable one; None if there is none yet.
+    """Read a whole dictionary, by default from the newest readable checkpoint.
 
-    Args and errors: see `use_checkpoint`.
+    None if there is no checkpoint yet. For arguments and errors see `use_checkpoint`.
     """
     return use_trained(runs, run, step, lambda trained: trained)
 
@@ -97,9 +97,9 @@ def use_trained(
     use: Callable[[Trained], Result],
     **place: Any,
 ) -> Result | None:
-    """Call `use` with a dictionary that reads its checkpoint as long as it is used.
+    """Call `use` with a dictionary that may read from its checkpoint until `use` returns.
 
-    Args and errors: see `use_checkpoint`, and for `place` `PagedDictionary`.
+    For arguments and errors see `use_checkpoint`. `place` is passed to `PagedDictionary`.
     """
 
     def read(checkpoint: Checkpoint) -> Result:
@@ -116,16 +116,20 @@ def use_trained(
 def use_checkpoint(
     runs: ObjectStore, run: Run, step: int | None, use: Callable[[Checkpoint], Result]
 ) -> Result | None:
-    """Call `use` with a checkpoint, by default the newest readable one; None if there is none yet.
+    """Call `use` with a checkpoint, by default the newest readable one.
 
-    By default a damaged checkpoint is logged as an error and the one before it is taken. A running
-    trainer may delete a checkpoint while it is read; a newer one is then taken.
+    Without a `step`, a damaged checkpoint is logged as an error, and the one before it is used. If
+    a running trainer deletes the checkpoint while it is being read, a newer one is used.
 
     Args:
         runs: The store of runs.
         run: The given run.
-        step: Step of the checkpoint; None takes the newest.
-        use: Reads it. Called again with another one if this one cannot be read.
+        step: Step of the checkpoint. The newest if None.
+        use: Function that reads the checkpoint. It is called again with another checkpoint if this
+            one cannot be read.
+
+    Returns:
+        The result of `use`, or None if there is no checkpoint yet.
 
     Raises:
         ConfigError: There is no checkpoint of that step.
@@ -140,30 +144,33 @@ def use_checkpoint(
         try:
             return use(checkpoints.open(left[-1]))
         except (CorruptObjectError, ObjectNotFoundError) as exc:
-            if not checkpoints.has_raised(exc):  # something else that `use` reads
+            if not checkpoints.has_raised(exc):  # about another object that `use` reads
                 raise
             if left[-1] in checkpoints.steps():
                 logger.error("skipping the checkpoint of step %d: %s", left[-1], exc)
-            tried[left[-1]] = exc.with_traceback(None)  # it would keep a dictionary in memory
+            tried[left[-1]] = exc.with_traceback(None)  # a traceback keeps the dictionary alive
     if tried:
         raise tried[max(tried)]
     return None
 
 
 def none_yet(runs: ObjectStore, run: Run) -> ConfigError:
-    """The error of a program that needs a checkpoint where there is none."""
+    """Return the error for a program that needs a checkpoint when the run has none."""
     place = f"{runs.url}/{run.name}"
     return ConfigError(f"{place}: holds no checkpoint yet; run `dist-sae train` first")
 
 
 def suffix(runs: ObjectStore, run: Run, step: int) -> str:
-    """Suffix for names of a checkpoint's results: empty for the newest, else its step."""
+    """Return the suffix for the names of a checkpoint's results.
+
+    It is empty for the newest checkpoint, and contains the step for others.
+    """
     steps = Checkpoints(runs, run.name, run.train.keep_checkpoints).steps()
     return "" if step == steps[-1] else f"-step-{step:08d}"
 
 
 def find_checkpoint(runs: ObjectStore, run: Run, step: int | None) -> Checkpoint | None:
-    """Find the checkpoint that `read_trained` tries first; its parts may be damaged.
+    """Find the checkpoint that `read_trained` tries first. Its parts may be damaged.
 
     Raises:
         ConfigError: There is no checkpoint of that step.
@@ -180,11 +187,11 @@ def find_checkpoint(runs: ObjectStore, run: Run, step: int | None) -> Checkpoint
 
 
 def open_step(checkpoints: Checkpoints, step: int, place: str) -> Checkpoint:
-    """Open the checkpoint that `--step` names.
+    """Open the checkpoint of the step given by `--step`.
 
     Raises:
-        ConfigError: There is no such checkpoint.
-        CorruptObjectError: Its manifest is damaged.
+        ConfigError: There is no checkpoint of that step.
+        CorruptObjectError: The manifest is damaged.
     """
     steps = checkpoints.steps()
     if step not in steps:
@@ -194,7 +201,7 @@ def open_step(checkpoints: Checkpoints, step: int, place: str) -> Checkpoint:
 
 
 def trained_run(checkpoint: Checkpoint, run: Run) -> Run:
-    """Read a checkpoint's run, which the given run file must agree with.
+    """Return the checkpoint's run, after checking that the given run file agrees with it.
 
     Raises:
         PlanMismatchError: The settings differ.
@@ -203,7 +210,7 @@ def trained_run(checkpoint: Checkpoint, run: Run) -> Run:
 
 
 def check_own(settings: Mapping[str, Any], run: Run) -> Run:
-    """Check that two runs agree, with a remedy for programs that only read: `check_same_run`."""
+    """Call `check_same_run`, with a remedy in the error for programs that only read."""
     place = f"{run.store.runs}/{run.name}"
     remedy = f"give the settings it was trained with, or its folder, {place}, as the run file"
     return check_same_run(settings, run, place, remedy)

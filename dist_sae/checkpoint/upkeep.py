@@ -1,4 +1,4 @@
-"""Listing, verifying and converting a run's checkpoints."""
+"""Listing, verification and conversion of a run's checkpoints."""
 
 import json
 from pathlib import Path
@@ -15,10 +15,10 @@ from dist_sae.storage import open_store
 
 
 def ls(run: Run) -> dict[str, Any]:
-    """List checkpoints, oldest first; `damaged` lists steps whose manifest is damaged.
+    """List checkpoints, oldest first. `damaged` lists the steps with a damaged manifest.
 
     Raises:
-        PlanMismatchError: They are of a run with other settings.
+        PlanMismatchError: The checkpoints are from a run with other settings.
     """
     checkpoints, listed, damaged = _open(run), [], []
     for step in checkpoints.steps():
@@ -44,8 +44,8 @@ def verify(run: Run) -> dict[str, Any]:
     """Read every part of every checkpoint once, and check that no rows are missing.
 
     Returns:
-        `checkpoints`, `parts` and `bytes` that were read; `bad`, the number of faults, and
-        `bad_objects`, the faults by step and tensor.
+        Numbers of `checkpoints`, `parts` and `bytes` that were read. `bad` is the number of
+        errors, and `bad_objects` has the errors by step and tensor.
     """
     checkpoints = _open(run)
     n_parts = n_bytes = 0
@@ -69,22 +69,23 @@ def verify(run: Run) -> dict[str, Any]:
 
 
 def convert(run: Run, output: Path, *, step: int | None, moments: bool) -> dict[str, Any]:
-    """Write a checkpoint as one safetensors file of whole tensors, on this machine.
+    """Write a checkpoint to a local safetensors file with whole tensors.
 
-    Names, orientation and scale are those of training; `dist-sae export` writes what SAELens
-    loads. The file's metadata hold the step and all scalars, as JSON. It appears when it is
-    complete; no tensor is ever in memory as a whole.
+    Names, orientation and scale are those of training. (To get files that SAELens loads, use
+    `dist-sae export`.) The file's metadata contain the step and all scalars as JSON. The file
+    appears only when it is complete. No tensor is ever in memory as a whole.
 
     Args:
         run: The run.
-        output: The file.
-        step: Step of the checkpoint; None for the newest.
-        moments: Whether to write the optimiser's moments too: three times the size.
+        output: Path of the file.
+        step: Step of the checkpoint. The newest if None.
+        moments: Whether to write the optimizer's moments too, which makes the file three times as
+            large.
 
     Raises:
-        ConfigError: There is no such checkpoint.
-        PlanMismatchError: It is of a run with other settings.
-        CorruptObjectError: It is damaged.
+        ConfigError: There is no checkpoint of that step.
+        PlanMismatchError: The checkpoint is from a run with other settings.
+        CorruptObjectError: The checkpoint is damaged.
         StoreError: The file cannot be written.
     """
     checkpoints = _open(run)
@@ -98,11 +99,11 @@ def convert(run: Run, output: Path, *, step: int | None, moments: bool) -> dict[
 
 
 def convert_to_run(run: Run, other: Run, *, step: int | None) -> dict[str, Any]:
-    """Let another run start from a checkpoint's dictionary, which may be narrower than its own.
+    """Copy a checkpoint's dictionary for another run to start from. That run may be wider.
 
     Raises:
-        ConfigError: There is no such checkpoint, or the other run cannot start from it.
-        PlanMismatchError: It is of a run with other settings.
+        ConfigError: There is no checkpoint of that step, or the other run cannot start from it.
+        PlanMismatchError: The checkpoint is from a run with other settings.
     """
     checkpoint = _chosen(run, _open(run), step)
     copied = warm_start.prepare(checkpoint, open_store(other.store.runs, other.store.s3), other)

@@ -1,8 +1,9 @@
-"""Initial dictionary of a run, from its parent (`train.parent`) or from a converted checkpoint.
+"""Warm starts: a run's initial dictionary, from its parent (`train.parent`) or copied weights.
 
-    <run>/warm-start/step-00000400/          converted weights, laid out as in a checkpoint
+    <run>/warm-start/step-00000400/          copied weights, laid out as in a checkpoint
 
-It may be narrower than the run's. Its latents come first and keep their numbers.
+The initial dictionary may be narrower than the run's. Its latents come first and keep their
+numbers.
 """
 
 import torch
@@ -20,19 +21,19 @@ from dist_sae.storage import ObjectStore
 
 
 def prepare(checkpoint: Checkpoint, runs: ObjectStore, run: Run) -> int:
-    """Copy a checkpoint's weights for a run to start from; returns the bytes copied.
+    """Copy a checkpoint's weights for a run to start from. Return the number of bytes copied.
 
-    Takes the running mean of the weights if there is one. Replaces weights copied before.
+    The running mean of the weights is copied if there is one. Weights copied before are replaced.
 
     Raises:
-        ConfigError: The run cannot start from these weights, or has been trained already.
+        ConfigError: The run cannot start from these weights, or has already been trained.
         CorruptObjectError: The checkpoint is damaged.
     """
     check(checkpoint, run)
     if Checkpoints(runs, run.name, 1).steps():
         raise ConfigError(f"{runs.url}/{run.name}: has been trained already; choose another name")
     there = _warm_starts(runs, run)
-    for step in there.folders():  # incomplete ones too
+    for step in there.folders():  # includes incomplete ones
         there.delete(step)
     weights = weights_of(checkpoint).values()
     scalars = {"run": checkpoint.scalars["run"], **scales_of(checkpoint.scalars)}
@@ -41,15 +42,15 @@ def prepare(checkpoint: Checkpoint, runs: ObjectStore, run: Run) -> int:
 
 
 def find(runs: ObjectStore, run: Run, plan: str) -> Checkpoint | None:
-    """Find the checkpoint that a run starts from: its parent's, a converted one, or None.
+    """Find the checkpoint that a run starts from: its parent's, the copied weights, or None.
 
     Args:
         runs: The store of runs.
         run: The run.
-        plan: Hash of the plan of its activation set.
+        plan: Hash of the plan of the run's activation set.
 
     Raises:
-        ConfigError: The run cannot start from it, or the parent has no such checkpoint.
+        ConfigError: The run cannot start from the checkpoint, or the parent has no such checkpoint.
         PlanMismatchError: The parent was trained on another activation set.
         CorruptObjectError: The checkpoint is damaged.
     """
@@ -90,10 +91,10 @@ def _parent(runs: ObjectStore, run: Run, parent: ParentConfig, plan: str) -> Che
 
 
 def check(checkpoint: Checkpoint, run: Run) -> None:
-    """Make sure that a run can start from a checkpoint: same kind and sites, and not narrower.
+    """Check that a run can start from a checkpoint: same kind and sites, and at least as wide.
 
     Raises:
-        ConfigError: The run cannot.
+        ConfigError: The run cannot start from it.
     """
     settings = checkpoint.scalars["run"]
     kind, n_latents = settings["sae"]["kind"], width(checkpoint)
@@ -117,7 +118,7 @@ def check(checkpoint: Checkpoint, run: Run) -> None:
             f"{run.name}: sae.n_latents: {run.sae.n_latents} is less than the {n_latents} "
             f"latents that it is to start from"
         )
-    n_new = run.sae.n_latents - n_latents  # each starts as the unexplained part of a row
+    n_new = run.sae.n_latents - n_latents  # each is initialized from a row's residual
     if run.train.rows != "all" and n_new > run.train.rows:
         raise ConfigError(
             f"{run.name}: train.rows: {run.train.rows} rows are too few for {n_new} new latents"
@@ -125,7 +126,7 @@ def check(checkpoint: Checkpoint, run: Run) -> None:
 
 
 def width(checkpoint: Checkpoint) -> int:
-    """Number of latents in a checkpoint."""
+    """Return the number of latents in a checkpoint."""
     return _shape(checkpoint, "W_enc")[0]
 
 
@@ -138,7 +139,7 @@ def load(sae: Dictionary, checkpoint: Checkpoint) -> None:
     """Load a checkpoint into the first latents and the replicated tensors.
 
     Raises:
-        ConfigError: The activations have another width.
+        ConfigError: The checkpoint is for activations of another width.
         CorruptObjectError: A part is damaged.
     """
     for name in ("W_enc", "W_dec"):

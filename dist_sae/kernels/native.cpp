@@ -1,6 +1,6 @@
-// Selections, sums by latent and updates on a CPU, for native.py. Plain C functions, OpenMP threads.
+// CPU selections, sums by latent and updates for native.py: plain C functions with OpenMP threads.
 //
-// B rows, C columns of a chunk, K kept per row; N latents, E entries, D columns of a weight.
+// B rows, C columns of a chunk, K keys kept per row; N latents, E entries, D columns of a weight.
 
 #include <algorithm>
 #include <cmath>
@@ -12,16 +12,16 @@
 
 namespace {
 
-constexpr int kLanes = 16;  // numbers in a vector
-constexpr int64_t kRun = 512;  // rows that are summed one after the other: more lose digits
-constexpr int kBlock = 64;  // columns that are compared before any is looked at
+constexpr int kLanes = 16;  // elements of a vector
+constexpr int64_t kRun = 512;  // rows per partial sum; longer fp32 sums lose digits
+constexpr int kBlock = 64;  // columns that are compared with the bound in one go
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 typedef int32_t Flags __attribute__((vector_size(4 * kLanes)));
 
-// Integers in the order of the numbers; -0 counts as 0.
+// Map floats to integers in the same order. -0 counts as 0.
 inline int32_t ordered(float value) {
     value += 0.0f;
     int32_t bits;
@@ -30,7 +30,7 @@ inline int32_t ordered(float value) {
 }
 
 struct BFloat16 {
-    uint16_t bits;  // the high half of a float's
+    uint16_t bits;  // the high half of a float's bits
 };
 
 inline float value_of(float x) { return x; }
@@ -57,7 +57,7 @@ inline Floats load(const BFloat16* x) {
     return result;
 }
 
-// One rounding where the processor can; nothing else is fused (native.py's flags).
+// Round only once if the processor has fma. Nothing else is fused (see the flags in native.py).
 inline float fma(float a, float b, float c) {
 #ifdef FP_FAST_FMAF
     return std::fma(a, b, c);
@@ -66,7 +66,7 @@ inline float fma(float a, float b, float c) {
 #endif
 }
 
-// To the nearest, of two the even one; NaN stays NaN.
+// Round to nearest even. NaN stays NaN.
 inline uint16_t to_bf16(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
@@ -81,7 +81,7 @@ inline bool all_ones(Flags flags) {
     return all == -1;
 }
 
-// Whether any of kBlock sums exceeds its bound.
+// Return whether any of kBlock sums x + bias exceeds its bound.
 template <typename T>
 inline bool any_exceeds(const T* x, const float* bias, const float* bounds) {
     Flags within = ~(load(x) + load(bias) > load(bounds));
@@ -90,7 +90,7 @@ inline bool any_exceeds(const T* x, const float* bias, const float* bounds) {
     return !all_ones(within);
 }
 
-// Whether any of kBlock sums reaches a bound, or is NaN.
+// Return whether any of kBlock sums x + bias reaches a bound or is NaN.
 template <typename T>
 inline bool any_reaches(const T* x, const float* bias, float bound) {
     const Floats bounds = bound - Floats{};
@@ -109,7 +109,7 @@ inline float largest(const T* x, const float* bias) {
     float values[kLanes];
     std::memcpy(values, &most, sizeof values);
     const float result = *std::max_element(values, values + kLanes);
-    return std::isnan(result) ? INFINITY : result;  // NaN comes before all numbers
+    return std::isnan(result) ? INFINITY : result;  // NaN ranks before all numbers
 }
 
 inline float value_of_key(int64_t key) {
@@ -120,7 +120,7 @@ inline float value_of_key(int64_t key) {
     return value;
 }
 
-// Keys as select.py makes them: (ordered value, complement of the latent).
+// Keys are those of keys.py: (ordered value, complement of the latent).
 template <typename T>
 void keep_largest(int64_t* best, const T* products, const float* bias, const int64_t* latents,
                   int64_t B, int64_t C, int64_t K, int threads) {
@@ -134,12 +134,12 @@ void keep_largest(int64_t* best, const T* products, const float* bias, const int
             const T* row = products + b * C;
             std::copy(best + b * K, best + (b + 1) * K, keys.begin());
             int64_t n = K;
-            // What equals the bound may be of a lower latent; its key says.
+            // A value equal to the bound may belong to a lower latent, so its key must be compared.
             int64_t least = *std::min_element(keys.begin(), keys.begin() + K);
             bool bounded = least != INT64_MIN;
             float bound = bounded ? value_of_key(least) : 0.0f;
             if (!bounded && C >= 2 * K * kBlock) {
-                // K blocks have a number that is at least the K-th largest of the blocks' largest.
+                // The K-th largest of the block maxima is a bound: K blocks have a value >= it.
                 peaks.clear();
                 for (int64_t c = 0; c + kBlock <= C; c += kBlock)
                     peaks.push_back(largest(row + c, bias + c));
@@ -168,7 +168,7 @@ void keep_largest(int64_t* best, const T* products, const float* bias, const int
             for (; c + kBlock <= C; c += kBlock) {
                 if (bounded && !any_reaches(row + c, bias + c, bound)) continue;
                 for (int64_t i = c; i < c + kBlock; ++i) look_at(i);
-                if (!bounded && n >= 2 * K) cut();  // a bound as soon as there can be one
+                if (!bounded && n >= 2 * K) cut();  // get a bound early
             }
             for (; c < C; ++c) look_at(c);
             if (n > K) cut();
@@ -177,7 +177,7 @@ void keep_largest(int64_t* best, const T* products, const float* bias, const int
     }
 }
 
-// As torch sums squares: eight sums, side by side, then these.
+// Sum squares in torch's order: eight interleaved partial sums, which are then added up.
 inline float norm(const float* x, int64_t D) {
     constexpr int kSums = 8;
     float sums[kSums] = {};
@@ -189,8 +189,8 @@ inline float norm(const float* x, int64_t D) {
     return std::sqrt(sums[0]);
 }
 
-// The sums of products [B, C] and bias [C] above their column's bound, in order, with row and column.
-// Writes as many as there is room for, and to count how many there are.
+// Find the sums products [B, C] + bias [C] above their column's bound, ordered by row and column.
+// Write as many as there is room for, and write their total number to count.
 template <typename T>
 void above(int64_t* count, float* values, int32_t* rows, int32_t* columns, const T* products,
            const float* bias, const float* bounds, int64_t B, int64_t C, int64_t room,
@@ -201,7 +201,7 @@ void above(int64_t* count, float* values, int32_t* rows, int32_t* columns, const
     };
     std::vector<std::vector<Found>> found(threads);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int part = 0; part < threads; ++part) {  // consecutive rows, so that the order is theirs
+    for (int part = 0; part < threads; ++part) {  // consecutive rows, to keep row order
         std::vector<Found>& here = found[part];
         for (int64_t b = part * B / threads; b < (part + 1) * B / threads; ++b) {
             const T* row = products + b * C;
@@ -248,7 +248,7 @@ void above_fp32(int64_t* count, float* values, int32_t* rows, int32_t* columns,
           room, threads);
 }
 
-// best [B, K] becomes the K largest of itself and of products [B, C] + bias [C], latents [C].
+// Replace best [B, K] by the K largest of best and of products [B, C] + bias [C], for latents [C].
 void keep_largest_bf16(int64_t* best, const void* products, const float* bias,
                        const int64_t* latents, int64_t B, int64_t C, int64_t K, int threads) {
     keep_largest(best, static_cast<const BFloat16*>(products), bias, latents, B, C, K, threads);
@@ -259,8 +259,8 @@ void keep_largest_fp32(int64_t* best, const void* products, const float* bias,
     keep_largest(best, static_cast<const float*>(products), bias, latents, B, C, K, threads);
 }
 
-// out[n] = sum of coefficients[e] * rows[sources[e]] over the entries e of latent n, less
-// along[n] * W[n] where there are any, if these are not null.
+// out[n] = sum of coefficients[e] * rows[sources[e]] over the entries e of latent n. If W and along
+// are not null, along[n] * W[n] is subtracted for each latent n with entries.
 void sum_by_latent_fp32(float* out, const float* coefficients, const int64_t* sources,
                         const int64_t* starts, const float* rows, const float* W,
                         const float* along, int64_t N, int64_t E, int64_t D, int threads) {
@@ -274,7 +274,7 @@ void sum_by_latent_fp32(float* out, const float* coefficients, const int64_t* so
             std::memset(sum, 0, D * sizeof *sum);
             if (starts[n] == end) continue;
             for (int64_t first = starts[n]; first < end; first += kRun) {
-                // The first run goes where it belongs; what comes later is summed apart.
+                // The first run is summed in place, later runs in a buffer that is then added.
                 float* to = first == starts[n] ? sum : part.data();
                 if (to != sum) std::memset(to, 0, D * sizeof *to);
                 for (int64_t e = first; e < std::min(first + kRun, end); ++e) {
@@ -291,8 +291,8 @@ void sum_by_latent_fp32(float* out, const float* coefficients, const int64_t* so
     }
 }
 
-// Adam of W [N, D] after its gradient over `scale`, nothing if `found_inf`: with torch's roundings.
-// Rows of norm 1 if `unit_rows`; then the weights in bf16 to `copy`, if it is not null.
+// Update W [N, D] by Adam with the gradient over `scale`, with torch's roundings. Do nothing if
+// `found_inf`. If `unit_rows`, normalize the rows. If `copy` is not null, write W to it as bf16.
 void update_fp32(float* W, const float* gradient, float* exp_avg, float* exp_avg_sq, uint16_t* copy,
                  const float* scale, const float* found_inf, int64_t N, int64_t D,
                  int64_t unit_rows, double step_size, double root, double beta1, double beta2,
