@@ -17,7 +17,7 @@ from dist_sae.dictionaries.interface import Codes, Widths
 
 
 class StoredEncoder:
-    """Encodes rows with a checkpoint's encoder, with the same codes as the dictionary in memory.
+    """An encoder that reads its weights on demand, and computes the same codes as one in memory.
 
     In a local store, each part is checked once and then memory-mapped, so the operating system
     caches it while memory is free. Parts from other stores are cached as long as they fit. Parts

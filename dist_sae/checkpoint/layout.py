@@ -93,7 +93,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def scalars(self) -> dict[str, Any]:
-        """State other than tensors."""
+        """The state other than tensors."""
         return self.manifest.scalars
 
     @property

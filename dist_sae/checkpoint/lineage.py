@@ -21,7 +21,7 @@ class Ancestor(NamedTuple):
 
 
 class Lineage(NamedTuple):
-    """What a run's ancestors did before its first step. Stored in checkpoints."""
+    """The training that a run inherits from its ancestors. Stored in checkpoints."""
 
     ancestors: tuple[Ancestor, ...] = ()
     """The ancestors, oldest first."""

@@ -88,7 +88,7 @@ class PagedDictionary:
         quarter = memory_bytes // 4
         fitting = max(0, quarter - shared) * config.n_latents // (n_bytes - shared)
         self._page_latents = _page_latents(config, fitting)
-        # inputs; targets; reconstructions; keys and codes
+        # inputs, targets and reconstructions, keys and codes
         row_bytes = 4 * self._widths.d_in + 8 * self._widths.d_out + 12 * (self._row_limit or 0)
         product_bytes = 12 * min(self._page_latents, select.CHUNK_LATENTS)  # per row, with copies
         self._slice_rows = max(1, min(SLICE_ROWS, quarter // product_bytes))

@@ -35,7 +35,7 @@ def saver_thread() -> ThreadPoolExecutor:
 
 @dataclass(kw_only=True, eq=False)
 class Saver:
-    """Copies this rank's part between two steps and writes the copy in a thread.
+    """A saver that copies this rank's part between two steps and writes the copy in a thread.
 
     At most one save is in progress, and the next one waits for it. When every rank has written its
     part, rank 0 writes the manifest, and the checkpoint exists.

@@ -64,11 +64,11 @@ class WithAuxK(Dictionary):
 
     config: CountsLatentsConfig
     by_row: RowTopK
-    """Selects the dead latents of each row."""
+    """Selection of each row's dead latents for AuxK."""
 
     @property
     def decoder_weight(self) -> Float[Tensor, "n_local d_out"]:
-        """W_dec, with its gradient projected onto the constraints other than `unit_rows`."""
+        """W_dec, with a gradient that is projected for the constraints other than `unit_rows`."""
         return self.W_dec
 
     def biases(

@@ -13,7 +13,7 @@ from dist_sae.dictionaries.axis import LatentAxis
 
 
 class ExpertExchange:
-    """Dispatches a batch's rows to the ranks that hold their experts, and returns the results.
+    """An exchange that sends rows to the ranks of their experts, and returns the results.
 
     Args:
         axis: This rank's place.

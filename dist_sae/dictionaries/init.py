@@ -1,4 +1,4 @@
-"""Initialization from the first batches. No rank ever holds more weights than its shard."""
+"""Initialization from the first batches. No rank needs memory for more weights than its shard."""
 
 from collections.abc import Iterable
 

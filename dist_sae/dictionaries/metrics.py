@@ -147,7 +147,7 @@ def duplicate_shares(
         others = torch.nn.functional.normalize(piece, dim=1)
         near = directions @ others.T > DUPLICATE_COSINE
         here = ((looked_at >= first) & (looked_at < first + len(others))).nonzero()[:, 0]
-        near[here, looked_at[here] - first] = False  # not a copy of itself
+        near[here, looked_at[here] - first] = False  # not its own duplicate
         found[0] |= near.any(1)
         if experts > 1:
             others_in = torch.arange(first, first + len(others)) // width

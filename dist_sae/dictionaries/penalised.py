@@ -99,7 +99,7 @@ class Penalised(Dictionary):
     def make_active(
         self, latents: slice | Tensor, x: Float[Tensor, "batch d_in"], share: float
     ) -> None:
-        """Make each of these latents active on this share of the rows; see `set_active_share`."""
+        """Make each of these latents active on a share of the rows; see `set_active_share`."""
         set_active_share(self, latents, x, self.thresholds, share)
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from dist_sae.kernels import Entries, Kernels
 
 
 class _Encode(torch.autograd.Function):
-    """Attaches gradients to pre-activations that were computed before."""
+    """Pre-activations that were computed before, with gradients attached."""
 
     @staticmethod
     def forward(
@@ -35,7 +35,7 @@ class _Encode(torch.autograd.Function):
         x, W_enc = ctx.saved_tensors
         grad_W_enc = ctx.kernels.sum_by_latent(grad, ctx.entries, x)
         grad_b_enc = ctx.kernels.sum_values(grad, ctx.entries)
-        # every row was centred with the same b_dec
+        # the same b_dec was subtracted from every row
         grad_b_dec = -(grad_b_enc @ W_enc) if ctx.centred else None
         return None, None, None, None, grad_W_enc, grad_b_enc, grad_b_dec
 

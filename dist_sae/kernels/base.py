@@ -54,7 +54,7 @@ class Entries:
 
     @cached_property
     def by_latent(self) -> tuple[Int[Tensor, " entries"], Int[Tensor, " n_latents"]]:
-        """Indices that sort the entries by latent, and where each latent begins among these."""
+        """Indices that sort the entries by latent, and each latent's first index among them."""
         keys = self.latents.int()  # an int32 sort is far faster than an int64 one
         latents, order = keys.sort(stable=True)
         return order, starts_of(latents, self.n_latents)

@@ -56,7 +56,7 @@ class _Found:
         self._too_many |= (count > most) | (self._count > self._room)
 
     def keep_largest(self, count: int) -> Tensor:
-        """Drop all but the `count` largest and those equal to the least of them; return it."""
+        """Drop all but the `count` largest and ties of the smallest kept. Return the smallest."""
         is_there = torch.arange(len(self._values), device=self._values.device) < self._count
         values = self._values.where(is_there, -torch.inf)
         bound = select.kth(values, count)

@@ -71,7 +71,7 @@ class Block(NamedTuple):
 
     rows: slice
     latents: Int[Tensor, " chunk"]
-    """Ascending."""
+    """The latents of the chunk, ascending."""
     products: Float[Tensor, "rows chunk"]
     """The products, overwritten by the next block."""
     opens: bool

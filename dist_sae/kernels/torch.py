@@ -89,7 +89,7 @@ def sum_values(coefficients: Tensor, entries: Entries) -> Tensor:
     order, starts = entries.by_latent
     offsets = F.pad(starts, (0, 1), value=len(order))
     values = coefficients[order].double()
-    sums = torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True)  # no wait for checks
+    sums = torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True)  # checks would sync
     return sums.to(coefficients.dtype)
 
 

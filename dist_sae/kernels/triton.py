@@ -262,7 +262,7 @@ def sum_segments_kernel(
     W,  # [S, D] or None
     along,  # [S] or None
     S,
-    SCALE,  # noqa: ARG001 - S to a power of two, to tune by: routed rows are others at each step
+    SCALE,  # noqa: ARG001 - S to a power of two, to tune by: routed S differs at each step
     E,
     D,
     CHUNK: tl.constexpr,

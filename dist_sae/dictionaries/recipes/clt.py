@@ -41,7 +41,7 @@ from dist_sae.kernels import Entries, autograd, select, starts_of
 
 
 class CrossLayer(Dictionary):
-    """Dictionary whose latents each read one layer, and write that layer and all later ones."""
+    """A dictionary whose latents each read one layer, and write that layer and all later ones."""
 
     config: CLTConfig | CLTJumpReLUConfig
     unit_rows = False
@@ -186,7 +186,7 @@ class CrossLayer(Dictionary):
 
 
 class CLT(CrossLayer, TopK):
-    """Keeps k latents per row on average over the whole batch and all layers."""
+    """CLT with k active latents per row, on average over the whole batch and all layers."""
 
     config: CLTConfig
 
@@ -196,13 +196,13 @@ class CLT(CrossLayer, TopK):
 
 
 class CLTJumpReLU(CrossLayer, JumpReLU):
-    """Learns a threshold per latent, against a penalty on the number of active latents."""
+    """CLT with a learned threshold per latent and a penalty on the number of active latents."""
 
     config: CLTJumpReLUConfig
 
 
 class _Spread(torch.autograd.Function):
-    """Copies each latent's code to its pairs. Gradients are summed in a fixed order."""
+    """The code of each pair's latent. Gradients are summed in the same order on every device."""
 
     @staticmethod
     def forward(ctx: Any, acts: Tensor, sources: Tensor, written: Tensor, layers: int) -> Tensor:

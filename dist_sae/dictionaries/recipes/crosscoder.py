@@ -5,7 +5,8 @@ and d_i^s is the part of its decoder row at site s. This is TopK or BatchTopK (t
 that latents are ranked by code times decoder weight:
 
     z     = W_enc (x - b_dec) + b_enc
-    f     = relu(z) where z |d_i| is among the k largest of a row, or (batch) of k per row
+    f     = relu(z) where z |d_i| is among the k largest of its row, or (batch) among the (rows * k)
+            largest of the global batch
     |d_i| = sqrt(sum_s |d_i^s|^2)  (weighting: l2),  or sum_s |d_i^s|  (l1)
 
 Scaling a code up and its decoder row down changes nothing, so |d_i| is held at 1. Then z alone
@@ -98,7 +99,7 @@ class AcrossSites(Dictionary):
             shared: Mask of the rows of shared latents.
             n_shared: Number of shared rows. Without it the host waits for the device.
         """
-        if not self.config.shared_latents:  # sites may then have several widths
+        if not self.config.shared_latents:  # sites may then differ in width
             return
         apart_as = (len(self.widths.writes), self.widths.writes[0])
         for some in torch.split(select.places_of(shared, n_shared), _BLOCK):
@@ -130,7 +131,7 @@ class AcrossSites(Dictionary):
 
 
 class Crosscoder(AcrossSites, TopK):
-    """Keeps the k latents per row with the largest z, in each row or on average over the batch."""
+    """TopK or BatchTopK over all sites, with the constraints on |d_i| and on shared latents."""
 
     config: CrosscoderConfig
 

@@ -26,7 +26,7 @@ from dist_sae.kernels import autograd
 
 
 class CrosscoderReLU(AcrossSites, ReLU):
-    """Keeps positive pre-activations over all sites; penalizes codes times decoder norms."""
+    """ReLU dictionary over all sites, with a penalty on codes times decoder norms."""
 
     config: CrosscoderReLUConfig
 

@@ -29,7 +29,7 @@ from dist_sae.dictionaries.schedules import warmed_up
 
 
 class Gated(Penalised):
-    """Decides with gates which latents are active, and with separate magnitudes how strongly."""
+    """A dictionary in which gates decide which latents are active, and magnitudes how strongly."""
 
     config: GatedConfig
     r_mag: nn.Parameter

@@ -44,7 +44,7 @@ _WEIGHT = 4.0  # w
 
 
 class JumpReLU(Penalised):
-    """Learns a threshold per latent, against a penalty on the number of active latents."""
+    """A dictionary with a learned threshold per latent and a penalty on L0."""
 
     config: JumpReLUConfig
     theta: nn.Parameter

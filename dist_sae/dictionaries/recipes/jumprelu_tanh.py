@@ -12,8 +12,8 @@ so by default lambda_S is proportional to d_in. Only a few latents are active at
 published 10,000, about half would be active in a dictionary that is not much wider, and the penalty
 would turn most of them off for good before they are useful.
 
-The window's gradient (jumprelu.py) reaches theta and, with the opposite sign, z and thereby every
-parameter. The last term is over all entries, but needs no dense product, because in
+The window's gradient (jumprelu.py) reaches theta and, with the opposite sign, z. Through z it
+reaches every parameter. The last term is over all entries, but needs no dense product, because in
 
     relu(theta - z) = (theta - z) + relu(z - theta)
 
@@ -37,7 +37,7 @@ from dist_sae.kernels import autograd
 
 
 class JumpReLUTanh(Penalised):
-    """Learns a threshold per latent, against a tanh penalty on the codes."""
+    """A dictionary with a learned threshold per latent and a tanh penalty on the codes."""
 
     config: JumpReLUTanhConfig
     unit_rows = False

@@ -5,7 +5,7 @@
     x_hat = W_dec^T f + b_dec
     L     = (E|x - x_hat|^2  +  lambda E sum_i f_i |d_i|) / Var(x)
 
-Decoder norms are free. lambda is the published one, for rows scaled to E|x|^2 = d_in.
+Decoder norms are free. lambda has the published value, which is for rows with E|x|^2 = d_in.
 """
 
 import torch
@@ -20,7 +20,7 @@ from dist_sae.kernels import autograd
 
 
 class ReLU(Penalised):
-    """Keeps positive pre-activations; penalizes codes times decoder norms (L1)."""
+    """ReLU dictionary with an L1 penalty on codes times decoder norms."""
 
     config: ReLUConfig
     unit_rows = False

@@ -67,7 +67,7 @@ class Route(NamedTuple):
 
 
 class Routed(WithAuxK):
-    """Keeps the k largest pre-activations of each row, or k per row on average, in its experts."""
+    """TopK or BatchTopK in which a row meets only the latents of its experts."""
 
     config: RoutedConfig
     balance: Float[Tensor, " experts"]

@@ -42,7 +42,7 @@ from dist_sae.kernels import Entries
 
 
 class TopK(WithAuxK):
-    """Keeps the k largest pre-activations of each row, or k per row on average over the batch."""
+    """A dictionary with the k largest pre-activations per row, in each row or over the batch."""
 
     selection: RowTopK | BatchTopK
     weights: Sequence[float] = (1.0,)

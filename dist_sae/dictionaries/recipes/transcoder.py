@@ -39,7 +39,7 @@ from dist_sae.dictionaries.recipes.topk import TopK
 
 
 class Transcoder(TopK):
-    """Reconstructs the sites that it writes from those that it reads."""
+    """A dictionary that reconstructs the sites it writes from the sites it reads."""
 
     config: TranscoderConfig
     unit_rows = False
