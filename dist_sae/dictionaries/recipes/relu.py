@@ -5,7 +5,7 @@
     x_hat = W_dec^T f + b_dec
     L     = (E|x - x_hat|^2  +  lambda E sum_i f_i |d_i|) / Var(x)
 
-Decoder norms are free. lambda has the published value, which is for rows with E|x|^2 = d_in.
+Decoder norms are free. lambda is defined as published, for rows scaled to E|x|^2 = d_in.
 """
 
 import torch
