@@ -5,7 +5,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from dist_sae.commands import shared
-from dist_sae.interop import FORMATS, OF_INDEX
+from dist_sae.interop import FORMATS, INDEX_FORMATS
 
 if TYPE_CHECKING:
     from dist_sae.config import Run
@@ -20,17 +20,17 @@ def add(commands: shared.Commands) -> None:
     shared.add_step(parser)
     parser.add_argument(
         "--format",
-        choices=(*FORMATS, *OF_INDEX),
+        choices=(*FORMATS, *INDEX_FORMATS),
         default=FORMATS[0],
         help=f"library that reads it: {', '.join(FORMATS)} (default: {FORMATS[0]}); or "
-        + ", or ".join(f"{name}, which gets {what}" for name, what in OF_INDEX.items()),
+        + ", or ".join(f"{name}, which gets {what}" for name, what in INDEX_FORMATS.items()),
     )
 
 
 def main(options: argparse.Namespace) -> None:
     """Export the checkpoint, and print where."""
     whole = shared.load_whole(options)
-    if options.format in OF_INDEX:
+    if options.format in INDEX_FORMATS:
         from dist_sae.interop import delphi, neuronpedia
 
         write = {"delphi": delphi.export_cache, "neuronpedia": neuronpedia.export_pages}

@@ -2,7 +2,7 @@
 
 FORMATS = ("sae-lens", "sparsify", "dictionary-learning", "circuit-tracer")
 """Names of the formats that `dist-sae export` writes; the first is the default."""
-OF_INDEX = {
+INDEX_FORMATS = {
     "delphi": "the activations of the latent index",
     "neuronpedia": "pages of latents, and explanations where there are some",
 }

@@ -123,15 +123,15 @@ def _pieces(tensors: "Callable[[], Iterator[PiecewiseTensor]]") -> Iterator[byte
 
 
 def _transcoder(run: Run, checkpoint: "Checkpoint") -> "Iterator[PiecewiseTensor]":
-    from dist_sae.interop.raw import RawDictionary, small
+    from dist_sae.interop.raw import RawDictionary, in_memory_tensor
 
     raw = RawDictionary(run, checkpoint, unit_rows=True)
     yield raw.encoder("W_enc")
     yield raw.decoder("W_dec")
-    for name, tensor in raw.of_all.items():
-        yield small(name, tensor)
-    yield small("b_enc", raw.of_latents["b_enc"])
-    yield small("activation_function.threshold", raw.of_latents["threshold"])
+    for name, tensor in raw.shared.items():
+        yield in_memory_tensor(name, tensor)
+    yield in_memory_tensor("b_enc", raw.per_latent["b_enc"])
+    yield in_memory_tensor("activation_function.threshold", raw.per_latent["threshold"])
 
 
 def _paged(run: Run, checkpoint: "Checkpoint") -> "PagedDictionary":
@@ -149,19 +149,19 @@ def _encoder(run: Run, checkpoint: "Checkpoint", layer: int) -> "Iterator[Piecew
 
     from dist_sae.checkpoint.piecewise import PiecewiseTensor
     from dist_sae.checkpoint.trained import normalisers_of
-    from dist_sae.interop.raw import small
+    from dist_sae.interop.raw import in_memory_tensor
 
     normalisers, layers = normalisers_of(run, checkpoint), len(run.reads)
     paged = _paged(run, checkpoint)
     scale, site = normalisers.of[run.reads[layer]].scale, run.writes[layer]
     out = normalisers.of[site].scale
-    biases, thresholds, centre = [], [], torch.empty(0)
+    biases, thresholds, b_dec = [], [], torch.empty(0)
     for page in paged.pages(leave_out={"W_enc", "W_dec"}):
         above = page.inference_thresholds(torch.float64)
         assert above is not None
         thresholds.append(above[layer::layers])
         biases.append(page.b_enc.detach()[layer::layers].clone())
-        centre = page.b_dec.detach()[normalisers.columns[site]].double() / out
+        b_dec = page.b_dec.detach()[normalisers.columns[site]].double() / out
 
     def rows() -> "Iterator[Tensor]":
         for page in paged.pages(leave_out={"W_dec"}):
@@ -169,9 +169,9 @@ def _encoder(run: Run, checkpoint: "Checkpoint", layer: int) -> "Iterator[Piecew
 
     shape = (run.sae.n_latents // layers, normalisers.widths.reads[layer])
     yield PiecewiseTensor(f"W_enc_{layer}", torch.float32, shape, rows)
-    yield small(f"b_enc_{layer}", torch.cat(biases))
-    yield small(f"threshold_{layer}", torch.cat(thresholds))
-    yield small(f"b_dec_{layer}", centre)
+    yield in_memory_tensor(f"b_enc_{layer}", torch.cat(biases))
+    yield in_memory_tensor(f"threshold_{layer}", torch.cat(thresholds))
+    yield in_memory_tensor(f"b_dec_{layer}", b_dec)
 
 
 def _decoder(run: Run, checkpoint: "Checkpoint", layer: int) -> "Iterator[PiecewiseTensor]":

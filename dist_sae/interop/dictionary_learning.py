@@ -124,34 +124,34 @@ def note(run: Run, checkpoint: "Checkpoint") -> str:  # noqa: ARG001 - all forma
 def _tensors(run: Run, checkpoint: "Checkpoint") -> "Iterator[PiecewiseTensor]":
     import torch
 
-    from dist_sae.interop.raw import RawDictionary, small
+    from dist_sae.interop.raw import RawDictionary, in_memory_tensor
 
     name = _class(run)
     raw = RawDictionary(run, checkpoint, unit_rows=True, one_threshold=name == "BatchTopKSAE")
-    b_enc, b_dec = raw.of_latents["b_enc"], raw.of_all["b_dec"]
+    b_enc, b_dec = raw.per_latent["b_enc"], raw.shared["b_dec"]
     if name == "JumpReluAutoEncoder":
-        yield raw.encoder("W_enc", turned=True)
+        yield raw.encoder("W_enc", transpose=True)
         yield raw.decoder("W_dec")
-        yield small("b_enc", b_enc)
-        yield small("b_dec", b_dec)
-        yield small("threshold", raw.of_latents["threshold"])
+        yield in_memory_tensor("b_enc", b_enc)
+        yield in_memory_tensor("b_dec", b_dec)
+        yield in_memory_tensor("threshold", raw.per_latent["threshold"])
         return
     yield raw.encoder("encoder.weight")
-    yield raw.decoder("decoder.weight", turned=True)
+    yield raw.decoder("decoder.weight", transpose=True)
     match name:
         case "AutoEncoder":
-            yield small("encoder.bias", b_enc + raw.encoded_centre())
-            yield small("bias", b_dec)
+            yield in_memory_tensor("encoder.bias", b_enc + raw.encoded_b_dec())
+            yield in_memory_tensor("bias", b_dec)
         case "GatedAutoEncoder":
-            centre, r_mag = raw.encoded_centre(), raw.of_latents["r_mag"]
-            yield small("decoder_bias", b_dec)
-            yield small("r_mag", r_mag)
-            yield small("gate_bias", b_enc + centre)
-            yield small("mag_bias", raw.of_latents["b_mag"] + r_mag.exp() * centre)
+            shift, r_mag = raw.encoded_b_dec(), raw.per_latent["r_mag"]
+            yield in_memory_tensor("decoder_bias", b_dec)
+            yield in_memory_tensor("r_mag", r_mag)
+            yield in_memory_tensor("gate_bias", b_enc + shift)
+            yield in_memory_tensor("mag_bias", raw.per_latent["b_mag"] + r_mag.exp() * shift)
         case _:
             assert isinstance(run.sae, CountsLatentsConfig)
-            above = raw.of_latents.get("threshold", torch.tensor([-1.0]))  # -1: no threshold
-            yield small("encoder.bias", b_enc)
-            yield small("b_dec", b_dec)
-            yield small("k", torch.tensor(run.sae.k, dtype=torch.int32))
-            yield small("threshold", above[0])
+            above = raw.per_latent.get("threshold", torch.tensor([-1.0]))  # -1: no threshold
+            yield in_memory_tensor("encoder.bias", b_enc)
+            yield in_memory_tensor("b_dec", b_dec)
+            yield in_memory_tensor("k", torch.tensor(run.sae.k, dtype=torch.int32))
+            yield in_memory_tensor("threshold", above[0])

@@ -114,7 +114,7 @@ def export_checkpoint(
     folder = f"{run.name}/{name}{suffix(runs, run, checkpoint.step)}"
     if note := chosen.note(own, checkpoint):
         logger.info("%s", note)
-    if _is_there(runs, folder, chosen, own, checkpoint):
+    if _is_complete(runs, folder, chosen, own, checkpoint):
         logger.info("step %d was exported before: %s/%s", checkpoint.step, runs.url, folder)
         names = (*chosen.files(own, checkpoint), chosen.CONFIG)
         return Exported(folder, names, own, checkpoint, chosen.LIBRARY)
@@ -131,7 +131,7 @@ def export_checkpoint(
     return done
 
 
-def _is_there(
+def _is_complete(
     runs: ObjectStore, folder: str, chosen: Format, run: Run, checkpoint: Checkpoint
 ) -> bool:
     """Return whether a complete export of the same configuration exists."""

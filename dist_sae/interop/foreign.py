@@ -20,10 +20,10 @@ from torch import Tensor
 from dist_sae.config import Run
 from dist_sae.errors import ConfigError
 from dist_sae.interop import readers
-from dist_sae.interop.readers import Foreign
+from dist_sae.interop.readers import ImportedDictionary
 
 _EQUAL = 1e-3  # lengths of decoder rows that differ by less, relative to the mean, are equal
-_READERS: dict[tuple[str, ...], tuple[str, Callable[..., Foreign]]] = {
+_READERS: dict[tuple[str, ...], tuple[str, Callable[..., ImportedDictionary]]] = {
     ("cfg.json", "sae_weights.safetensors"): ("SAELens", readers.sae_lens),
     ("cfg.json", "sae.safetensors"): ("sparsify", readers.sparsify),
     ("params.npz",): ("Gemma Scope", readers.gemma_scope),
@@ -31,7 +31,7 @@ _READERS: dict[tuple[str, ...], tuple[str, Callable[..., Foreign]]] = {
 }
 
 
-def read_foreign(source: Path) -> Foreign:
+def read_dictionary(source: Path) -> ImportedDictionary:
     """Read another library's dictionary.
 
     Args:
@@ -50,7 +50,7 @@ def read_foreign(source: Path) -> Foreign:
     return found
 
 
-def _reader(source: Path) -> Callable[[], Foreign]:
+def _reader(source: Path) -> Callable[[], ImportedDictionary]:
     if source.is_file() and source.name.endswith(".safetensors"):
         return partial(readers.circuit_tracer, source)
     there = {file.name for file in source.iterdir()} if source.is_dir() else set()
@@ -80,15 +80,15 @@ def _reader(source: Path) -> Callable[[], Foreign]:
     )
 
 
-def _check(source: Path, found: Foreign) -> None:
+def _check(source: Path, found: ImportedDictionary) -> None:
     if found.W_dec.ndim != 2 or found.W_enc.ndim != 2:  # noqa: PLR2004 - rows and columns
         raise ConfigError(f"{source}: W_enc and W_dec are no matrices")
     n_latents, d_out = found.W_dec.shape
-    d_in = found.W_enc.shape[1] if found.transcodes else d_out
+    d_in = found.W_enc.shape[1] if found.is_transcoder else d_out
     shapes = {
         "W_enc": (found.W_enc, (n_latents, d_in)),
         "b_dec": (found.b_dec, (d_out,)),
-        **{name: (part, (n_latents,)) for name, part in found.of_latents.items()},
+        **{name: (part, (n_latents,)) for name, part in found.per_latent.items()},
     }
     if found.W_skip is not None:
         shapes["W_skip"] = found.W_skip, (d_out, d_in)
@@ -98,14 +98,14 @@ def _check(source: Path, found: Foreign) -> None:
                 f"{source}: {name} has the shape {list(tensor.shape)}, not {list(wanted)} as W_dec "
                 f"says"
             )
-    for name, tensor in (*found._asdict().items(), *found.of_latents.items()):
+    for name, tensor in (*found._asdict().items(), *found.per_latent.items()):
         if isinstance(tensor, Tensor) and not bool(tensor.isfinite().all()):
             raise ConfigError(f"{source}: {name} has numbers that are not finite")
     if (found.kind == "topk") != (found.k is not None):
         raise ConfigError(f"{source}: says k = {found.k} of kind {found.kind}")
 
 
-def settings(found: Foreign, run: Run, source: Path) -> dict[str, Any]:
+def sae_section(found: ImportedDictionary, run: Run, source: Path) -> dict[str, Any]:
     """Return the `sae` section of a run file for this dictionary on the run's sites.
 
     A TopK dictionary whose decoder rows differ in length becomes a transcoder from a site to
@@ -118,10 +118,10 @@ def settings(found: Foreign, run: Run, source: Path) -> dict[str, Any]:
     sae: dict[str, Any] = {"n_latents": len(found.W_dec)}
     sae |= {"reads": run.sae.reads, "writes": run.sae.writes}
     differ = run.reads != run.writes
-    if found.transcodes is not None and differ != found.transcodes:
+    if found.is_transcoder is not None and differ != found.is_transcoder:
         remedy = (
             "is a transcoder; name what it reads and writes: sae.reads and sae.writes"
-            if found.transcodes
+            if found.is_transcoder
             else "reconstructs what it reads; leave sae.writes out"
         )
         raise ConfigError(f"{source}: {remedy}")

@@ -33,8 +33,8 @@ from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.interface import Widths
 from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.errors import ConfigError
-from dist_sae.interop.foreign import read_foreign, settings
-from dist_sae.interop.readers import Foreign
+from dist_sae.interop.foreign import read_dictionary, sae_section
+from dist_sae.interop.readers import ImportedDictionary
 from dist_sae.storage import open_store
 
 
@@ -42,7 +42,7 @@ def import_dictionary(source: Path, run: Run) -> dict[str, Any]:
     """Store a dictionary as step 0 of a run, for commands such as evaluate, index and report.
 
     Args:
-        source: Folder or file, see `read_foreign`.
+        source: Folder or file, see `read_dictionary`.
         run: The run to create, with its name, stores, model, text and sites. All other settings in
             `sae` come from the source.
 
@@ -55,8 +55,8 @@ def import_dictionary(source: Path, run: Run) -> dict[str, Any]:
         PlanMismatchError: The store has another activation set than the run's.
         UnitMissingError: No activations have been produced yet.
     """
-    found = read_foreign(source)
-    sae = settings(found, run, source)
+    found = read_dictionary(source)
+    sae = sae_section(found, run, source)
     run = Run.model_validate(run.model_dump() | {"sae": sae})
     runs = open_store(run.store.runs, run.store.s3)
     checkpoints = Checkpoints(runs, run.name, 1)
@@ -81,7 +81,7 @@ def import_dictionary(source: Path, run: Run) -> dict[str, Any]:
                     f"{len(normalisers.of[site].mean)}; name another site or model"
                 )
     scales = ([normalisers.of[s].scale for s in sites] for sites in (run.reads, run.writes))
-    dictionary = converted(resolved, found, *scales)
+    dictionary = convert(resolved, found, *scales)
     tensors = {name: tensor.detach() for name, tensor in dictionary.tensors()}
     tensors[IDLE_ROWS] = torch.zeros(dictionary.n_latents, dtype=torch.int64)
     pieces = (Piece(name, t, 0, len(t) if t.shape else 1) for name, t in tensors.items())
@@ -97,8 +97,8 @@ def import_dictionary(source: Path, run: Run) -> dict[str, Any]:
     }
 
 
-def converted(
-    run: Run, found: Foreign, read: Sequence[float], written: Sequence[float]
+def convert(
+    run: Run, found: ImportedDictionary, read: Sequence[float], written: Sequence[float]
 ) -> Dictionary:
     """Convert a dictionary for raw activations to a recipe of dist_sae, for scaled activations.
 
@@ -118,15 +118,15 @@ def converted(
     scales = torch.tensor(read, dtype=torch.float64)[torch.arange(n_latents) % layers]
     out = torch.tensor(written, dtype=torch.float64).repeat_interleave(d_write)
     factors = scales * norms
-    of_latents = dict(found.of_latents)
-    centred = run.sae.kind == "topk"  # the only one here that subtracts b_dec
-    if found.centred and not centred:
+    per_latent = dict(found.per_latent)
+    subtracts_b_dec = run.sae.kind == "topk"  # the only one here that subtracts b_dec
+    if found.subtracts_b_dec and not subtracts_b_dec:
         shift = found.W_enc @ found.b_dec
-        of_latents["b_enc"] = of_latents["b_enc"] - shift
-        if "b_mag" in of_latents:
-            of_latents["b_mag"] = of_latents["b_mag"] - of_latents["r_mag"].exp() * shift
-    elif centred and not found.centred:
-        of_latents["b_enc"] = of_latents["b_enc"] + found.W_enc @ found.b_dec
+        per_latent["b_enc"] = per_latent["b_enc"] - shift
+        if "b_mag" in per_latent:
+            per_latent["b_mag"] = per_latent["b_mag"] - per_latent["r_mag"].exp() * shift
+    elif subtracts_b_dec and not found.subtracts_b_dec:
+        per_latent["b_enc"] = per_latent["b_enc"] + found.W_enc @ found.b_dec
     W_dec = found.W_dec * out / factors[:, None]
     values: dict[str, Tensor] = {
         "W_enc": norms[:, None] * found.W_enc,
@@ -135,7 +135,7 @@ def converted(
     }
     if found.W_skip is not None:
         values["W_skip"] = found.W_skip * out[:, None] / read[0]
-    for name, vector in of_latents.items():
+    for name, vector in per_latent.items():
         values[name] = vector if name == "r_mag" else factors * vector
     if "threshold" in values:  # theta is relative to the rows' root mean square norm
         values["theta"] = values.pop("threshold") / dictionary.W_enc.shape[1] ** 0.5

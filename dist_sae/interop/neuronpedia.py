@@ -50,9 +50,9 @@ MOST_BATCHES = 1000
 """Most files in a folder. Neuronpedia's import makes one list request, so it sees no more."""
 MOST_TEXTS = 20
 """Most texts per latent for its largest activations."""
-_REACH = 64  # tokens on either side of an activation
-_PACKING = 6  # gzip level: takes a fifth of the time of level 9, for files 4 % larger
-_LAST = "source.jsonl"
+_CONTEXT_TOKENS = 64  # tokens on either side of an activation
+_GZIP_LEVEL = 6  # takes a fifth of the time of level 9, for files 4 % larger
+_COMPLETION_FILE = "source.jsonl"
 
 _Row = dict[str, Any]
 
@@ -89,15 +89,15 @@ def export_pages(run: Run, meter: Meter = UNMETERED, step: int | None = None) ->
     index = Index(runs, run.name, step=step)
     index.check_all_postings("Neuronpedia")
     folder = f"{run.name}/export-neuronpedia{suffix(runs, run, index.manifest.step)}"
-    within = f"{folder}/{names.model}/{names.source}"
+    prefix = f"{folder}/{names.model}/{names.source}"
     last = _lines([_source(run, names, index)])
     fires = [latent for latent, n in enumerate(index.firings.tolist()) if n]
     size = max(LATENTS, -(-len(fires) // MOST_BATCHES))
     batches = [fires[i : i + size] for i in range(0, len(fires), size)]
-    if not _is_there(runs, within, last, len(batches)):
-        _write_pages(run, names, index, runs, within, batches)
-        runs.put(f"{within}/{_LAST}", last)
-    _write_explanations(names, index, runs, within, batches)
+    if not _is_complete(runs, prefix, last, len(batches)):
+        _write_pages(run, names, index, runs, prefix, batches)
+        runs.put(f"{prefix}/{_COMPLETION_FILE}", last)
+    _write_explanations(names, index, runs, prefix, batches)
     return f"{runs.url}/{folder}"
 
 
@@ -120,14 +120,14 @@ def _names(run: Run) -> _Names:
     return _Names(model, source_set, f"{layer}-{source_set}", given.creator)
 
 
-def _is_there(runs: ObjectStore, within: str, last: bytes, batches: int) -> bool:
+def _is_complete(runs: ObjectStore, prefix: str, last: bytes, batches: int) -> bool:
     """Return whether all pages of the same index exist."""
     try:
-        there = runs.get(f"{within}/{_LAST}")
+        there = runs.get(f"{prefix}/{_COMPLETION_FILE}")
     except ObjectNotFoundError:
         return False
     kinds = ("features", "activations")
-    keys = (_batch(within, kind, number) for kind in kinds for number in range(batches))
+    keys = (_batch(prefix, kind, number) for kind in kinds for number in range(batches))
     return there == last and all(runs.size(key) is not None for key in keys)
 
 
@@ -136,7 +136,7 @@ def _write_pages(
     names: _Names,
     index: Index,
     runs: ObjectStore,
-    within: str,
+    prefix: str,
     batches: list[list[int]],
 ) -> None:
     checkpoint = find_checkpoint(runs, run, index.manifest.step)
@@ -146,34 +146,34 @@ def _write_pages(
         raise NoIndexError(f"{index.place}: is of another checkpoint; set a new index.name")
     own = trained_run(checkpoint, run)
     scale = normalisers_of(own, checkpoint).of[own.writes[0]].scale
-    _delete_batches(runs, within, ("features", "activations"))
+    _delete_batches(runs, prefix, ("features", "activations"))
     for name, row in (
         ("release", _release(own, names)),
         ("model", _model(run, names)),
         ("sourceset", _source_set(own, names)),
     ):
-        runs.put(f"{within}/{name}.jsonl", _lines([row]))
+        runs.put(f"{prefix}/{name}.jsonl", _lines([row]))
     texts = Texts(run, load_plan(open_store(run.store.activations, run.store.s3), run))
     _, hook_name = hook(run.model, run.site)
     for number, latents in enumerate(batches):
         pages = [index.latent(latent) for latent in latents]
         features = (_feature(page, names, texts, scale) | {"hookName": hook_name} for page in pages)
-        runs.put(_batch(within, "features", number), _packed(features))
-        chosen = [_chosen(page) for page in pages]
+        runs.put(_batch(prefix, "features", number), _gzipped(features))
+        chosen = [_select_firings(page) for page in pages]
         read_documents(texts, [firing for firings in chosen for firing in firings])
         rows = (
             row
             for page, firings in zip(pages, chosen, strict=True)
             for row in _activations(page, firings, names, index, texts)
         )
-        runs.put(_batch(within, "activations", number), _packed(rows))
+        runs.put(_batch(prefix, "activations", number), _gzipped(rows))
         texts.forget()
 
 
 def _write_explanations(
-    names: _Names, index: Index, runs: ObjectStore, within: str, batches: list[list[int]]
+    names: _Names, index: Index, runs: ObjectStore, prefix: str, batches: list[list[int]]
 ) -> None:
-    _delete_batches(runs, within, ("explanations",))
+    _delete_batches(runs, prefix, ("explanations",))
     among = sets(index)
     for number, latents in enumerate(batches if among else ()):
         rows = [
@@ -182,16 +182,16 @@ def _write_explanations(
             for told in told_of(latent, among)
         ]
         if rows:
-            runs.put(_batch(within, "explanations", number), _packed(rows))
+            runs.put(_batch(prefix, "explanations", number), _gzipped(rows))
 
 
-def _delete_batches(runs: ObjectStore, within: str, kinds: Iterable[str]) -> None:
+def _delete_batches(runs: ObjectStore, prefix: str, kinds: Iterable[str]) -> None:
     for kind in kinds:  # an older export may have more batches
-        runs.delete_many(list(runs.keys(f"{within}/{kind}/batch-")))
+        runs.delete_many(list(runs.keys(f"{prefix}/{kind}/batch-")))
 
 
-def _batch(within: str, kind: str, number: int) -> str:
-    return f"{within}/{kind}/batch-{number}.jsonl.gz"
+def _batch(prefix: str, kind: str, number: int) -> str:
+    return f"{prefix}/{kind}/batch-{number}.jsonl.gz"
 
 
 def _release(run: Run, names: _Names) -> _Row:
@@ -268,9 +268,9 @@ def _feature(page: LatentPage, names: _Names, texts: Texts, scale: float) -> _Ro
     }
 
 
-def _chosen(page: LatentPage) -> list[Firing]:
+def _select_firings(page: LatentPage) -> list[Firing]:
     """Return the firings whose texts are written: the largest, without overlap, and deciles'."""
-    largest = list(apart(page.largest, _REACH))[:MOST_TEXTS]
+    largest = list(apart(page.largest, _CONTEXT_TOKENS))[:MOST_TEXTS]
     return [*largest, *(firing for firing in page.examples if firing.decile != TOP)]
 
 
@@ -282,7 +282,7 @@ def _activations(
     edges = [0.0, *page.deciles, page.max]
     for number, firing in enumerate(firings):
         place = Place(firing.document, firing.position, firing.token)
-        example = build_example(place, known, texts, _REACH)
+        example = build_example(place, known, texts, _CONTEXT_TOKENS)
         first = next(i for i, token in enumerate(example.tokens) if token.in_context)
         tokens = [token for token in example.tokens if token.in_context]
         values = [token.act * norm for token in tokens]
@@ -336,5 +336,5 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def _packed(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    return gzip.compress(_lines(rows), _PACKING, mtime=0)
+def _gzipped(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return gzip.compress(_lines(rows), _GZIP_LEVEL, mtime=0)

@@ -30,7 +30,7 @@ _NUMBERS = {
     "ce_spliced": ("cross-entropy with reconstructions in its place", "{:.4g} nats"),
     "rows": ("held-out vectors", "{:,}"),
 }
-_OF_FOLDERS = {"SAELens", "dictionary_learning"}
+_FOLDER_LIBRARIES = {"SAELens", "dictionary_learning"}
 """Libraries whose tools, including SAEBench, look for dictionaries in folders of a repository."""
 _LOADING = {
     "SAELens": (
@@ -92,8 +92,8 @@ def write(
     check(run, repository)
     done = export_checkpoint(run, meter, step, format_name)
     runs = open_store(run.store.runs, run.store.s3, meter)
-    within = done.run.site if done.library in _OF_FOLDERS else ""
-    names = {f"{within}/{name}".lstrip("/"): f"{done.folder}/{name}" for name in done.files}
+    subfolder = done.run.site if done.library in _FOLDER_LIBRARIES else ""
+    names = {f"{subfolder}/{name}".lstrip("/"): f"{done.folder}/{name}" for name in done.files}
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     if others := sorted(there - names.keys() - {CARD}):
         raise ConfigError(f"--dry-run {folder}: has {others[0]} already; name an empty folder")
@@ -104,7 +104,7 @@ def write(
             size = runs.size(key) or 0
             for start in range(0, size, _PIECE_BYTES):
                 file.write(runs.get(key, start, min(start + _PIECE_BYTES, size)))
-    text = card(done, repository, within, licences, _evaluation(runs, done))
+    text = model_card(done, repository, subfolder, licences, _evaluation(runs, done))
     (folder / CARD).write_text(text)
     return [folder / name for name in (CARD, *names)]
 
@@ -150,10 +150,10 @@ def check(run: Run, repository: str) -> None:
         )
 
 
-def card(
+def model_card(
     done: Exported,
     repository: str,
-    within: str,
+    subfolder: str,
     licences: Licences,
     evaluation: Mapping[str, Any] | None,
 ) -> str:
@@ -162,7 +162,7 @@ def card(
     Args:
         done: The export.
         repository: Name of the repository, as org/name.
-        within: Folder of the export in the repository; empty for the root.
+        subfolder: Folder of the export in the repository; empty for the root.
         licences: Licenses for the card.
         evaluation: The checkpoint's `evaluation.json`, if there is one.
     """
@@ -199,7 +199,7 @@ def card(
     settings = {"sae": sae.model_dump(), "train": run.train.model_dump(exclude={"parent"})}
     alone = done.library == "circuit-tracer" and isinstance(sae, TranscoderConfig)
     loading = _LOADING["layer" if alone else done.library].format(
-        repository=repository, folder=within, layer=layer_of(run.site) if alone else None
+        repository=repository, folder=subfolder, layer=layer_of(run.site) if alone else None
     )
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False).rstrip()}\n---",

@@ -62,63 +62,63 @@ class RawDictionary:
         self._scale, self._out = (normalisers.of[s].scale for s in (*run.reads, *run.writes))
         self._paged = PagedDictionary(run.sae, normalisers.widths, checkpoint, MEMORY_BYTES)
         vectors: dict[str, list[Tensor]] = {}
-        self.of_all: dict[str, Tensor] = {}
+        self.shared: dict[str, Tensor] = {}
         """b_dec, and W_skip if there is one, in fp64."""
-        together = one_threshold
+        common_factor = one_threshold
         for page in self._paged.pages(leave_out={"W_enc"}):
             p = {name: t.detach().double() for name, t in page.tensors() if name != "W_enc"}
             found = {"norms": p["W_dec"].norm(dim=1).clamp_min(1e-30), "b_enc": p["b_enc"]}
             found |= {name: p[name] for name in ("b_mag", "r_mag") if name in p}
             thresholds = page.inference_thresholds(torch.float64)
             if thresholds is None:
-                together |= not page.unit_rows  # unit rows differ only by rounding
+                common_factor |= not page.unit_rows  # unit rows differ only by rounding
             else:
                 found["threshold"] = thresholds
             for name, vector in found.items():
                 vectors.setdefault(name, []).append(vector)
-            self.of_all = {"b_dec": p["b_dec"] / self._out}
+            self.shared = {"b_dec": p["b_dec"] / self._out}
             if "W_skip" in p:
-                self.of_all["W_skip"] = p["W_skip"] * (self._scale / self._out)
-        of_latents = {name: torch.cat(parts) for name, parts in vectors.items()}
-        norms = of_latents.pop("norms")
-        if together:
+                self.shared["W_skip"] = p["W_skip"] * (self._scale / self._out)
+        per_latent = {name: torch.cat(parts) for name, parts in vectors.items()}
+        norms = per_latent.pop("norms")
+        if common_factor:
             norms = norms.mean().expand_as(norms)
         self._factors = norms / self._out if unit_rows else norms
-        self.of_latents = {
+        self.per_latent = {
             name: vector if name == "r_mag" else self._factors * vector
-            for name, vector in of_latents.items()
+            for name, vector in per_latent.items()
         }
         """b_enc, and threshold, b_mag and r_mag if the recipe has them, in fp64."""
 
-    def encoder(self, name: str, *, turned: bool = False) -> PiecewiseTensor:
-        """Return W_enc under this name in fp32, as [n_latents, d_in] or transposed (`turned`)."""
+    def encoder(self, name: str, *, transpose: bool = False) -> PiecewiseTensor:
+        """Return W_enc under this name in fp32, as [n_latents, d_in] or its transpose."""
 
         def rows(columns: slice) -> Iterator[Tensor]:
             for factors, part in self._matrix("W_enc"):
                 yield (self._scale * (factors * part[:, columns].double())).float()
 
-        if turned:
+        if transpose:
             return transposed(name, (self.d_in, self.n_latents), rows)
         shape = (self.n_latents, self.d_in)
         return PiecewiseTensor(name, torch.float32, shape, lambda: rows(slice(None)))
 
-    def decoder(self, name: str, *, turned: bool = False) -> PiecewiseTensor:
-        """Return W_dec under this name in fp32, as [n_latents, d_out] or transposed (`turned`)."""
+    def decoder(self, name: str, *, transpose: bool = False) -> PiecewiseTensor:
+        """Return W_dec under this name in fp32, as [n_latents, d_out] or its transpose."""
 
         def rows(columns: slice) -> Iterator[Tensor]:
             for factors, part in self._matrix("W_dec"):
                 yield (part[:, columns].double() / (factors * self._out)).float()
 
-        if turned:
+        if transpose:
             return transposed(name, (self.d_out, self.n_latents), rows)
         shape = (self.n_latents, self.d_out)
         return PiecewiseTensor(name, torch.float32, shape, lambda: rows(slice(None)))
 
-    def encoded_centre(self) -> Tensor:
+    def encoded_b_dec(self) -> Tensor:
         """Return the raw W_enc b_dec in fp64, which z loses when b_dec is subtracted from x."""
-        centre = self._scale * self.of_all["b_dec"]
+        b_dec = self._scale * self.shared["b_dec"]
         parts = self._matrix("W_enc")
-        return torch.cat([factors[:, 0] * (part.double() @ centre) for factors, part in parts])
+        return torch.cat([factors[:, 0] * (part.double() @ b_dec) for factors, part in parts])
 
     def _matrix(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield factors [some, 1] and rows of some latents. The next rows may overwrite these."""
@@ -129,7 +129,7 @@ class RawDictionary:
             first += len(rows)
 
 
-def small(name: str, tensor: Tensor) -> PiecewiseTensor:
+def in_memory_tensor(name: str, tensor: Tensor) -> PiecewiseTensor:
     """Wrap a tensor that is already in memory. Floating-point tensors are converted to fp32."""
     tensor = tensor.float() if tensor.is_floating_point() else tensor
     return PiecewiseTensor(name, tensor.dtype, tuple(tensor.shape), lambda: (tensor,))

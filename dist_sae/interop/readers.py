@@ -25,7 +25,7 @@ _SAE_LENS_TRANSCODERS = {
     "jumprelu_skip_transcoder": True,
 }
 """Whether an architecture has thresholds; otherwise it has a ReLU."""
-_OF_KIND = {
+_PER_LATENT = {
     "topk": {"b_enc"},
     "relu": {"b_enc"},
     "jumprelu": {"b_enc", "threshold"},
@@ -33,7 +33,7 @@ _OF_KIND = {
 }
 
 
-class Foreign(NamedTuple):
+class ImportedDictionary(NamedTuple):
     """A dictionary as another library stored it, in fp64."""
 
     library: str
@@ -41,27 +41,27 @@ class Foreign(NamedTuple):
     """The dist_sae recipe with the same encoder: topk, relu, jumprelu or gated."""
     k: int | None
     """Latents active on each row; None if thresholds decide."""
-    centred: bool
+    subtracts_b_dec: bool
     """Whether b_dec is subtracted from x."""
     W_enc: Float[Tensor, "n_latents d_read"]
     W_dec: Float[Tensor, "n_latents d_out"]
     """For several layers, a latent's rows for each layer side by side; 0 before its own layer."""
     b_dec: Float[Tensor, " d_out"]
-    of_latents: dict[str, Float[Tensor, " n_latents"]]
+    per_latent: dict[str, Float[Tensor, " n_latents"]]
     """b_enc, and threshold, b_mag, r_mag if the kind has them."""
     W_skip: Float[Tensor, "d_out d_read"] | None = None
-    transcodes: bool | None = False
+    is_transcoder: bool | None = False
     """Whether this is a transcoder; None if the files do not say."""
     layers: int = 1
     """Layers of a cross-layer transcoder; latent n reads layer n % layers."""
 
 
-def sae_lens(config_file: Path, weights_file: Path) -> Foreign:
+def sae_lens(config_file: Path, weights_file: Path) -> ImportedDictionary:
     """Read SAELens's `cfg.json` and `sae_weights.safetensors`, whose W_enc is [d_in, n_latents]."""
-    config = _json(config_file)
+    config = _read_json(config_file)
     architecture = config.get("architecture", "standard")
-    transcodes = architecture in _SAE_LENS_TRANSCODERS
-    kind = "jumprelu" if transcodes else _SAE_LENS.get(architecture)
+    is_transcoder = architecture in _SAE_LENS_TRANSCODERS
+    kind = "jumprelu" if is_transcoder else _SAE_LENS.get(architecture)
     if kind is None:
         raise ValueError(f"architecture {architecture} has no recipe here")
     if (scaling := config.get("normalize_activations") or "none") != "none":
@@ -72,61 +72,68 @@ def sae_lens(config_file: Path, weights_file: Path) -> Foreign:
     weights = safetensors.torch.load_file(weights_file)
     if "b_gate" in weights:
         weights["b_enc"] = weights.pop("b_gate")
-    if transcodes and not _SAE_LENS_TRANSCODERS[architecture]:
+    if is_transcoder and not _SAE_LENS_TRANSCODERS[architecture]:
         weights["threshold"] = torch.zeros_like(weights["b_enc"])
-    centred = bool(config["apply_b_dec_to_input"])
-    if transcodes and centred:
+    subtracts_b_dec = bool(config["apply_b_dec_to_input"])
+    if is_transcoder and subtracts_b_dec:
         raise ValueError("apply_b_dec_to_input is true of a transcoder, whose b_dec is not of x")
-    found = _foreign(
+    found = _dictionary(
         "SAELens",
         kind,
         config.get("k"),
         weights,
-        centred=centred,
+        subtracts_b_dec=subtracts_b_dec,
         transposed=True,
-        transcodes=transcodes,
+        is_transcoder=is_transcoder,
     )
     if config.get("rescale_acts_by_decoder_norm"):  # selects by f |d|, decodes with d / |d|
         norms = found.W_dec.norm(dim=1)
         found = found._replace(
             W_enc=norms[:, None] * found.W_enc,
             W_dec=found.W_dec / norms[:, None],
-            of_latents={name: norms * vector for name, vector in found.of_latents.items()},
+            per_latent={name: norms * vector for name, vector in found.per_latent.items()},
         )
     return found
 
 
-def sparsify(config_file: Path, weights_file: Path) -> Foreign:
+def sparsify(config_file: Path, weights_file: Path) -> ImportedDictionary:
     """Read sparsify's `cfg.json` and `sae.safetensors`, of an autoencoder or a transcoder."""
-    config = _json(config_file)
+    config = _read_json(config_file)
     if config.get("signed"):
         raise ValueError("signed latents of sparsify have no recipe here")
     if config.get("multi_topk") not in (None, False) or config.get("activation", "topk") != "topk":
         raise ValueError("of sparsify only activation: topk without multi_topk is read")
-    transcodes = bool(config.get("transcode"))
-    if config.get("skip_connection") and not transcodes:
+    is_transcoder = bool(config.get("transcode"))
+    if config.get("skip_connection") and not is_transcoder:
         raise ValueError("an autoencoder with a skip connection has no recipe here")
     weights = safetensors.torch.load_file(weights_file)
     weights["W_enc"] = weights.pop("encoder.weight")
     weights["b_enc"] = weights.pop("encoder.bias")
-    return _foreign(
-        "sparsify", "topk", config["k"], weights, centred=not transcodes, transcodes=transcodes
+    return _dictionary(
+        "sparsify",
+        "topk",
+        config["k"],
+        weights,
+        subtracts_b_dec=not is_transcoder,
+        is_transcoder=is_transcoder,
     )
 
 
-def gemma_scope(weights_file: Path) -> Foreign:
+def gemma_scope(weights_file: Path) -> ImportedDictionary:
     """Read Gemma Scope's `params.npz`. Only the run file says whether it is a transcoder."""
     with np.load(weights_file, allow_pickle=False) as arrays:
         weights = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     scale = weights.pop("scaling_factor", torch.ones(1))
     if not bool((scale == 1).all()):
         raise ValueError("scaling_factor is not 1")
-    return _foreign("Gemma Scope", "jumprelu", None, weights, transposed=True, transcodes=None)
+    return _dictionary(
+        "Gemma Scope", "jumprelu", None, weights, transposed=True, is_transcoder=None
+    )
 
 
-def dictionary_learning(config_file: Path, weights_file: Path) -> Foreign:
+def dictionary_learning(config_file: Path, weights_file: Path) -> ImportedDictionary:
     """Read dictionary_learning's `config.json` and `ae.pt`, which may contain only tensors."""
-    trainer = _json(config_file)["trainer"]
+    trainer = _read_json(config_file)["trainer"]
     if not isinstance(trainer, dict):
         raise ValueError("trainer is no object")
     name, weights = trainer["dict_class"], read_torch_file(weights_file)
@@ -138,42 +145,42 @@ def dictionary_learning(config_file: Path, weights_file: Path) -> Foreign:
         weights["W_dec"] = weights.pop("decoder.weight").T
     match name:
         case "AutoEncoder" | "AutoEncoderNew":
-            centred = name == "AutoEncoder"
-            weights["b_dec"] = weights.pop("bias" if centred else "decoder.bias")
+            subtracts_b_dec = name == "AutoEncoder"
+            weights["b_dec"] = weights.pop("bias" if subtracts_b_dec else "decoder.bias")
             weights["b_enc"] = weights.pop("encoder.bias")
-            return _foreign(library, "relu", None, weights, centred=centred)
+            return _dictionary(library, "relu", None, weights, subtracts_b_dec=subtracts_b_dec)
         case "GatedAutoEncoder":
             for theirs, ours in (("decoder", "b_dec"), ("gate", "b_enc"), ("mag", "b_mag")):
                 weights[ours] = weights.pop(f"{theirs}_bias")
-            return _foreign(library, "gated", None, weights, centred=True)
+            return _dictionary(library, "gated", None, weights, subtracts_b_dec=True)
         case "JumpReluAutoEncoder":
-            return _foreign(library, "jumprelu", None, weights)
+            return _dictionary(library, "jumprelu", None, weights)
         case "AutoEncoderTopK":
             weights["b_enc"] = weights.pop("encoder.bias")
             weights.pop("threshold", None)  # for an encoding that is not the default
             k = weights.pop("k", torch.tensor(trainer.get("k", 0)))
-            return _foreign(library, "topk", int(k), weights, centred=True)
+            return _dictionary(library, "topk", int(k), weights, subtracts_b_dec=True)
         case "BatchTopKSAE" | "MatryoshkaBatchTopKSAE":
             if "encoder.bias" in weights:
                 weights["b_enc"] = weights.pop("encoder.bias")
             for key in ("k", "group_sizes"):
                 weights.pop(key, None)
             weights["threshold"] = weights["threshold"].expand_as(weights["b_enc"])
-            return _foreign(library, "jumprelu", None, weights, centred=True)
+            return _dictionary(library, "jumprelu", None, weights, subtracts_b_dec=True)
         case _:
             raise ValueError(f"dict_class {name} has no recipe here")
 
 
-def circuit_tracer(file: Path) -> Foreign:
+def circuit_tracer(file: Path) -> ImportedDictionary:
     """Read circuit-tracer's `layer_<l>.safetensors`, one layer's transcoder."""
     weights = safetensors.torch.load_file(file)
     thresholds = weights.pop("activation_function.threshold", None)
     weights["threshold"] = torch.zeros_like(weights["b_enc"]) if thresholds is None else thresholds
     _check_thresholds(weights["threshold"])
-    return _foreign("circuit-tracer", "jumprelu", None, weights, transcodes=True)
+    return _dictionary("circuit-tracer", "jumprelu", None, weights, is_transcoder=True)
 
 
-def circuit_tracer_layers(folder: Path) -> Foreign:
+def circuit_tracer_layers(folder: Path) -> ImportedDictionary:
     """Read circuit-tracer's `W_enc_<l>` and `W_dec_<l>` files, a cross-layer transcoder."""
     layers = len(list(folder.glob("W_enc_*.safetensors")))
     parts: dict[str, list[Tensor]] = {
@@ -201,7 +208,7 @@ def circuit_tracer_layers(folder: Path) -> Foreign:
     weights = {name: torch.stack(t, 1).flatten(0, 1) for name, t in parts.items()}
     weights["b_dec"] = biases
     _check_thresholds(weights["threshold"])
-    found = _foreign("circuit-tracer", "jumprelu", None, weights, transcodes=True)
+    found = _dictionary("circuit-tracer", "jumprelu", None, weights, is_transcoder=True)
     return found._replace(layers=layers)
 
 
@@ -210,39 +217,39 @@ def _check_thresholds(thresholds: Tensor) -> None:
         raise ValueError("has thresholds below 0; codes are not negative here")
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     content = json.loads(file.read_text())
     if not isinstance(content, dict):
         raise ValueError(f"{file.name} is no object")
     return content
 
 
-def _foreign(
+def _dictionary(
     library: str,
     kind: str,
     k: int | None,
     weights: dict[str, Tensor],
     *,
-    centred: bool = False,
+    subtracts_b_dec: bool = False,
     transposed: bool = False,
-    transcodes: bool | None = False,
-) -> Foreign:
-    skip = weights.pop("W_skip", None) if transcodes else None
-    wanted = {"W_enc", "W_dec", "b_dec", *_OF_KIND[kind]}
+    is_transcoder: bool | None = False,
+) -> ImportedDictionary:
+    skip = weights.pop("W_skip", None) if is_transcoder else None
+    wanted = {"W_enc", "W_dec", "b_dec", *_PER_LATENT[kind]}
     if surplus := sorted(weights.keys() - wanted):
         raise ValueError(f"has {', '.join(surplus)}, which {kind} has not")
     doubles = {name: weights[name].double() for name in sorted(wanted)}
     if "threshold" in doubles:
         doubles["threshold"] = doubles["threshold"].clamp_min(0)
-    return Foreign(
+    return ImportedDictionary(
         library,
         kind,
         k,
-        centred,
+        subtracts_b_dec,
         doubles["W_enc"].T if transposed else doubles["W_enc"],
         doubles["W_dec"],
         doubles["b_dec"],
-        {name: doubles[name] for name in _OF_KIND[kind]},
+        {name: doubles[name] for name in _PER_LATENT[kind]},
         None if skip is None else skip.double(),
-        transcodes,
+        is_transcoder,
     )

@@ -213,18 +213,18 @@ def files(run: Run, checkpoint: "Checkpoint") -> dict[str, Callable[[], Iterator
 
 
 def _tensors(run: Run, checkpoint: "Checkpoint") -> "Iterator[PiecewiseTensor]":
-    from dist_sae.interop.raw import RawDictionary, small
+    from dist_sae.interop.raw import RawDictionary, in_memory_tensor
 
     raw, name = RawDictionary(run, checkpoint), str(architecture(run.sae))
-    of_latents = {"b_enc"}
+    vectors = {"b_enc"}
     if name.startswith("jumprelu"):
-        of_latents |= {"threshold"}
+        vectors |= {"threshold"}
     if name == "gated":
-        of_latents |= {"b_mag", "r_mag"}
-    yield raw.encoder("W_enc", turned=True)
+        vectors |= {"b_mag", "r_mag"}
+    yield raw.encoder("W_enc", transpose=True)
     yield raw.decoder("W_dec")
-    for key, tensor in raw.of_all.items():
-        yield small(key, tensor)
-    for key in of_latents:
+    for key, tensor in raw.shared.items():
+        yield in_memory_tensor(key, tensor)
+    for key in vectors:
         gates = name == "gated" and key == "b_enc"
-        yield small("b_gate" if gates else key, raw.of_latents[key])
+        yield in_memory_tensor("b_gate" if gates else key, raw.per_latent[key])

@@ -82,11 +82,11 @@ def note(run: Run, checkpoint: "Checkpoint") -> str:  # noqa: ARG001 - all forma
 
 
 def _tensors(run: Run, checkpoint: "Checkpoint") -> "Iterator[PiecewiseTensor]":
-    from dist_sae.interop.raw import RawDictionary, small
+    from dist_sae.interop.raw import RawDictionary, in_memory_tensor
 
     raw = RawDictionary(run, checkpoint, unit_rows=True)
     yield raw.encoder("encoder.weight")
-    yield small("encoder.bias", raw.of_latents["b_enc"])
+    yield in_memory_tensor("encoder.bias", raw.per_latent["b_enc"])
     yield raw.decoder("W_dec")
-    for name, tensor in raw.of_all.items():
-        yield small(name, tensor)
+    for name, tensor in raw.shared.items():
+        yield in_memory_tensor(name, tensor)

@@ -32,7 +32,7 @@ def torch_file_pieces(tensors: Iterable[PiecewiseTensor]) -> Iterator[bytes]:
         tensors: Tensors with distinct names, in fp32 or int32.
     """
     ordered = list(tensors)
-    out = _Drain()
+    out = _WriteBuffer()
     with zipfile.ZipFile(out, "w") as archive:
 
         def record(name: str, content: Iterable[bytes]) -> Iterator[bytes]:
@@ -40,14 +40,14 @@ def torch_file_pieces(tensors: Iterable[PiecewiseTensor]) -> Iterator[bytes]:
             with archive.open(entry, "w", force_zip64=True) as file:
                 for data in content:
                     file.write(data)
-                    yield from out.taken()
+                    yield from out.drain()
 
         yield from record("data.pkl", [_pickled(ordered)])
         yield from record("byteorder", [b"little"])
         for number, tensor in enumerate(ordered):
             yield from record(f"data/{number}", _bytes(tensor))
         yield from record("version", [b"3\n"])
-    yield from out.taken()
+    yield from out.drain()
 
 
 def read_torch_file(file: Path) -> dict[str, Tensor]:
@@ -69,8 +69,8 @@ def read_torch_file(file: Path) -> dict[str, Tensor]:
     return content
 
 
-class _Drain(io.RawIOBase):
-    """A file that buffers what a zip archive writes until `taken` removes it."""
+class _WriteBuffer(io.RawIOBase):
+    """A file that buffers what a zip archive writes until `drain` removes it."""
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
@@ -82,7 +82,7 @@ class _Drain(io.RawIOBase):
         self._pieces.append(bytes(data))
         return len(data)
 
-    def taken(self) -> Iterator[bytes]:
+    def drain(self) -> Iterator[bytes]:
         """Yield the bytes written since the last call."""
         pieces, self._pieces = self._pieces, []
         yield from pieces

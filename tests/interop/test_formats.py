@@ -32,8 +32,8 @@ from dist_sae.dictionaries.normaliser import Normaliser, SiteNormalisers
 from dist_sae.errors import ConfigError
 from dist_sae.interop import raw
 from dist_sae.interop.export import export
-from dist_sae.interop.foreign import read_foreign, settings
-from dist_sae.interop.importing import converted
+from dist_sae.interop.foreign import read_dictionary, sae_section
+from dist_sae.interop.importing import convert
 from dist_sae.storage import open_store
 from tests.dictionaries.recipes import UNIT_ROWS
 from tests.interop.test_export import HF, dense
@@ -208,13 +208,13 @@ def test_an_export_is_the_trained_dictionary_and_comes_back(
         np.testing.assert_allclose(features, codes / SCALES["mlp_in.0"], rtol=1e-5, atol=1e-5)
     if run.sae.skips and library == "circuit-tracer":
         with pytest.raises(ConfigError, match="has a skip connection and thresholds, for which"):
-            settings(read_foreign(folder), run, folder)
+            sae_section(read_dictionary(folder), run, folder)
         return
-    found = read_foreign(folder)
-    section = settings(found, run, folder)
+    found = read_dictionary(folder)
+    section = sae_section(found, run, folder)
     back = Run.model_validate(run.model_dump() | {"sae": section})
     scales = ([SCALES[site] for site in sites] for sites in (run.reads, run.writes))
-    again, y_again = infer(converted(back, found, *scales).double(), normalisers, x)
+    again, y_again = infer(convert(back, found, *scales).double(), normalisers, x)
     assert np.array_equal(again > 0, codes > 0)
     np.testing.assert_allclose(y_again, expected, rtol=1e-5, atol=1e-5)
 
@@ -286,7 +286,7 @@ def test_of_a_pickle_nothing_but_tensors_is_read(tmp_path: Path) -> None:
         with pytest.raises(
             ConfigError, match=r"cannot be read: ae\.pt (holds more|is no dict)"
         ) as no:
-            read_foreign(tmp_path)
+            read_dictionary(tmp_path)
         assert "\n" not in str(no.value)
     assert not ran.exists()
 
@@ -317,9 +317,9 @@ def test_state_dicts_as_dictionary_learning_saves_them_are_read(tmp_path: Path) 
     for name, state, f in cases:
         (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": name}}))
         torch.save(state, tmp_path / "ae.pt")
-        found = read_foreign(tmp_path)
-        own = Run.model_validate(run.model_dump() | {"sae": settings(found, run, tmp_path)})
-        dictionary = converted(own, found, [0.4], [0.4])
+        found = read_dictionary(tmp_path)
+        own = Run.model_validate(run.model_dump() | {"sae": sae_section(found, run, tmp_path)})
+        dictionary = convert(own, found, [0.4], [0.4])
         codes = dictionary.encode(0.4 * x)
         assert np.array_equal(dense(codes, N) > 0, f.numpy() > 0)
         x_hat = dictionary.decode(codes, 0.4 * x).detach() / 0.4
@@ -361,10 +361,10 @@ def test_a_damaged_cross_layer_transcoder_is_refused(
 ) -> None:
     run, _, _ = trained(tmp_path, {"kind": "clt", **LAYERS})
     folder = Path(export(run, format_name="circuit-tracer"))
-    read_foreign(folder)
+    read_dictionary(folder)
     change(folder)
     with pytest.raises(ConfigError, match=re.escape(message)):
-        read_foreign(folder)
+        read_dictionary(folder)
 
 
 def test_the_run_file_names_the_sites_of_a_transcoder(tmp_path: Path) -> None:
@@ -379,21 +379,21 @@ def test_the_run_file_names_the_sites_of_a_transcoder(tmp_path: Path) -> None:
         (found, layers, "reads 1 layers, and the run file names mlp_in.0, mlp_in.1 -> mlp_out.0"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
-            settings(read_foreign(folder), names, folder)
+            sae_section(read_dictionary(folder), names, folder)
     (found / "layer_1.safetensors").write_bytes(b"")
     with pytest.raises(ConfigError, match="has transcoders of 2 layers; name the file of one, as"):
-        read_foreign(found)
-    assert read_foreign(found / "layer_0.safetensors").transcodes
+        read_dictionary(found)
+    assert read_dictionary(found / "layer_0.safetensors").is_transcoder
 
 
 def test_saelens_has_transcoders(tmp_path: Path) -> None:
     """As it stores them, with W_enc [d_in, n_latents]; exported by us and read again."""
     run, dictionary, normalisers = trained(tmp_path, {**BATCH, **MLP})
     folder = Path(export(run))
-    section = settings(found := read_foreign(folder), run, folder)
+    section = sae_section(found := read_dictionary(folder), run, folder)
     assert section["kind"] == "clt_jumprelu"
     back = Run.model_validate(run.model_dump() | {"sae": section})
-    again = converted(back, found, [SCALES["mlp_in.0"]], [SCALES["mlp_out.0"]]).double()
+    again = convert(back, found, [SCALES["mlp_in.0"]], [SCALES["mlp_out.0"]]).double()
     x = raw_rows(run)
     (codes, y), (codes_again, y_again) = (infer(d, normalisers, x) for d in (dictionary, again))
     assert np.array_equal(codes > 0, codes_again > 0)
@@ -436,7 +436,7 @@ def test_tensors_that_a_format_has_not_are_one_line(
         file.write_bytes(file.read_bytes()[:-40])
         said = "cannot be read: "
     with pytest.raises(ConfigError, match=re.escape(said)) as refused:
-        read_foreign(file.parent)
+        read_dictionary(file.parent)
     assert "\n" not in str(refused.value)
 
 
@@ -447,13 +447,13 @@ def test_numbers_of_half_precision_are_read_as_they_are(tmp_path: Path) -> None:
     file = folder / "sae_weights.safetensors"
     half = {name: t.bfloat16() for name, t in safetensors.torch.load_file(file).items()}
     safetensors.torch.save_file(half, file)
-    found = read_foreign(folder)
-    assert torch.equal(found.of_latents["threshold"], half["threshold"].double().clamp_min(0))
+    found = read_dictionary(folder)
+    assert torch.equal(found.per_latent["threshold"], half["threshold"].double().clamp_min(0))
     w = {name: tensor.double().numpy() for name, tensor in half.items()}
     x = raw_rows(run, 2000)
     z = x @ w["W_enc"] + w["b_enc"]
-    back = Run.model_validate(run.model_dump() | {"sae": settings(found, run, folder)})
+    back = Run.model_validate(run.model_dump() | {"sae": sae_section(found, run, folder)})
     scales = [SCALES["mlp_in.0"]]
-    again = converted(back, found, scales, scales).double()
+    again = convert(back, found, scales, scales).double()
     rows = scales[0] * torch.from_numpy(x)
     assert np.array_equal(dense(again.encode(rows), N) > 0, (z > w["threshold"]) & (z > 0))

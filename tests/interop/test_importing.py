@@ -18,8 +18,8 @@ from dist_sae.commands.cli import main
 from dist_sae.config import Run, load_run
 from dist_sae.data.work_queue import Worker
 from dist_sae.errors import ConfigError
-from dist_sae.interop.foreign import read_foreign, settings
-from dist_sae.interop.importing import converted, import_dictionary
+from dist_sae.interop.foreign import read_dictionary, sae_section
+from dist_sae.interop.importing import convert, import_dictionary
 from dist_sae.producing.loop import produce
 from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
@@ -65,9 +65,9 @@ def sae_lens(folder: Path, architecture: str, *, centred: bool, unit: bool, **co
 
 def ours(folder: Path, tmp_path: Path, x: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[Any]]:
     """What latents contribute, and the reconstruction, of raw activations."""
-    found, run = read_foreign(folder), load_run(write_run(tmp_path))
-    run = Run.model_validate(run.model_dump() | {"sae": settings(found, run, folder)})
-    dictionary = converted(run, found, [SCALE], [SCALE]).double()
+    found, run = read_dictionary(folder), load_run(write_run(tmp_path))
+    run = Run.model_validate(run.model_dump() | {"sae": sae_section(found, run, folder)})
+    dictionary = convert(run, found, [SCALE], [SCALE]).double()
     rows = SCALE * torch.from_numpy(x)
     codes = dictionary.encode(rows)
     norms = dictionary.W_dec.detach().norm(dim=1).numpy()
@@ -179,7 +179,7 @@ def test_what_cannot_be_read_is_refused(
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     with pytest.raises(ConfigError, match=re.escape(message)):
-        read_foreign(tmp_path)
+        read_dictionary(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_wrong_tensors_are_named(tmp_path: Path, change: dict[str, Any], message
     w: dict[str, Any] = {**arrays(unit=True, threshold=(N,)), **change}
     np.savez(tmp_path / "params.npz", **{k: v for k, v in w.items() if v is not None})
     with pytest.raises(ConfigError, match=re.escape(message)):
-        read_foreign(tmp_path)
+        read_dictionary(tmp_path)
 
 
 @pytest.fixture

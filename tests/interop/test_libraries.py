@@ -19,8 +19,8 @@ from dist_sae.bench.peers.environments import Peer, ensure_environment
 from dist_sae.config import Run
 from dist_sae.errors import ConfigError
 from dist_sae.interop.export import export
-from dist_sae.interop.foreign import read_foreign, settings
-from dist_sae.interop.importing import converted
+from dist_sae.interop.foreign import read_dictionary, sae_section
+from dist_sae.interop.importing import convert
 from tests.interop.test_export import dense
 from tests.interop.test_formats import BATCH, HELD, MLP, SCALES, infer, named, raw_rows, trained
 
@@ -101,10 +101,10 @@ def test_libraries_compute_what_we_do(
         names.append(f"{library} {named(sae)}")
         if _has_no_way_back(format_name, sae):
             continue
-        found = read_foreign(Path(folder))
-        back = Run.model_validate(run.model_dump() | {"sae": settings(found, run, Path(folder))})
+        found = read_dictionary(Path(folder))
+        back = Run.model_validate(run.model_dump() | {"sae": sae_section(found, run, Path(folder))})
         scales = ([SCALES[site] for site in sites] for sites in (run.reads, run.writes))
-        again = infer(converted(back, found, *scales).double(), normalisers, x)
+        again = infer(convert(back, found, *scales).double(), normalisers, x)
         check(ours[-1], again, f"{names[-1]}, imported")
     for one, theirs, name in zip(ours, ask(library, jobs, tmp_path), names, strict=True):
         check(one, theirs, name)
@@ -135,12 +135,12 @@ def test_dictionaries_that_saelens_saves_are_read(
         folder = tmp_path / name
         if name in NO_RECIPE:
             with pytest.raises(ConfigError, match=NO_RECIPE[name]):
-                settings(read_foreign(folder), of, folder)
+                sae_section(read_dictionary(folder), of, folder)
             continue
-        found = read_foreign(folder)
-        own = Run.model_validate(of.model_dump() | {"sae": settings(found, of, folder)})
+        found = read_dictionary(folder)
+        own = Run.model_validate(of.model_dump() | {"sae": sae_section(found, of, folder)})
         scales = [[SCALES[site] for site in sites] for sites in (of.reads, of.writes)]
-        dictionary = converted(own, found, *scales).double()
+        dictionary = convert(own, found, *scales).double()
         (in_scale,), (out_scale,) = scales
         rows = in_scale * np.load(tmp_path / "rows.npy")
         check(_computed(dictionary, rows, out_scale), theirs, name)
