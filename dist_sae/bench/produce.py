@@ -53,7 +53,7 @@ def bench_produce(run: Run, *, units: int, rounds: int) -> dict[str, Any]:
         return source
 
     with scratch(run.store.activations, run.store.s3) as store, peak_memory() as peak:
-        whole = plan(_at(run, f"{store.url}/plan"))
+        whole = plan(_with_activations_at(run, f"{store.url}/plan"))
         units = min(units, whole.n_train_units)
         less = {"units": whole.units[:units], "n_train_units": units, "texts_stored": False}
         part = whole.model_copy(update=less)
@@ -65,7 +65,7 @@ def bench_produce(run: Run, *, units: int, rounds: int) -> dict[str, Any]:
         _run(source, batches)
         before = peak[0] = resident_bytes()
         for number in range(rounds):
-            here = _at(run, f"{store.url}/{number}")
+            here = _with_activations_at(run, f"{store.url}/{number}")
             place = open_store(here.store.activations, here.store.s3)
             publish_plan(place, part)
             bare = _run(source, batches)
@@ -101,7 +101,7 @@ def _run(source: ActivationSource, batches: Iterable[TokenBatch]) -> float:
     return time.perf_counter() - since
 
 
-def _at(run: Run, url: str) -> Run:
+def _with_activations_at(run: Run, url: str) -> Run:
     return run.model_copy(
         update={"store": run.store.model_copy(update={"activations": url, "max_ahead_units": None})}
     )

@@ -88,11 +88,11 @@ def bench_store(run: Run, shape: StoreShape, *, rounds: int, cached: bool) -> di
         shards = [_write_unit(store, plan, shape, unit) for unit in plan.train_units]
         sizes = {entry.key: entry.bytes for entry in store.entries()}
         writes = [_time_writing(number, store, raw, shape, shards) for number in range(rounds)]
-        raw.forget()
+        raw.drop_page_cache()
         _read_raw(raw, shards)  # warm-up: opens connections
         read, read_raw = partial(_read, store, plan, shape), partial(_read_raw, raw, shards)
-        before = (lambda: None) if cached else raw.forget
-        reads = [_in_turn(number, read, read_raw, before) for number in range(rounds)]
+        before = (lambda: None) if cached else raw.drop_page_cache
+        reads = [_time_pair(number, read, read_raw, before) for number in range(rounds)]
     n_rows = shape.units * shape.unit_rows
     payload = n_rows * (shape.d_in * DTYPES[shape.dtype].itemsize + ORIGIN_BYTES)
     tars = sum(sizes[shard.key] for shard in shards)
@@ -185,7 +185,7 @@ class _RawS3:
         data: bytes = answer["Body"].read()
         return data
 
-    def forget(self) -> None:
+    def drop_page_cache(self) -> None:
         """Do nothing, because a client cannot drop the server's caches."""
 
 
@@ -211,7 +211,7 @@ class RawFolder:
         with (self._root / key).open("rb") as file:
             return os.pread(file.fileno(), stop - start, start)
 
-    def forget(self) -> None:
+    def drop_page_cache(self) -> None:
         """Drop the files from the page cache."""
         for path in self._root.rglob("*"):
             if path.is_file():
@@ -269,7 +269,7 @@ def _time_writing(
             again.append(write_shard(store, unit, _SITE, rows, shape.block_rows, shape.dtype))
 
         copy = f"raw/{unit:08d}.tar"
-        other, one = _in_turn(number + unit, write, partial(raw.put, copy, tar))
+        other, one = _time_pair(number + unit, write, partial(raw.put, copy, tar))
         theirs, ours = theirs + other, ours + one
         assert again[0].sha256 == shard.sha256, "the same rows gave different bytes"
         store.delete(again[0].key)
@@ -300,7 +300,7 @@ def _read_raw(raw: _Raw, shards: list[SiteShard]) -> None:
     assert read == sum(block.bytes for _, block in places), "cut short"
 
 
-def _in_turn(
+def _time_pair(
     number: int,
     ours: Callable[[], None],
     theirs: Callable[[], None],

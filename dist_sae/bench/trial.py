@@ -57,7 +57,7 @@ def trial(run: Run, groups: Sequence[Sequence[Basis]], steps: int) -> Rates:
     threads = str(processes.threads or max(1, cores // at_once))
     environment = {"OMP_NUM_THREADS": threads} | os.environ
     with tempfile.TemporaryDirectory(prefix="dist-sae-trial-") as folder:
-        short = shortened(run, groups, steps, folder)
+        short = trial_run(run, groups, steps, folder)
         path = Path(folder, "run.yaml")
         path.write_text(dump_run(with_absolute_paths(short)), encoding="utf-8")
 
@@ -71,7 +71,10 @@ def trial(run: Run, groups: Sequence[Sequence[Basis]], steps: int) -> Rates:
         training = seconds("train", processes.trainers)
         runs = open_store(short.store.runs)
         of_job = {job.run.name: read_history(runs, job.run.name) for job in chain(*groups)}
-    spent = [[time_of(of_job[job.run.name], _dead_share(job)) for job in group] for group in groups]
+    spent = [
+        [step_and_total_seconds(of_job[job.run.name], _dead_share(job)) for job in group]
+        for group in groups
+    ]
     step, worked = max(tuple(map(sum, zip(*group, strict=True))) for group in spent)
     dead = max(record.get("dead_share", 0.0) for record in chain(*of_job.values()))
     return Rates(
@@ -86,7 +89,7 @@ def trial(run: Run, groups: Sequence[Sequence[Basis]], steps: int) -> Rates:
     )
 
 
-def shortened(run: Run, groups: Sequence[Sequence[Basis]], steps: int, folder: str) -> Run:
+def trial_run(run: Run, groups: Sequence[Sequence[Basis]], steps: int, folder: str) -> Run:
     """Return the run of the trial: the same run with `steps` steps and its stores in `folder`."""
     jobs = list(chain.from_iterable(groups))
     sections, trained = sections_of(run), steps * run.train.batch_rows
@@ -103,7 +106,7 @@ def shortened(run: Run, groups: Sequence[Sequence[Basis]], steps: int, folder: s
     sections["processes"] = sections.get("processes", {}) | {"producers": 1}
     for section in ("telemetry", "evaluate", "index"):
         sections.pop(section, None)
-    own = {job.run.name: _own_settings(job, steps) for job in jobs}
+    own = {job.run.name: _job_settings(job, steps) for job in jobs}
     if run.sweep is None:
         for key, value in own[run.name].items():
             section, name = key.split(".")
@@ -119,7 +122,7 @@ def shortened(run: Run, groups: Sequence[Sequence[Basis]], steps: int, folder: s
     return validate_run(sections, "--measure")
 
 
-def _own_settings(job: Basis, steps: int) -> dict[str, Any]:
+def _job_settings(job: Basis, steps: int) -> dict[str, Any]:
     """Return the settings of a job, by key, that differ in the trial."""
     run, trained = job.run, steps * job.run.train.batch_rows
     settings: dict[str, Any] = {
@@ -162,7 +165,9 @@ def _producer_rate(short: Run) -> tuple[float, int]:
     return (sum(rows.values()) - rows[first]) / seconds, sum(rows.values())
 
 
-def time_of(records: Sequence[Mapping[str, Any]], dead_share: float) -> tuple[float, float]:
+def step_and_total_seconds(
+    records: Sequence[Mapping[str, Any]], dead_share: float
+) -> tuple[float, float]:
     """Return the mean step time of the run, and the time of all steps of the trial, in seconds.
 
     The measured time of the first record's steps is ignored, because they also map memory and load

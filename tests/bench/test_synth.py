@@ -19,7 +19,7 @@ from dist_sae.bench.peers.processes import run_script
 from dist_sae.bench.synth import run_dist_sae
 from dist_sae.bench.synth.detection import f1_at_l0
 from dist_sae.bench.synth.drawing import sampler
-from dist_sae.bench.synth.orthogonal import orthogonalised
+from dist_sae.bench.synth.orthogonal import orthogonalize
 from dist_sae.bench.synth.rows import HELDOUT, TRAINING, Rows, RowsWriter
 from dist_sae.bench.synth.worlds import DIST_SAE, SAE_LENS, Trainer, find_world, parse_trainer
 from dist_sae.distributed.local_ranks import rank_environments
@@ -107,8 +107,8 @@ def test_directions_are_those_of_the_loss_over_all_pairs() -> None:
         (between + 12 * (on_itself - 1).square().sum()).backward()
         optimizer.step()
     expected = (expected / expected.norm(dim=1, keepdim=True)).detach()
-    torch.testing.assert_close(orthogonalised(start, 20, 1e-2), expected, atol=1e-12, rtol=0)
-    assert orthogonalised(start, 0, 1e-2).allclose(start / start.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(orthogonalize(start, 20, 1e-2), expected, atol=1e-12, rtol=0)
+    assert orthogonalize(start, 0, 1e-2).allclose(start / start.norm(dim=1, keepdim=True))
 
 
 def node(feature: int | None, *children: Any, excludes: bool, scales: bool) -> SimpleNamespace:

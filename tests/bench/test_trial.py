@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_sae.bench.trial import shortened, time_of
+from dist_sae.bench.trial import step_and_total_seconds, trial_run
 from dist_sae.commands.cli import main
 from dist_sae.config import jobs_of
 from dist_sae.planning.basis import find_basis
@@ -24,22 +24,22 @@ def test_steps_count_as_much_as_in_the_run() -> None:
     """
     records = [record(2, 9.0), record(4, 2.0), *(record(step, 6.0) for step in (6, 8, 10, 12))]
     records += [{"step": 12, "heldout_fvu": 0.1}, record(14, 6.0), record(16, 6.0)]
-    step, all_steps = time_of(records, 0.1)
+    step, all_steps = step_and_total_seconds(records, 0.1)
     assert step == pytest.approx(0.1 * 1 + 0.9 * 3)
     assert all_steps == pytest.approx((2 + 6 * 6) * 16 / 14)
-    assert time_of(records, 1.0)[0] == pytest.approx((2 + 6 * 6) / 14)
+    assert step_and_total_seconds(records, 1.0)[0] == pytest.approx((2 + 6 * 6) / 14)
 
 
 def test_every_job_of_a_sweep_is_shortened(tmp_path: Path) -> None:
     """Latents are dead after .6 of the rows of the one job, which is more than a quarter."""
     sweep = {"over": {"sae.dead_after_rows": [2458, 100]}, "jobs": {"a": {"train.warmup_steps": 8}}}
     run = make_run(tmp_path, TINY, sweep=sweep)
-    short = shortened(run, [find_basis(run)], 16, str(tmp_path / "trial"))
+    short = trial_run(run, [find_basis(run)], 16, str(tmp_path / "trial"))
     found = [
         (job.train.rows, job.dead_after_rows, job.train.warmup_steps) for job in jobs_of(short)
     ]
     assert found == [(4096, 2458, 8), (4096, 1024, 8)]
-    half = shortened(run, [find_basis(run)], 8, str(tmp_path / "trial"))
+    half = trial_run(run, [find_basis(run)], 8, str(tmp_path / "trial"))
     assert [job.train.warmup_steps for job in jobs_of(half)] == [4, 4]
     assert [job.name for job in jobs_of(half)] == [job.name for job in jobs_of(run)]
 

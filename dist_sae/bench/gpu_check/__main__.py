@@ -60,19 +60,19 @@ def _run_here(options: argparse.Namespace) -> None:
     """Run a stage, or one of its ranks, in this process."""
     import torch
 
-    from dist_sae.bench.gpu_check.check import Check
+    from dist_sae.bench.gpu_check.stage import StageContext
 
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
     with tempfile.TemporaryDirectory(prefix="gpu_check.") as folder:
-        check = Check(device, Path(folder))
+        context = StageContext(device, Path(folder))
         stage = options.stage or options.rank_of
         module = importlib.import_module(f"{__package__}.{stage}")  # the others are slow to import
         if options.rank_of:
-            module.one_of_two(check)
+            module.run_rank(context)
             return
-        for record in getattr(module, stage)(check):
+        for record in getattr(module, stage)(context):
             print(json.dumps(record), flush=True)  # noqa: T201 - read by the parent
 
 
@@ -82,7 +82,7 @@ def _results(stage: str, device: str) -> Iterator[dict[str, Any]]:
     limit = LIMITS_SECONDS[stage] if device == "cuda" else _DRY_LIMIT_SECONDS
     command = [sys.executable, "-m", __package__, "--device", device, "--stage", stage]
     late = threading.Event()
-    said: list[str] = []
+    stderr_tail: list[str] = []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
@@ -98,7 +98,7 @@ def _results(stage: str, device: str) -> Iterator[dict[str, Any]]:
         timer = threading.Timer(limit, end_late)
         assert process.stdout is not None
         assert process.stderr is not None
-        listener = threading.Thread(target=_listen, args=(process.stderr, said))
+        listener = threading.Thread(target=_copy_stderr, args=(process.stderr, stderr_tail))
         timer.start()
         listener.start()
         try:
@@ -112,20 +112,22 @@ def _results(stage: str, device: str) -> Iterator[dict[str, Any]]:
             end()  # processes it left running would keep its pipes open
             listener.join()
     if late.is_set() or code:
-        reason = f"took more than {limit} s" if late.is_set() else _last(said, code)
+        reason = (
+            f"took more than {limit} s" if late.is_set() else _failure_reason(stderr_tail, code)
+        )
         yield {"stage": stage, "check": "the whole stage", "ok": False, "reason": reason}
 
 
-def _listen(stderr: IO[str], said: list[str]) -> None:
-    """Copy a stage's stderr to ours, and keep its last 100 lines in `said`."""
+def _copy_stderr(stderr: IO[str], stderr_tail: list[str]) -> None:
+    """Copy a stage's stderr to ours, and keep its last 100 lines in `stderr_tail`."""
     for line in stderr:
         sys.stderr.write(line)
-        said.append(line.strip())
-        del said[:-100]
+        stderr_tail.append(line.strip())
+        del stderr_tail[:-100]
 
 
-def _last(said: Sequence[str], code: int) -> str:
-    return next((line for line in reversed(said) if line), f"exit code {code}")
+def _failure_reason(stderr_tail: Sequence[str], code: int) -> str:
+    return next((line for line in reversed(stderr_tail) if line), f"exit code {code}")
 
 
 def _print_table(found: Sequence[dict[str, Any]]) -> None:

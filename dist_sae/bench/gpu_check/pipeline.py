@@ -15,7 +15,13 @@ from typing import Any
 import torch
 import yaml
 
-from dist_sae.bench.gpu_check.check import Check, Record, held, measured, relative_error
+from dist_sae.bench.gpu_check.stage import (
+    Record,
+    StageContext,
+    comparison,
+    measurement,
+    relative_error,
+)
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.config import Run, load_run
 from dist_sae.data.activation_set import ActivationSet
@@ -37,15 +43,15 @@ _ROWS_BOUND = 1e-4
 _LIMIT_SECONDS = 600.0  # a fallback: the stage has its own limit
 
 
-def pipeline(check: Check) -> Iterator[Record]:
+def pipeline(context: StageContext) -> Iterator[Record]:
     """Run programs as processes where the check needs a new process, else call their functions."""
-    path = _make(check)
+    path = _make(context)
     run = load_run(path)
     plan(run)
     with Telemetry(run.name, "produce", None) as telemetry:
         made = produce(run, Worker("check"), threading.Event(), telemetry)
-    yield measured("produced", **made)
-    on_cpu = [f"store.activations={check.folder / 'on_cpu'}", "processes.device=cpu"]
+    yield measurement("produced", **made)
+    on_cpu = [f"store.activations={context.folder / 'on_cpu'}", "processes.device=cpu"]
     plan(load_run(path, on_cpu))
     processes = [
         _start("produce", path, *on_cpu),
@@ -55,7 +61,7 @@ def pipeline(check: Check) -> Iterator[Record]:
     try:
         stopped_at = _stop(processes[2])
         ends = [process.wait(_LIMIT_SECONDS) for process in processes]
-        yield held("a run is stopped", int(ends[2] != EXIT_RESUMABLE), 0, step=stopped_at)
+        yield comparison("a run is stopped", int(ends[2] != EXIT_RESUMABLE), 0, step=stopped_at)
         yield _same_rows(run, load_run(path, on_cpu))
         processes.append(_start("train", path, "name=stopped"))
         ends += [processes[3].wait(_LIMIT_SECONDS)]
@@ -63,19 +69,19 @@ def pipeline(check: Check) -> Iterator[Record]:
         for process in processes:
             process.kill()
             process.wait()
-    yield held("the others end well", sum(code != 0 for code in (*ends[:2], ends[3])), 0)
+    yield comparison("the others end well", sum(code != 0 for code in (*ends[:2], ends[3])), 0)
     yield _same_weights(run)
     found = evaluate(load_run(path, ["name=straight"]), mesh=alone())
     kept = ("fvu", "pca_fvu", "l0", "ce_clean", "ce_spliced", "evaluate_seconds")
-    yield measured("evaluated", **{name: found[name] for name in kept if name in found})
+    yield measurement("evaluated", **{name: found[name] for name in kept if name in found})
 
 
-def _make(check: Check) -> Path:
+def _make(context: StageContext) -> Path:
     """Write the model, its tokenizer, a text and the run file. Returns the run file's path."""
     import transformers  # slow to import
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    d_in, layers, documents, batch = (16, 2, 60, 64) if check.is_dry else (256, 4, 4000, 2048)
+    d_in, layers, documents, batch = (16, 2, 60, 64) if context.is_dry else (256, 4, 4000, 2048)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=_WORDS,
@@ -90,7 +96,7 @@ def _make(check: Check) -> Path:
         eos_token_id=1,
         pad_token_id=1,
     )
-    folder = check.folder / "model"
+    folder = context.folder / "model"
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     words = {"<s>": 0, "</s>": 1, "?": 2} | {f"w{i}": i for i in range(3, _WORDS)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
@@ -102,12 +108,15 @@ def _make(check: Check) -> Path:
     texts = (
         " ".join(f"w{chosen.randrange(3, _WORDS)}" for _ in range(120)) for _ in range(documents)
     )
-    text = check.folder / "text.jsonl"
+    text = context.folder / "text.jsonl"
     text.write_text("".join(json.dumps({"text": each}) + "\n" for each in texts))
-    rows = 40 * batch if check.is_dry else 150 * batch
+    rows = 40 * batch if context.is_dry else 150 * batch
     settings: dict[str, Any] = {
         "name": "check",
-        "store": {"activations": str(check.folder / "acts"), "runs": str(check.folder / "runs")},
+        "store": {
+            "activations": str(context.folder / "acts"),
+            "runs": str(context.folder / "runs"),
+        },
         "model": {"kind": "huggingface", "path": str(folder), "dtype": "fp32"},
         "corpus": {"kind": "files", "files": [str(text)]},
         "activations": {"sites": [_SITE], "context_tokens": 64, "streams": 4, "dtype": "fp32"},
@@ -122,7 +131,7 @@ def _make(check: Check) -> Path:
         "evaluate": {"rows": 4 * batch, "contexts": 16},
         "index": {"workers": 0},
     }
-    path = check.folder / "run.yaml"
+    path = context.folder / "run.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
 
@@ -150,9 +159,9 @@ def _same_rows(run: Run, on_cpu: Run) -> Record:
     error, n_rows = 0.0, 0
     for one, other in itertools.zip_longest(*map(_rows, (run, on_cpu))):
         if one is None or other is None or one.shape != other.shape:
-            return held("rows as on the CPU", float("nan"), _ROWS_BOUND)
+            return comparison("rows as on the CPU", float("nan"), _ROWS_BOUND)
         error, n_rows = max(error, relative_error(one, other)), n_rows + len(one)
-    return held("rows as on the CPU", error, _ROWS_BOUND, rows=n_rows)
+    return comparison("rows as on the CPU", error, _ROWS_BOUND, rows=n_rows)
 
 
 def _rows(run: Run) -> Iterator[torch.Tensor]:
@@ -172,4 +181,4 @@ def _same_weights(run: Run) -> Record:
     names = one.manifest.tensors.keys() | other.manifest.tensors.keys()
     unlike = sum(not torch.equal(one.read(name), other.read(name)) for name in names)
     unlike += one.step != other.step
-    return held("resumed in a new process, bitwise", unlike, 0, step=other.step)
+    return comparison("resumed in a new process, bitwise", unlike, 0, step=other.step)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_sae.bench.gpu_check.check import Check, Record, held, relative_error
+from dist_sae.bench.gpu_check.stage import Record, StageContext, comparison, relative_error
 from dist_sae.kernels import Adam, Entries, Kernels
 from dist_sae.kernels.choice import choose_kernels
 from dist_sae.kernels.keys import NOTHING
@@ -22,25 +22,25 @@ class _Shape(NamedTuple):
     """770 tests a width that is not a multiple of a kernel's block."""
 
 
-def products(check: Check) -> Iterator[Record]:
+def products(context: StageContext) -> Iterator[Record]:
     """Compare products of each pattern, and updates. Selections must be bitwise equal."""
-    kernels = choose_kernels("auto", check.device)
+    kernels = choose_kernels("auto", context.device)
     shapes = (
         [_Shape(32, 64, 20)]
-        if check.is_dry
+        if context.is_dry
         else [_Shape(4096, 65_536, 768), _Shape(999, 8192, 770)]
     )
     for shape in shapes:
         for pattern in ("random", "one latent on every row", "every other row empty", "k = 1"):
             for dtype, bound in _BOUNDS.items():
-                errors = _errors(kernels, shape, pattern, dtype, check.device)
+                errors = _errors(kernels, shape, pattern, dtype, context.device)
                 worst = max(errors, key=lambda product: errors[product])
                 name = f"{kernels.name}: {pattern}, {shape.d_in} wide, {str(dtype)[6:]}"
-                yield held(name, errors[worst], bound, worst=worst)
+                yield comparison(name, errors[worst], bound, worst=worst)
         for k in (1, 32):
-            yield _selection(kernels, shape, k, check.device)
+            yield _selection(kernels, shape, k, context.device)
         for unit_rows in (False, True):
-            yield _update(kernels, shape, check.device, unit_rows=unit_rows)
+            yield _update(kernels, shape, context.device, unit_rows=unit_rows)
 
 
 def _errors(
@@ -105,7 +105,7 @@ def _selection(kernels: Kernels, shape: _Shape, k: int, device: torch.device) ->
         return best.sort(1).values.cpu()
 
     wrong = int((keep(kernels, device) != keep(TORCH, torch.device("cpu"))).sum())
-    return held(f"{kernels.name}: the {k} largest, with ties", wrong, 0)
+    return comparison(f"{kernels.name}: the {k} largest, with ties", wrong, 0)
 
 
 def _update(kernels: Kernels, shape: _Shape, device: torch.device, *, unit_rows: bool) -> Record:
@@ -128,4 +128,4 @@ def _update(kernels: Kernels, shape: _Shape, device: torch.device, *, unit_rows:
     worst = max(relative_error(*pair) for pair in zip(found, expected, strict=True))
     wrong = int((copy != found[0].bfloat16()).sum())
     rows = "unit rows" if unit_rows else "free rows"
-    return held(f"{kernels.name}: Adam, {rows}, {shape.d_in} wide", max(worst, wrong), 1e-6)
+    return comparison(f"{kernels.name}: Adam, {rows}, {shape.d_in} wide", max(worst, wrong), 1e-6)

@@ -9,8 +9,15 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from dist_sae.bench.gpu_check.check import Check, Record, held, measured
-from dist_sae.bench.gpu_check.recipes import PlainStep, Trained, difference, on, shape_of, train
+from dist_sae.bench.gpu_check.recipes import (
+    PlainStep,
+    Trained,
+    difference,
+    shape_of,
+    to_device,
+    train,
+)
+from dist_sae.bench.gpu_check.stage import Record, StageContext, comparison, measurement
 from dist_sae.bench.step import StepShape, TrainingStep, random_batches
 from dist_sae.dictionaries.interface import Rows
 from dist_sae.distributed.local_ranks import rank_environments
@@ -25,15 +32,15 @@ LAYOUTS = {"1 x 2, topk": ("topk", 2), "1 x 2, routed": ("routed", 2), "2 x 1, t
 last because DeepSpeed keeps the process groups of its first mesh."""
 
 
-def ranks(check: Check) -> Iterator[Record]:
+def ranks(context: StageContext) -> Iterator[Record]:
     """Compare the FVUs of two ranks with the FVUs of one rank that has all rows."""
-    steps = _steps(check)
-    alone = ALONE._replace(device=check.device)
+    steps = _steps(context)
+    alone = ALONE._replace(device=context.device)
     expected = {
-        name: train(shape_of(kind, dry=check.is_dry), alone, steps)
+        name: train(shape_of(kind, dry=context.is_dry), alone, steps)
         for name, (kind, _) in LAYOUTS.items()
     }
-    command = [sys.executable, "-m", "dist_sae.bench.gpu_check", "--device", check.device.type]
+    command = [sys.executable, "-m", "dist_sae.bench.gpu_check", "--device", context.device.type]
     command += ["--rank-of", "ranks"]
     children = [
         subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
@@ -49,32 +56,34 @@ def ranks(check: Check) -> Iterator[Record]:
         raise RuntimeError(f"rank 0 ended with {children[0].returncode}; see what it said")
     found = json.loads(out.splitlines()[-1])
     for name, fvus in found.items():
-        yield held(f"{name}: as one rank", difference(Trained(fvus, []), expected[name]), _BOUND)
-    if not check.is_dry:
+        yield comparison(
+            f"{name}: as one rank", difference(Trained(fvus, []), expected[name]), _BOUND
+        )
+    if not context.is_dry:
         yield _nccl()
 
 
-def one_of_two(check: Check) -> None:
+def run_rank(context: StageContext) -> None:
     """Train as one of two ranks in every layout. Rank 0 prints the FVUs."""
     found = {}
     with rendezvous(2, _LIMIT_SECONDS) as joined:
         for name, (kind, shards) in LAYOUTS.items():
             own = joined._replace(generation=f"{joined.generation}/{name}")
-            with join_mesh(own, shards, shared_by_all=check.device) as mesh:
-                found[name] = _train(shape_of(kind, dry=check.is_dry), mesh, _steps(check))
+            with join_mesh(own, shards, shared_by_all=context.device) as mesh:
+                found[name] = _train(shape_of(kind, dry=context.is_dry), mesh, _steps(context))
     if joined.rank == 0:
         sys.stdout.write(json.dumps(found) + "\n")
 
 
-def _steps(check: Check) -> int:
-    return 3 if check.is_dry else 10
+def _steps(context: StageContext) -> int:
+    return 3 if context.is_dry else 10
 
 
 def _train(shape: StepShape, mesh: Mesh, steps: int) -> list[float]:
     """Make the steps of `recipes.train` on this rank's half of the rows. Returns their FVUs."""
     kind = PlainStep if mesh.axis.replicas == 1 else TrainingStep
     step = kind(shape, mesh)
-    batches = [_half(on(rows, mesh), mesh) for rows in random_batches(shape, ALONE, 2)]
+    batches = [_half(to_device(rows, mesh), mesh) for rows in random_batches(shape, ALONE, 2)]
     step.initialise(batches[0])
     fvus = []
     for number in range(steps):
@@ -99,4 +108,4 @@ def _nccl() -> Record:
         summed = x.clone()
         dist.all_reduce(summed)
         same = all(torch.equal(x, y) for y in (gathered, scattered, exchanged, summed))
-        return measured("NCCL with one rank", backend=dist.get_backend()) | {"ok": same}
+        return measurement("NCCL with one rank", backend=dist.get_backend()) | {"ok": same}

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_sae.bench.gpu_check.check import Check, Record, held
+from dist_sae.bench.gpu_check.stage import Record, StageContext, comparison
 from dist_sae.bench.step import StepShape, TrainingStep, random_batches
 from dist_sae.config import Run
 from dist_sae.config.messages import sections_by_kind
@@ -41,18 +41,20 @@ class Trained(NamedTuple):
     parameters: list[Tensor]
 
 
-def recipes(check: Check) -> Iterator[Record]:
+def recipes(context: StageContext) -> Iterator[Record]:
     """Compare every step's FVU with the CPU's. A second run must give bitwise equal weights."""
-    steps = 3 if check.is_dry else 20
-    here = ALONE._replace(device=check.device)
+    steps = 3 if context.is_dry else 20
+    here = ALONE._replace(device=context.device)
     for kind in sections_by_kind(Run.model_fields["sae"].annotation):
-        shape = shape_of(kind, dry=check.is_dry)
+        shape = shape_of(kind, dry=context.is_dry)
         on_cpu, first, second = (train(shape, mesh, steps) for mesh in (ALONE, here, here))
         error = difference(first, on_cpu)
-        yield held(f"{kind}: {steps} steps as on the CPU", error, _LOSS_BOUND, fvu=first.fvus[-1])
+        yield comparison(
+            f"{kind}: {steps} steps as on the CPU", error, _LOSS_BOUND, fvu=first.fvus[-1]
+        )
         pairs = zip(first.parameters, second.parameters, strict=True)
         other = sum(not torch.equal(one, two) for one, two in pairs)
-        yield held(f"{kind}: the same steps twice, bitwise", other, 0)
+        yield comparison(f"{kind}: the same steps twice, bitwise", other, 0)
 
 
 def shape_of(kind: str, *, dry: bool) -> StepShape:
@@ -80,14 +82,14 @@ def train(shape: StepShape, mesh: Mesh, steps: int) -> Trained:
     start = PlainStep(shape, ALONE)
     start.initialise(batches[0])
     step = PlainStep(shape, mesh)
-    here = [on(rows, mesh) for rows in batches]
+    here = [to_device(rows, mesh) for rows in batches]
     step.initialise(here[0])
     step.sae.load_state_dict(start.sae.state_dict())
     fvus = [step(here[number % 2]) for number in range(steps)]
     return Trained(fvus, [parameter.detach().cpu() for parameter in step.sae.parameters()])
 
 
-def on(rows: Rows, mesh: Mesh) -> Rows:
+def to_device(rows: Rows, mesh: Mesh) -> Rows:
     """Copy rows to a mesh's device. Targets that are the inputs remain the same tensor."""
     inputs = rows.inputs.to(mesh.device)
     same = rows.targets is rows.inputs

@@ -81,7 +81,7 @@ def ensure_environment(peer: Peer, folder: Path) -> Path:
     return python
 
 
-def last_words(text: str) -> str:
+def last_line(text: str) -> str:
     """Return the last non-empty line, where Python and pip put the reason of a failure."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "it said nothing"
@@ -90,4 +90,4 @@ def last_words(text: str) -> str:
 def _call(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise PeerError(f"{' '.join(command[1:])}: {last_words(done.stderr or done.stdout)}")
+        raise PeerError(f"{' '.join(command[1:])}: {last_line(done.stderr or done.stdout)}")

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
-from dist_sae.bench.peers.environments import Peer, PeerError, last_words
+from dist_sae.bench.peers.environments import Peer, PeerError, last_line
 
 RUN_LIMIT_SECONDS = 4 * 3600
 
@@ -69,8 +69,8 @@ def run_script(
                 signal = -child.returncode
                 raise PeerError(f"killed by signal {signal}; 9 is often a lack of memory")
             if child.returncode:
-                raise PeerError(_last_words_of(errors))
-        answer = _last_words_of(children[0][1])
+                raise PeerError(_last_line_of(errors))
+        answer = _last_line_of(children[0][1])
     try:
         result = json.loads(answer)
     except ValueError:
@@ -80,9 +80,9 @@ def run_script(
     return result
 
 
-def _last_words_of(file: IO[bytes]) -> str:
+def _last_line_of(file: IO[bytes]) -> str:
     file.seek(0)
-    return last_words(file.read().decode(errors="replace"))
+    return last_line(file.read().decode(errors="replace"))
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 def sampler(generator: Any, hierarchy: Any) -> Callable[[int], Tensor]:
     """Return a function that draws n rows of a generator, dense or sparse.
 
-    Uses `Draw` where it applies: with a correlation of low rank, and a feature at every node.
+    Uses `TreeSampler` if it applies: the correlation has low rank, and every node has a feature.
 
     Args:
         generator: sae-lens's `ActivationGenerator`.
@@ -28,10 +28,10 @@ def sampler(generator: Any, hierarchy: Any) -> Callable[[int], Tensor]:
     if generator.low_rank_correlation is None or any(n.feature_index is None for n in nodes):
         sample: Callable[[int], Tensor] = generator.sample
         return sample
-    return Draw(generator, nodes).sample
+    return TreeSampler(generator, nodes).sample
 
 
-class Draw:
+class TreeSampler:
     """A sampler for a generator whose features form trees.
 
     Draws the same random numbers as sae-lens in the same order, so rows are bitwise equal. In

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 
-def orthogonalised(directions: Tensor, steps: int, lr: float) -> Tensor:
+def orthogonalize(directions: Tensor, steps: int, lr: float) -> Tensor:
     """Take steps of Adam on sum_{i != j} (e_i . e_j)^2 + n sum_i (|e_i|^2 - 1)^2.
 
     The gradient is 4 (E E^T E + n (|e|^2 - 1) e - |e|^2 e). So a step multiplies by E^T E, [d, d],

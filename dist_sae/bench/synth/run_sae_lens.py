@@ -79,7 +79,7 @@ def _features(config: Any) -> Any:
 
     def make_orthogonal(features: Any) -> None:
         vectors = features.feature_vectors
-        vectors.data = orthogonal.orthogonalised(vectors.data, settings.num_steps, settings.lr)
+        vectors.data = orthogonal.orthogonalize(vectors.data, settings.num_steps, settings.lr)
 
     return FeatureDictionary(
         config.num_features,
@@ -120,7 +120,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds}
 
 
-class _Replayed:
+class _HeldoutFeatures:
     """Stand-in for the feature generator that returns the held-out rows' features in order."""
 
     def __init__(self, part: rows.Rows) -> None:
@@ -140,7 +140,7 @@ def score(spec: dict[str, Any]) -> dict[str, Any]:
     result = eval_sae_on_synthetic_data(
         sae,
         world.feature_dict,
-        _Replayed(heldout),
+        _HeldoutFeatures(heldout),
         num_samples=len(heldout),
         batch_size=_CHUNK_ROWS,
     )

@@ -13,7 +13,7 @@ Record = dict[str, Any]
 """A result: `check`, the name; `ok`, whether the check passed; and numbers."""
 
 
-class Check(NamedTuple):
+class StageContext(NamedTuple):
     """The device and folder of a stage."""
 
     device: torch.device
@@ -51,11 +51,11 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     return float((value - expected).norm() / expected.norm().clamp(min=1e-300))
 
 
-def held(check: str, error: float, bound: float, **numbers: Any) -> Record:
+def comparison(name: str, error: float, bound: float, **numbers: Any) -> Record:
     """Return the record of a comparison, which passes if error <= bound. NaN fails."""
-    return {"check": check, "ok": bool(error <= bound), "error": error, "bound": bound, **numbers}
+    return {"check": name, "ok": bool(error <= bound), "error": error, "bound": bound, **numbers}
 
 
-def measured(check: str, **numbers: Any) -> Record:
+def measurement(name: str, **numbers: Any) -> Record:
     """Return the record of a measurement, which has no bound and always passes."""
-    return {"check": check, "ok": True, **numbers}
+    return {"check": name, "ok": True, **numbers}
