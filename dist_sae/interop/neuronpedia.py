@@ -34,8 +34,8 @@ from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel, layer_of
 from dist_sae.data.plan import load_plan
 from dist_sae.errors import ConfigError, NoIndexError, ObjectNotFoundError
+from dist_sae.explaining.explanations import ScoredExplanation, explanations_of
 from dist_sae.explaining.stored import sets
-from dist_sae.explaining.told import Told, told_of
 from dist_sae.index.examples import activations_near, apart, read_documents
 from dist_sae.index.layout import DECILES, HISTOGRAM_BARS, TOP
 from dist_sae.index.query import Firing, Index, LatentPage
@@ -177,9 +177,9 @@ def _write_explanations(
     among = sets(index)
     for number, latents in enumerate(batches if among else ()):
         rows = [
-            _explanation(latent, told, names, index)
+            _explanation(latent, scored, names, index)
             for latent in latents
-            for told in told_of(latent, among)
+            for scored in explanations_of(latent, among)
         ]
         if rows:
             runs.put(_batch(prefix, "explanations", number), _gzipped(rows))
@@ -309,16 +309,16 @@ def _activations(
         }
 
 
-def _explanation(latent: int, told: Told, names: _Names, index: Index) -> _Row:
+def _explanation(latent: int, scored: ScoredExplanation, names: _Names, index: Index) -> _Row:
     """Return a line of `explanations/`."""
     return {
-        "id": _id(index, told.name, latent, told.explanation),
+        "id": _id(index, scored.name, latent, scored.explanation),
         "modelId": names.model,
         "layer": names.source,
         "index": str(latent),
-        "description": told.explanation,
+        "description": scored.explanation,
         "authorId": names.creator,
-        "notes": f"{told.name}; {told.judged}".rstrip("; "),
+        "notes": f"{scored.name}; {scored.score_text}".rstrip("; "),
     }
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from dist_sae.data.orders import permutation
-from dist_sae.explaining.told import Told, told_of_all
+from dist_sae.explaining.explanations import ScoredExplanation, explanations_of_all
 from dist_sae.index.examples import activations_near, apart, read_documents
 from dist_sae.index.query import Firing, Index, LatentPage, Output
 from dist_sae.index.texts import Example, Place, Texts, build_example
@@ -32,7 +32,7 @@ class LatentView(NamedTuple):
     top_tokens: list[tuple[str, float]]
     """Text of each token whose logit the latent raises most, and the effect on the logit."""
     bottom_tokens: list[tuple[str, float]]
-    explanations: list[Told]
+    explanations: list[ScoredExplanation]
     """Explanations by `dist-sae explain`."""
 
 
@@ -57,7 +57,7 @@ def view_latents(
         CorpusError: The text is gone, or differs from the text that activations were computed from.
     """
     pages = [index.latent(latent) for latent in latents]
-    told = told_of_all([page.latent for page in pages], index)
+    explanations_by_latent = explanations_of_all([page.latent for page in pages], index)
     largest = [list(apart(page.largest))[:most_examples] if texts else [] for page in pages]
     sampled = [_of_deciles(page.examples, of_decile) if texts else {} for page in pages]
     wanted = [
@@ -68,7 +68,7 @@ def view_latents(
         read_documents(texts, [firing for firings in wanted for firing in firings])
     views = []
     for page, explanations, ours, others, firings in zip(
-        pages, told, largest, sampled, wanted, strict=True
+        pages, explanations_by_latent, largest, sampled, wanted, strict=True
     ):
         known = activations_near(index, page.latent, firings)
 

@@ -218,9 +218,9 @@ class Explorer:
     def _full(self, view: LatentView) -> Iterator[str]:
         page = view.page
         yield f"latent {page.latent}"
-        for told in view.explanations:
-            yield f"  explained {_quoted(told.explanation)}"
-            yield f"            ({told.name}{told.judged and f'; {told.judged}'})"
+        for scored in view.explanations:
+            yield f"  explained {_quoted(scored.explanation)}"
+            yield f"            ({scored.name}{scored.score_text and f'; {scored.score_text}'})"
         yield (
             f"  fires     on {100 * page.density:.3g} % of rows ({page.firings:,} times), denser "
             f"than {100 * view.denser_than:.3g} % of latents"
@@ -301,7 +301,7 @@ def _as_json(view: LatentView) -> dict[str, Any]:
         "bottom_tokens": _ends(page.bottom_tokens, view.bottom_tokens),
         "examples": [firing._asdict() for firing in page.examples],
         "texts": [_text(example) for example in view.examples],
-        "explanations": [told.as_json() for told in view.explanations],
+        "explanations": [scored.as_json() for scored in view.explanations],
         "decile_texts": {str(decile): _text(e) for decile, (e, *_) in view.sampled.items()},
     }
 

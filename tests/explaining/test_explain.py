@@ -11,9 +11,9 @@ import pytest
 from dist_sae import patience
 from dist_sae.commands.cli import main
 from dist_sae.config import Run
+from dist_sae.explaining.explanations import explanations_of
 from dist_sae.explaining.scoring import Judged, Said
 from dist_sae.explaining.stored import ExplanationSet, sets
-from dist_sae.explaining.told import told_of
 from dist_sae.index.query import Index
 from dist_sae.report.build import report
 from dist_sae.storage import open_store
@@ -51,7 +51,7 @@ class Asking:
 
     def told(self, latent: int, name: str = "tests") -> Any:
         index = Index(open_store(self.run.store.runs), self.run.name)
-        (told,) = told_of(latent, [ExplanationSet(index, name)])
+        (told,) = explanations_of(latent, [ExplanationSet(index, name)])
         return told
 
     def judged(self, latent: int) -> list[Judged]:

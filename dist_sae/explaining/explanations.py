@@ -8,7 +8,7 @@ from dist_sae.explaining.stored import ExplanationSet, sets
 from dist_sae.index.query import Index
 
 
-class Told(NamedTuple):
+class ScoredExplanation(NamedTuple):
     """An explanation of a latent, with its score."""
 
     name: str
@@ -17,25 +17,25 @@ class Told(NamedTuple):
     score: Score
 
     @property
-    def judged(self) -> str:
+    def score_text(self) -> str:
         """The score in words; empty if nothing was judged."""
-        told = self.score
+        score = self.score
         parts = []
-        if told.balanced_accuracy is not None:
+        if score.balanced_accuracy is not None:
             parts.append(
-                f"detection {told.balanced_accuracy:.2f} ({told.low:.2f} to {told.high:.2f})"
+                f"detection {score.balanced_accuracy:.2f} ({score.low:.2f} to {score.high:.2f})"
             )
         parts += [
             f"yes on {said.yes} of {said.of} {what}"
             for said, what in (
-                (told.active, "active"),
-                (told.random, "silent"),
-                (told.near, "near misses"),
+                (score.active, "active"),
+                (score.random, "silent"),
+                (score.near, "near misses"),
             )
             if said.of
         ]
-        if told.unanswered:
-            parts.append(f"{told.unanswered} without an answer")
+        if score.unanswered:
+            parts.append(f"{score.unanswered} without an answer")
         return ", ".join(parts)
 
     def as_json(self) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class Told(NamedTuple):
         return {"set": self.name, "explanation": self.explanation, **numbers, "deciles": deciles}
 
 
-def told_of(latent: int, among: Iterable[ExplanationSet]) -> list[Told]:
+def explanations_of(latent: int, among: Iterable[ExplanationSet]) -> list[ScoredExplanation]:
     """Read the explanations of a latent from some sets.
 
     Raises:
@@ -57,17 +57,17 @@ def told_of(latent: int, among: Iterable[ExplanationSet]) -> list[Told]:
     """
     found = ((each.name, each.get(latent)) for each in among)
     return [
-        Told(name, there.explanation, score(there.judged))
+        ScoredExplanation(name, there.explanation, score(there.judged))
         for name, there in found
         if there is not None and there.explanation is not None
     ]
 
 
-def told_of_all(latents: Iterable[int], index: Index) -> list[list[Told]]:
+def explanations_of_all(latents: Iterable[int], index: Index) -> list[list[ScoredExplanation]]:
     """Read the explanations of latents from all sets of an index.
 
     Raises:
         CorruptObjectError: An explanation is damaged.
     """
     there = sets(index)
-    return [told_of(latent, there) for latent in latents]
+    return [explanations_of(latent, there) for latent in latents]
