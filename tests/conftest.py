@@ -19,20 +19,22 @@ import torch
 from tests.preloaded import preloaded_programs
 from tests.servers import OWNER, SERVERS, Server
 
-# Several workers with a thread for each core would spend most of their time on one another.
+# several workers with one thread per core each would mostly wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-# Without a GPU the Triton kernels run in Triton's interpreter. Triton reads this when a kernel is
-# defined, so it is set before any test can import one; torch and DeepSpeed work with it either way.
+# Without a GPU, the Triton kernels run in Triton's interpreter. Triton reads this variable when a
+# kernel is defined, so it must be set before any test imports one. It does not affect torch and
+# DeepSpeed.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _where_shapes_are_named(checked: Callable[..., Any]) -> Callable[..., Any]:
-    """Let jaxtyping check signatures that name shapes; mypy has checked the others.
+    """Let jaxtyping check only signatures with shapes. mypy checks the others.
 
-    A check costs more than most functions: with them all, some tests take twice as long.
+    A check takes longer than most functions. With checks of all signatures, some tests take twice
+    as long.
     """
 
     def jaxtyped(**options: Any) -> Callable[[Any], Any]:
@@ -45,10 +47,10 @@ def _where_shapes_are_named(checked: Callable[..., Any]) -> Callable[..., Any]:
     return jaxtyped
 
 
-# before the modules that its import hook decorates are imported
+# must come before the imports of the modules that jaxtyping's import hook decorates
 jaxtyping.jaxtyped = _where_shapes_are_named(jaxtyping.jaxtyped)
 
-REAL_SERVERS = {"seaweedfs", "rclone"}  # moto is threads of the tests' own process
+REAL_SERVERS = {"seaweedfs", "rclone"}  # moto runs in threads of the tests' own process
 _LONGEST = (
     "tests/kubernetes/test_pods.py",
     "tests/commands/test_run.py",
@@ -75,7 +77,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Collect no garbage while modules are imported, which stay, nor look at them ever again."""
+    """Disable the garbage collector during imports, and let it ignore the modules afterwards."""
     gc.disable()
     try:
         return (yield)
@@ -87,7 +89,7 @@ def pytest_collection() -> Generator[None, object, object]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the cases on real servers, and run the longest files first.
 
-    Of two workers, one would be left alone with these at the end.
+    Otherwise, one worker would be busy with a long file while the others have nothing left to do.
     """
     for item in items:
         case = getattr(item, "callspec", None)
@@ -114,14 +116,14 @@ def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pa
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Callable[[str], Server]]:
-    """A server named in `SERVERS`, started at its first use."""
+    """Function that returns a server by its name in `SERVERS`. Starts it at the first call."""
     with ExitStack() as running:
         yield functools.cache(lambda name: running.enter_context(SERVERS[name]()))
 
 
 @pytest.fixture(scope="session")
 def server_client(server: Callable[[str], Server]) -> Iterator[Callable[[str], Any]]:
-    """The owner's client for a server; shared, since making one is slow."""
+    """Function that returns the owner's client for a server. Cached, because creation is slow."""
     with ExitStack() as clients:
         yield functools.cache(
             lambda name: clients.enter_context(contextlib.closing(server(name).client()))
@@ -134,7 +136,7 @@ def make_bucket(
     server_client: Callable[[str], Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[str], Bucket]:
-    """Makes a bucket on a server; its owner's key is in the environment."""
+    """Function that creates a bucket on a server. Its owner's key is in the environment."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", OWNER.id)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", OWNER.secret)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -151,13 +153,13 @@ def make_bucket(
 
 @pytest.fixture
 def bucket(make_bucket: Callable[[str], Bucket]) -> Bucket:
-    """A bucket on moto, which starts at once."""
+    """A bucket on moto, which starts fast."""
     return make_bucket("moto")
 
 
 @pytest.fixture(autouse=True)
 def _process_as_it_was() -> Iterator[None]:
-    """Undo what `main` sets up for its process: logging and signals."""
+    """Restore what `main` changes in its process: logging and signal handlers."""
     root, numbers = logging.getLogger(), (signal.SIGINT, signal.SIGTERM)
     handlers, level = list(root.handlers), root.level
     signals = [signal.getsignal(number) for number in numbers]

@@ -1,4 +1,4 @@
-"""A planted world in which some features are circles, and what a dictionary trained in it has."""
+"""A world in which some features are circles, and codes of dictionaries trained in it."""
 
 import numpy as np
 import torch
@@ -8,25 +8,26 @@ from dist_sae.dictionaries.base import Dictionary
 from tests.analysis.simulated import Codes, joined
 from tests.dictionaries.worlds import World
 
-_BLOCK = 4096  # rows that are encoded at a time
+_BLOCK = 4096  # rows that are encoded together
 
 
 class CircleWorld(World):
-    """A world of rays of which some are circles instead, spread over a range of ranks.
+    """A world whose features are rays, except for some that are circles.
 
-    An active circle with intensity a adds a (cos t u + sin t v) to the row, with t uniform; or, for
-    each second one if `ahead`, a (c + cos t u + sin t v) / sqrt 2. u, v and c are orthonormal.
+    An active circle with intensity a adds a (cos t u + sin t v) to the row, with t uniform. With
+    `ahead`, every second circle adds a (c + cos t u + sin t v) / sqrt 2 instead. u, v and c are
+    orthonormal.
 
     Args:
         d_in: Width of the rows.
-        rays: Features that are lines.
-        circles: Features that are circles.
+        rays: Number of features that are rays.
+        circles: Number of features that are circles.
         l0: Mean number of active features.
         zipf: Exponent of the frequencies.
-        seed: Of the features and of the rows.
-        ranks: Of the circles by frequency, from 0; None is all.
-        ahead: Whether half of the circles lie before the origin, and not around it.
-        corners: Number of values that t has; 0 for a continuous one.
+        seed: Seed for features and rows.
+        ranks: Range of frequency ranks, from 0, over which the circles are spread; None for all.
+        ahead: Whether half of the circles are off the origin instead of around it.
+        corners: Number of values that t takes; 0 for a continuous t.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class CircleWorld(World):
         ranks = range(rays + circles) if ranks is None else ranks
         apart = torch.arange(circles) + torch.rand(circles, generator=draw)
         self.circles = ranks.start + (apart * len(ranks) / circles).long()
-        """Numbers of the features that are circles, the most frequent first."""
+        """Numbers of the features that are circles, most frequent first."""
         axes = torch.linalg.qr(torch.randn(circles, d_in, 3, generator=draw))[0]
         self.axes = axes.transpose(1, 2)
         """u, v and c of each circle, [circles, 3, d_in]."""
@@ -71,7 +72,7 @@ class CircleWorld(World):
 
 @torch.no_grad()
 def codes_of(sae: Dictionary, world: World, n_rows: int) -> Codes:
-    """Activations on rows that training has not seen."""
+    """Encode rows that training has not seen."""
     parts = []
     for first in range(0, n_rows, _BLOCK):
         found = sae.encode(world.batch(2_000_000 + first // _BLOCK, min(_BLOCK, n_rows - first)))
@@ -84,7 +85,7 @@ def codes_of(sae: Dictionary, world: World, n_rows: int) -> Codes:
 
 
 def moved(codes: Codes, n_rows: int, seed: int = 0) -> Codes:
-    """A control: each latent keeps its activations, but on other rows, drawn by chance."""
+    """Return a control in which each latent has the same activations on randomly drawn rows."""
     draw = np.random.default_rng(seed)
     order = np.argsort(codes.latents, kind="stable")
     rows = np.empty_like(codes.rows)

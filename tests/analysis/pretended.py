@@ -1,4 +1,4 @@
-"""A latent index in memory, of activations and text that a test makes up."""
+"""A latent index in memory, with made-up activations and text."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -13,7 +13,7 @@ VOCABULARY = (" gold", " silver", " hel", "ium", " the", ".", " Paris", " paris"
 
 
 class Vocabulary:
-    """Tokenizer of `VOCABULARY`, or of other texts; decodes only."""
+    """Tokenizer with `VOCABULARY` or other token texts. Can only decode."""
 
     bos = None
     special: frozenset[int] = frozenset()
@@ -29,14 +29,17 @@ class Vocabulary:
 
 
 class PretendedIndex:
-    """An index of units of rows.
+    """An index in memory.
 
     Args:
-        tokens: Of the rows of all units, one document each unless `documents` says otherwise.
-        unit_rows: Rows of a unit.
-        codes: Rows (over all units) and activations of each latent.
-        bucket_latents: Latents of a bucket.
-        piece_entries: Entries of a piece of postings.
+        tokens: Token of each row, over all units.
+        unit_rows: Rows per unit.
+        codes: Rows (numbered over all units) and activations of each latent.
+        n_latents: Number of latents.
+        documents: Document of each row. By default, each unit is one document.
+        positions: Position of each row in its context. By default, its place in the unit.
+        bucket_latents: Latents per bucket.
+        piece_entries: Entries per table of postings.
     """
 
     def __init__(
@@ -70,7 +73,8 @@ class PretendedIndex:
             scale=1,
             n_latents=n_latents,
             bucket_latents=bucket_latents,
-            units=tuple(3 + 2 * unit for unit in range(-(-n // unit_rows))),  # no number is a place
+            # so that confusing a unit's number with its position in the list fails
+            units=tuple(3 + 2 * unit for unit in range(-(-n // unit_rows))),
             planned_rows=n,
             settings={},
             seed=0,

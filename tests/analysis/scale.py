@@ -1,7 +1,8 @@
-"""Measures what questions cost on made-up indexes: `python -m tests.analysis.scale map 100000`.
+"""Measure the cost of analyses on made-up indexes: `python -m tests.analysis.scale map 100000`.
 
-Latents are in families of 25 near ones. On each row two families fire, each with 12 of its latents,
-and there are as many rows as latents, so a latent fires 24 times and has links to its family.
+Latents form families of 25 with similar directions. On each row, two families fire, each with 12 of
+its latents. There are as many rows as latents, so each latent fires about 24 times and has links to
+its family.
 """
 
 import multiprocessing
@@ -34,7 +35,7 @@ D, FAMILY, ACTIVE, PER_ROW = 256, 25, 12, 2
 
 
 def make(folder: Path, n: int) -> None:
-    """Make an index of n latents (a multiple of 25) and n rows."""
+    """Write an index of n latents (a multiple of 25) and n rows."""
     draw = np.random.default_rng(0)
     families = n // FAMILY
     directions = draw.standard_normal((families, 1, D), np.float32)
@@ -52,7 +53,7 @@ def make(folder: Path, n: int) -> None:
 
 
 def opened(folder: Path) -> Indexed:
-    """The index that was made."""
+    """Open the index that `make` wrote."""
     store = open_store(str(folder))
     decoder = Decoder(Checkpoints(store, "world", 1).open(1))
     return Indexed(Index(store, "world", "made-up"), decoder, token_names(None))
@@ -74,7 +75,7 @@ def _of_families(directions: NDArray[np.float32]) -> Any:
 
 
 def main(what: str, n: int) -> None:
-    """Make an index in a process of its own, then ask in this one."""
+    """Write an index in a separate process, then measure an analysis in this one."""
     with tempfile.TemporaryDirectory() as folder:
         process = multiprocessing.get_context("spawn").Process(
             target=make, args=(Path(folder), n // FAMILY * FAMILY)

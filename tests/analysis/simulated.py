@@ -1,4 +1,4 @@
-"""Latent indexes of dictionaries and codes that are made up, without training or encoding."""
+"""Latent indexes of made-up dictionaries and codes, without training or encoding."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,13 +50,14 @@ def simulate(
     tokens: NDArray[np.int32] | None = None,
     **settings: Any,
 ) -> Indexed:
-    """An index as `dist-sae index` makes it from a decoder and codes.
+    """Write an index as `dist-sae index` does, from a decoder and codes, and open it.
 
     Args:
+        folder: Folder for the store.
         directions: Decoder rows, [n_latents, d].
         codes: Activations.
         n_rows: Number of rows.
-        tokens: Of each row.
+        tokens: Token of each row; None for token 0.
         settings: Section `index` of a run file.
     """
     store, n = open_store(str(folder)), len(directions)

@@ -1,7 +1,7 @@
-"""A run with an index of any width, of codes that are made up.
+"""A run with an index of any width, from made-up codes.
 
-As a program, it measures pages of a run, or makes one of 1,048,576 latents and measures that
-(docs/measured.md):
+As a program, it measures the browser's pages for a run. If the folder has no run, it first makes
+one with 1,048,576 latents (docs/measured.md):
 
     python -m tests.browser.wide RUN|FOLDER
 """
@@ -38,18 +38,18 @@ from tests.index.indexed import make_index
 from tests.notebook.raw import fill, initialised, save_dictionary, save_language_model
 from tests.world import open_activation_set
 
-D_IN = 24  # of the model
+D_IN = 24  # width of the model
 L0 = 24
 
 
 def make_wide(folder: Path, n_latents: int, documents: int, n_tokens: int) -> Run:
-    """A run whose index has the given width, with texts, output tokens and neighbours.
+    """Write a run with an index of this width, with texts, output tokens and neighbors.
 
     Args:
-        folder: Takes the model, the activations and the run.
-        n_latents: Width.
-        documents: Documents of about 150 rows.
-        n_tokens: Tokens of the model.
+        folder: Folder for the model, the activations and the run.
+        n_latents: Number of latents.
+        documents: Number of documents, of about 150 rows each.
+        n_tokens: Size of the model's vocabulary.
     """
     draw = np.random.default_rng(0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
@@ -98,7 +98,7 @@ def make_wide(folder: Path, n_latents: int, documents: int, n_tokens: int) -> Ru
 
 
 def _encoded(run: Run, opened: Opened) -> Iterator[Encoded]:
-    """Units with codes by chance: latent i fires in proportion to i^(-2/3), in a mixed order."""
+    """Yield units with random codes. Frequencies are proportional to i^(-2/3), in mixed order."""
     activations, n = open_activation_set(run), run.sae.n_latents
     for unit in opened.manifest.units:
         shard = activations.manifest(unit).sites[run.site]
@@ -115,7 +115,7 @@ def _encoded(run: Run, opened: Opened) -> Iterator[Encoded]:
 
 
 def _neighbours(_: Any, latents: range, m: int, *__: Any) -> Neighbours:
-    """Latents by chance, with cosines that fall."""
+    """Return random neighbors with decreasing cosines."""
     draw = torch.Generator().manual_seed(latents.start)
     n = (len(latents), m)
     return Neighbours(
@@ -125,7 +125,7 @@ def _neighbours(_: Any, latents: range, m: int, *__: Any) -> Neighbours:
 
 
 def measure(run: Run) -> Iterator[str]:
-    """Times of pages over HTTP, each asked for once: a line for each kind."""
+    """Request pages over HTTP, each once, and yield a line with the times of each kind."""
     draw, n = np.random.default_rng(1), run.sae.n_latents
     started = time.perf_counter()
     pages = Pages(OpenedRun(run), None)

@@ -1,4 +1,4 @@
-"""Runs to browse, and a server of their pages in a thread."""
+"""Runs to browse, and a thread that serves their pages."""
 
 import threading
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ from tests.notebook.raw import initialised, language_run, save_dictionary, save_
 
 D_IN = 24
 CLUSTERS = {"0": [["a", "b"], ["c"]], "1": [["d"], [" d ", "e"], ["f"]]}
-"""Tokens that name the clusters of each level."""
+"""For each level, the tokens that name its clusters."""
 
 
 def place(run: Run) -> str:
@@ -29,7 +29,7 @@ def place(run: Run) -> str:
 
 
 def indexed_run(folder: Path, d_in: int = D_IN, index: Mapping[str, Any] | None = None) -> Run:
-    """A run over a tiny language model, with an index of 64 latents."""
+    """Make a run over a tiny language model, with an index of 64 latents."""
     run = language_run(folder, save_language_model(folder / "model", width=d_in))
     run = run.model_copy(update={"index": run.index.model_copy(update=dict(index or {}))})
     save_dictionary(run, initialised(run, d_in, 1), 7)
@@ -38,7 +38,7 @@ def indexed_run(folder: Path, d_in: int = D_IN, index: Mapping[str, Any] | None 
 
 
 def beside(run: Run, name: str, seed: int = 2) -> Run:
-    """A run with an index over the same rows."""
+    """Make another run with an index over the same rows."""
     other = run.model_copy(update={"name": name})
     save_dictionary(other, initialised(other, D_IN, seed), 7)
     make_index(other)
@@ -50,7 +50,7 @@ def index_of(run: Run) -> Index:
 
 
 def keep_map(run: Run, checkpoint: str | None = None) -> None:
-    """Keep an outcome of `analyse map`: latent n is in cluster n % 2 and n % 3, but 60 and on."""
+    """Write a result of `analyse map`: latent n < 60 is in clusters n % 2 and n % 3."""
     n = np.arange(64)
     inside = n < 60
     of = {level: n % (int(level) + 2) for level in CLUSTERS}
@@ -105,7 +105,7 @@ def keep_map(run: Run, checkpoint: str | None = None) -> None:
 
 @contextmanager
 def served(pages: Pages, host: str = "127.0.0.1") -> Iterator[tuple[str, int]]:
-    """Serve pages; yields the URL to open, and the port."""
+    """Serve pages. Yields the URL to open and the port."""
     with serve(pages, host, 0) as (server, url):
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

@@ -1,6 +1,6 @@
-"""Producers and trainer ranks as processes that may be killed at any moment.
+"""Producers and trainer ranks as processes that can be killed at any moment.
 
-The real programs with short waits.
+They run the real code with short waits.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ MISSING_SECONDS, LOST_SECONDS = 10.0, 5.0
 def produce_units(
     settings: dict[str, Any], target: Path, name: str, number: int, env: dict[str, str]
 ) -> None:
-    """A producer, to the end of its work."""
+    """Run a producer until all units are done."""
     quicken(env)
     run = Run.model_validate(settings)
     worker = Worker(name, number, run.processes.producers)
@@ -44,7 +44,7 @@ def produce_units(
 
 
 def train_rank(settings: dict[str, Any], target: Path, seen: Path, env: dict[str, str]) -> None:
-    """One rank; appends to `seen` what it was given: step, stream, digest of the rows."""
+    """Run one rank. Appends what it reads to `seen`: step, stream, digest of the rows."""
     quicken(env)
     logging.disable(logging.NOTSET)
     logging.basicConfig(filename=seen.with_suffix(f".{env['RANK']}.log"), level=logging.INFO)
@@ -77,7 +77,7 @@ def train_rank(settings: dict[str, Any], target: Path, seen: Path, env: dict[str
 
 
 def train_held(settings: dict[str, Any], target: Path, seen: Path, env: dict[str, str]) -> None:
-    """The same, but its first checkpoint waits, half written, for a file `go` beside `seen`."""
+    """Run one rank whose first checkpoint waits, half written, for a file `go` next to `seen`."""
     put = S3Store.put
 
     def held(self: S3Store, key: str, data: bytes, *, if_absent: bool = False) -> bool:

@@ -1,4 +1,4 @@
-"""Reads the metrics of processes that come and go, as Prometheus would."""
+"""Scraper that reads the metrics of processes that start and end, as Prometheus would."""
 
 import http.client
 import threading
@@ -21,7 +21,7 @@ Sample = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 def serve(role: str, target: Path) -> Telemetry:
-    """Metrics of this process, on a free port that `target` tells the scraper."""
+    """Serve this process's metrics on a free port, and write the port to `target`."""
     telemetry = Telemetry(target.name, role, 0)
     partial = target.with_suffix(".partial")
     partial.write_text(str(telemetry.port))
@@ -30,10 +30,11 @@ def serve(role: str, target: Path) -> Telemetry:
 
 
 class Scraper:
-    """Scrapes all targets in a folder, in turn, while in its `with`.
+    """Scrapes all targets in a folder, one after the other, inside its `with` block.
 
     Args:
-        folder: Holds a file for every target, with its port; its name is the target's.
+        folder: Folder with a file per target. The file has the target's name, and contains its
+            port.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,7 +68,7 @@ class Scraper:
             url = f"http://127.0.0.1:{target.read_text()}/metrics"
             with urllib.request.urlopen(url, timeout=10) as answer:
                 text = answer.read().decode()
-        except (OSError, http.client.HTTPException):  # it has been killed, or is about to be
+        except (OSError, http.client.HTTPException):  # the process was killed, or is ending
             target.unlink()
             return
         families = text_string_to_metric_families(text)
@@ -75,13 +76,13 @@ class Scraper:
             (s.name, tuple(sorted(s.labels.items()))): s.value for f in families for s in f.samples
         }
         runs = {dict(labels)["run"] for name, labels in sample if name == "dist_sae_run_info"}
-        if runs != {target.name}:  # it is dead, and its port another's
+        if runs != {target.name}:  # the process is dead, and another process has its port
             target.unlink()
             return
         self.samples.setdefault(target.name, []).append(sample)
 
     def values(self, target: str, name: str) -> list[float]:
-        """What a metric without labels of its own was, scrape after scrape."""
+        """Return the value of a metric without labels of its own, at each scrape."""
         return [
             value
             for sample in self.samples[target]
@@ -90,7 +91,7 @@ class Scraper:
         ]
 
     def check_counters(self) -> None:
-        """No counter of any process ever went down."""
+        """Check that no counter of any process ever decreased."""
         for target, samples in self.samples.items():
             for before, after in pairwise(samples):
                 for key, value in before.items():

@@ -1,4 +1,4 @@
-"""What is wrong with a run file."""
+"""Error messages about a run file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from dist_sae.errors import ConfigError
 
 
 def problems(path: Path, overrides: Sequence[str] = ()) -> list[str]:
-    """Lines of `load_run`'s message, without the leading file name."""
+    """Return the lines of `load_run`'s message, without the leading file name."""
     with pytest.raises(ConfigError) as caught:
         load_run(path, overrides)
     lines = str(caught.value).splitlines()

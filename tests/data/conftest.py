@@ -13,7 +13,7 @@ from tests.world import RowNumbers, fill
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Sixteen units; nobody changes them."""
+    """An activation set with sixteen units, which tests must not change."""
     run = make_run(tmp_path_factory.mktemp("numbered"))
     with pytest.MonkeyPatch.context() as monkeypatch:
         made = fill(run, RowNumbers(), monkeypatch)
@@ -25,7 +25,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def own_world(tmp_path: Path, world: World) -> World:
-    """A copy that may be damaged."""
+    """A copy of the activation set that tests can damage."""
     run = make_run(tmp_path)
     store = open_store(run.store.activations)
     for key in world.store.keys(""):

@@ -1,4 +1,4 @@
-"""Producers and a trainer's reading side as processes that may be killed at any moment."""
+"""Producers and a trainer's reading side as processes that can be killed at any moment."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ SAVE_EVERY = 4  # steps
 
 
 def quicken(credentials: Mapping[str, str]) -> None:
-    """The same code, with short waits, on one thread."""
+    """Set up this process: credentials, short waits, one thread, no logging."""
     os.environ.update(credentials)
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
@@ -43,7 +43,7 @@ def quicken(credentials: Mapping[str, str]) -> None:
 
 
 def produce(settings: dict[str, Any], name: str, number: int, credentials: dict[str, str]) -> None:
-    """A producer, to the end of its work."""
+    """Run a producer until all units are done."""
     quicken(credentials)
     run = Run.model_validate(settings)
     setattr(loop, "build_source", lambda *_: RowNumbers())  # noqa: B010 - not exported
@@ -52,10 +52,10 @@ def produce(settings: dict[str, Any], name: str, number: int, credentials: dict[
 
 
 def read(settings: dict[str, Any], world: int, folder: Path, credentials: dict[str, str]) -> None:
-    """A trainer of `world` ranks, but for the training: resumes, reads, saves, registers.
+    """Run the reading side of a trainer of `world` ranks: resume, read, save, register.
 
-    Writes a line for each step: its number, the digest of the batch, the rows in it. What a killed
-    reader has read after its last save is read again, as a trainer would.
+    Writes a line for each step: its number, the digest of the batch, the rows in it. After a kill,
+    the steps since the last save are read again, as in a trainer.
     """
     quicken(credentials)
     run = Run.model_validate(settings)
@@ -90,7 +90,7 @@ def read(settings: dict[str, Any], world: int, folder: Path, credentials: dict[s
     ]
     with ExitStack() as stack:
         log = stack.enter_context((folder / "log.jsonl").open("a"))
-        log.write("\n")  # a killed one may have left half a line
+        log.write("\n")  # a killed process may have left an incomplete line
         for loader in loaders:
             stack.enter_context(loader)
         while step < run.steps:

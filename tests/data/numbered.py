@@ -31,7 +31,7 @@ def ids(acts: Tensor | list[Tensor]) -> list[int]:
 
 
 class LateUnits(Wrapped):
-    """Units appear one by one, in an order of its own, each time a reader finds one missing."""
+    """A store whose units appear one by one, in random order, each time a reader misses one."""
 
     def __init__(self, store: ObjectStore, seed: int) -> None:
         super().__init__(store)

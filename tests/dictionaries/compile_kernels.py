@@ -1,8 +1,8 @@
-"""Compiles the Triton kernels as calls of them would, for GPUs that need not be there.
+"""Compile the Triton kernels as calls would, without a GPU.
 
     TRITON_INTERPRET=0 python -m tests.dictionaries.compile_kernels 90 768,4096 float32
 
-For each kernel and configuration a line of JSON, with what `ptxas -v` and the assembly say.
+Prints a line of JSON for each kernel and configuration, with figures from `ptxas -v` and the PTX.
 """
 
 import json
@@ -25,13 +25,13 @@ from dist_sae.kernels.triton_update import WIDEST
 from tests.dictionaries.products import N_LATENTS, make_entries
 
 _SELECTIONS = ((1, 64), (32, 64), (200, 64), (1024, 64), (32, 1), (32, 37))
-"""Keys of a row, and products; these are any number where few latents are dead."""
+"""(Keys per row, products per row). If few latents are dead, products can be any number."""
 _ROWS, _PER_ROW = 64, 16
 _PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 
 
 class Compiler:
-    """Takes the place of launches: compiles each kernel once, and keeps it."""
+    """Replacement for kernel launches. Compiles each kernel once, and stores the result."""
 
     def __init__(self) -> None:
         self.kernels: dict[str, Any] = {}
@@ -57,7 +57,7 @@ class Compiler:
         )
 
     def target(self, arch: int) -> None:
-        """Compile for this architecture from here on."""
+        """Compile for this architecture from now on."""
         self.kernels.clear()
         kernels.sum_segments_kernel.cache.clear()
         self._arch = arch
@@ -69,7 +69,7 @@ class Compiler:
 
 
 def call_all(d_in: int, dtype: torch.dtype) -> None:
-    """Call each kernel, as a step does."""
+    """Call each kernel as a training step does."""
     entries = make_entries([[*range(_PER_ROW)]] * _ROWS, device=torch.device("cpu"))
     W, rows = torch.zeros(N_LATENTS, d_in, dtype=dtype), torch.zeros(_ROWS, d_in, dtype=dtype)
     values = torch.zeros(len(entries.latents), dtype=dtype)
@@ -91,7 +91,7 @@ def call_all(d_in: int, dtype: torch.dtype) -> None:
 
 
 def _check_tuned(compiler: Compiler, d_in: int) -> None:
-    """No configuration that a GPU may choose is missing."""
+    """Check that every configuration that a GPU could choose was compiled."""
     tuned = kernels.sum_segments_kernel
     wanted = kernels.worth_trying(tuned.configs, {"D": d_in})
     tried = [c for name, c, _ in compiler.kernels.values() if name == "sum_segments_kernel"]
@@ -101,7 +101,7 @@ def _check_tuned(compiler: Compiler, d_in: int) -> None:
 
 
 def resources(kernel: Any, arch: int) -> dict[str, int]:
-    """Registers, bytes spilt, and loads of 16 bytes, of one kernel."""
+    """Return a kernel's number of registers, spilled bytes, and 16-byte loads."""
     with tempfile.NamedTemporaryFile(suffix=".ptx") as ptx:
         ptx.write(kernel.asm["ptx"].encode())
         ptx.flush()
@@ -127,7 +127,7 @@ def main(archs: str, widths: str, dtypes: str) -> None:
                     found = resources(kernel, arch)
                     about = {"kernel": name, "arch": arch, "d_in": d_in, "dtype": dtype}
                     sys.stdout.write(json.dumps(about | config | found) + "\n")
-    # as many rows as are routed to a shard at one step, and at others
+    # another number of rows, as routing gives in every step, must not tune again
     tuned = []
     for n in (_ROWS, _ROWS - 1, _ROWS // 2 + 1):
         entries = make_entries([[*range(_PER_ROW)]] * n, device=torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Inputs of the sparse products, and what they give in fp64."""
+"""Inputs of the sparse products, and the expected results in fp64."""
 
 import os
 from typing import NamedTuple
@@ -16,7 +16,7 @@ PATTERNS: dict[str, list[list[int]]] = {
     "ragged": [[], [3], [0, 18, 3, 9, 3], [], [*range(17)], [3, 1], [], []],
     "hot": [[7] if row % 3 else [2, 7, 12] for row in range(18)],
 }
-"""Latents of each row. No pattern has all latents."""
+"""Latents of each row. No pattern contains all latents."""
 PRODUCTS = ["combine", "gather_dot", "sum_by_latent", "sum_by_latent less along"]
 
 
@@ -73,7 +73,7 @@ def compute(which: Kernels, product: str, case: Case) -> Tensor:
 
 
 def oracle(product: str, case: Case) -> Tensor:
-    """The product in fp64, by a dense matrix."""
+    """Compute the product in fp64, with a dense matrix."""
     coefficients, rows, W = (part.double() for part in (case.coefficients, case.rows, case.W))
     where = case.entries.rows, case.entries.latents
     codes = W.new_zeros(len(rows), len(W)).index_put_(where, coefficients, accumulate=True)
@@ -89,12 +89,12 @@ def oracle(product: str, case: Case) -> Tensor:
 
 
 def assert_close_to_oracle(value: Tensor, product: str, case: Case) -> None:
-    """Within what rounding can do, element by element.
+    """Check that each element differs from the oracle only by rounding.
 
-    A sum of n products in fp32, with one rounding each, in any order, is off by at most
-    n u sum |products|, where u = 2^-24; a few more roundings come from adding up parts. Then one
-    rounding to the dtype of the result, relative to it: for bf16 2^-8, or 2^-7 in the interpreter,
-    which cuts the last bits off.
+    A sum of n products in fp32, in any order, with one rounding per product, has an error of at
+    most n u sum |products|, where u = 2^-24. Adding up partial sums adds a few roundings. Rounding
+    the result to its dtype adds a relative error: for bf16 2^-8, or 2^-7 in Triton's interpreter,
+    which truncates.
     """
     n = max(len(case.entries.latents), case.W.shape[1]) + 10
     sizes = case._replace(

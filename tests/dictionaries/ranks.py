@@ -1,4 +1,4 @@
-"""Ranks of a mesh as threads of this process; no gradient flows between them."""
+"""Ranks of a mesh as threads of this process. Gradients do not flow between ranks."""
 
 import threading
 from collections.abc import Callable
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Meeting:
-    """Where `n` ranks swap what they hold."""
+    """Place where `n` ranks exchange values."""
 
     def __init__(self, n: int) -> None:
         self._barrier = threading.Barrier(n, timeout=60)
@@ -24,7 +24,7 @@ class Meeting:
         self._held[rank] = value
         self._barrier.wait()
         everyones = list(self._held)
-        self._barrier.wait()  # nobody comes again before all have looked
+        self._barrier.wait()  # no rank may write again before all have read
         return everyones
 
     def give_up(self) -> None:
@@ -68,7 +68,7 @@ class ThreadAxis(LatentAxis):
         return torch.stack(self._meeting.swap(self._rank, tensor)[self.shard :: self.shards]).sum(0)
 
     def sum_replicas_(self, tensor: Tensor) -> None:
-        tensor.copy_(self.across_replicas(tensor.clone()))  # others may still read it
+        tensor.copy_(self.across_replicas(tensor.clone()))  # clone: other ranks may still read it
 
     def gather_replicas(self, tensor: Tensor) -> Tensor:
         return torch.cat(self._meeting.swap(self._rank, tensor)[self.shard :: self.shards])
@@ -78,7 +78,7 @@ class ThreadAxis(LatentAxis):
 
 
 def on_ranks(replicas: int, shards: int, work: Callable[[ThreadAxis], T]) -> list[T]:
-    """What `work` returns on each rank, in their order."""
+    """Run `work` on each rank, and return the results in the order of ranks."""
     n = replicas * shards
     meeting = Meeting(n)
 

@@ -1,4 +1,4 @@
-"""One small dictionary of every recipe, with random parameters, and its dense oracle."""
+"""A small dictionary of every recipe with random parameters, and its dense oracle."""
 
 import math
 from collections.abc import Callable
@@ -34,7 +34,7 @@ D_IN, N_LATENTS, K, AUXK, BATCH = 16, 64, 5, 7, 32
 VARIANCE, PROGRESS = 11.0, 0.25
 
 LAYERS = tuple(f"resid_post.{layer}" for layer in range(4))
-"""Sites of the dictionaries that read several, a quarter of the width each."""
+"""Sites of the dictionaries that read several. Each site has a quarter of the width."""
 
 CONFIGS: dict[str, DictionaryConfig] = {
     "topk": TopKConfig(n_latents=N_LATENTS, k=K, auxk=AUXK, auxk_coefficient=0.25),
@@ -95,7 +95,7 @@ assert set(KINDS) == {c.model_fields["kind"].default for c in get_args(get_args(
 
 
 def widths(config: DictionaryConfig, d_in: int = D_IN) -> Widths:
-    """The sites that a dictionary reads and writes, of one width, `d_in` in all."""
+    """Return the widths of a dictionary's sites, which are equal and add up to `d_in`."""
     of_sites = (d_in // len(config.reads or (None,)),) * len(config.reads or (None,))
     return Widths(of_sites, of_sites)
 
@@ -107,7 +107,7 @@ def make(
     d_in: int = D_IN,
     sites: Widths | None = None,
 ) -> Dictionary:
-    """The shard of a dictionary whose parameters are random but for its unit decoder rows."""
+    """Build a dictionary's shard with random parameters, except that decoder rows are unit."""
     sae: Dictionary = build_sae(
         config,  # type: ignore[arg-type]
         sites or widths(config, d_in),
@@ -134,7 +134,7 @@ def rows(dtype: torch.dtype = torch.float64, batch: int = BATCH) -> Tensor:
 
 
 def sae_rows(x: Tensor) -> Rows:
-    """The rows of an autoencoder: its targets are its inputs."""
+    """Return the rows of an autoencoder, whose targets are its inputs."""
     return Rows(inputs=x, targets=x)
 
 
@@ -179,7 +179,7 @@ def gradients(sae: Dictionary, loss: Tensor) -> dict[str, Tensor]:
 
 
 def along_rows(gradient: Tensor, W_dec: Tensor) -> Tensor:
-    """The part of a gradient along unit rows."""
+    """Return the component of a gradient along unit rows."""
     return (gradient * W_dec).sum(1, keepdim=True) * W_dec
 
 

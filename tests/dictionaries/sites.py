@@ -1,4 +1,4 @@
-"""Synthetic worlds of several sites whose features live on some of them."""
+"""Synthetic worlds with several sites, whose features each exist at some of the sites."""
 
 from typing import NamedTuple
 
@@ -9,23 +9,23 @@ from dist_sae.dictionaries.interface import Widths
 
 
 class SiteWorld:
-    """x^s = sum_i a_i D_i^s at every site s: a feature has a direction at each of its sites.
+    """A world with x^s = sum_i a_i D_i^s at each site s. Features have a direction per site.
 
-    Features are active independently, each with the same probability; every site is scaled to
-    E|x^s|^2 = its width.
+    Features are active independently, with equal probabilities. Each site is scaled to E|x^s|^2 =
+    its width.
 
     Args:
-        where: Mask of the sites at which each feature lives.
-        width: Of a site.
-        l0: Active features of a row, on average.
-        shuffled: Whether the rows of a site are those of other rows of the first: a control, in
-            which no latent can be of several sites.
+        where: Mask of the sites of each feature, [features, sites].
+        width: Width of a site.
+        l0: Mean number of active features per row.
+        shuffled: Whether each site's rows are shuffled against those of the first site. This is a
+            control in which no latent can represent a feature at several sites.
     """
 
     def __init__(self, where: Tensor, width: int, l0: float, *, shuffled: bool = False) -> None:
         self.where, self._width, self._shuffled = where, width, shuffled
         n, sites = where.shape
-        generator = torch.Generator().manual_seed(7_000_003)  # no trainer's seed
+        generator = torch.Generator().manual_seed(7_000_003)  # differs from trainers' seeds
         directions = torch.randn(n, sites, width, generator=generator)
         directions = directions / directions.norm(dim=2, keepdim=True) * where[:, :, None]
         self._p = l0 / n
@@ -46,15 +46,15 @@ class SiteWorld:
 
 
 class Found(NamedTuple):
-    """Features with a latent of their own, at a cosine over all sites above .9."""
+    """Features that have a latent with a cosine above 0.9 over all sites."""
 
     features: Tensor
     norms: Tensor
-    """Decoder norms of these latents at each site, over the scale of a feature there."""
+    """Decoder norms of these latents at each site, divided by a feature's scale there."""
 
 
 def found_features(world: SiteWorld, W_dec: Tensor, norms: Tensor) -> Found:
-    """Pair features with the latents nearest to them."""
+    """Find each feature's nearest latent."""
     rows, directions = W_dec.detach(), world.directions
     cosines = (rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)) @ (
         directions / directions.norm(dim=1, keepdim=True)

@@ -1,9 +1,9 @@
-"""A world whose features have parents, in the manner of SynthSAEBench, and its scores.
+"""A world whose features form trees, like SynthSAEBench, and SynthSAEBench's scores.
 
-As published: 16,384 features in 768 dimensions, 128 roots, four children each to depth three, p
-from .4 to 5e-4, a copula of rank 25 and scale .1, mean strengths from 5 to 4. `TreeWorld(768,
-16_384, roots=128)` is that, but for directions that are random and not made more orthogonal; its L0
-is 34.5.
+The published benchmark has 16,384 features in 768 dimensions, 128 roots, four children per feature
+to depth three, p from 0.4 to 5e-4, a copula of rank 25 and scale 0.1, and mean strengths from 5 to
+4. `TreeWorld(768, 16_384, roots=128)` is the same, except that its directions are random and not
+made more orthogonal. Its L0 is 34.5.
 """
 
 from typing import NamedTuple
@@ -18,22 +18,22 @@ from tests.dictionaries.worlds import mean_matched_cosine
 
 _ZIPF, _MOST, _LEAST = 0.5, 0.4, 5e-4
 _RANK, _COPULA = 25, 0.1
-_SPREAD = 0.5  # of strengths
-_BLOCK = 2000  # rows
+_SPREAD = 0.5  # standard deviation of strengths
+_BLOCK = 2000  # rows that are drawn together
 
 
 class TreeWorld:
-    """Features that fire only with their parent, one child of a parent at a time, correlated.
+    """A world of correlated features that fire only if their parent does.
 
-    Rows are scaled to E|x|^2 = d_in.
+    At most one child of a parent fires at a time. Rows are scaled to E|x|^2 = d_in.
 
     Args:
         d_in: Width of the rows.
-        n_features: Those that are in no tree are the rarest.
-        roots: Trees; their features are the most frequent, level by level.
-        branching: Children of a feature that is no leaf.
-        depth: Levels below the roots.
-        seed: Of the features and of the rows.
+        n_features: Number of features. Those outside of trees are the rarest.
+        roots: Number of trees. Their features are the most frequent, level by level.
+        branching: Number of children of each feature that is not a leaf.
+        depth: Number of levels below the roots.
+        seed: Seed for features and rows.
     """
 
     def __init__(
@@ -53,7 +53,8 @@ class TreeWorld:
         children = slice(roots, in_trees)
         above = p[torch.arange(in_trees - roots) // branching]
         siblings = p[children].view(-1, branching).sum(1).repeat_interleave(branching)
-        draw = p.clone()  # of a child where its parent fires, and more for what siblings displace
+        # p of a child if its parent fires, raised because siblings displace it
+        draw = p.clone()
         draw[children] = p[children] / above * (1 + (siblings - p[children]) / above)
         factor = _COPULA * torch.randn(n_features, _RANK, generator=generator)
         alone = (1 - factor.square().sum(1)).clamp(min=0.01).sqrt()
@@ -71,7 +72,7 @@ class TreeWorld:
         return self.draw(1 + number, rows)[0]
 
     def draw(self, number: int, rows: int) -> tuple[Tensor, Tensor]:
-        """(Rows, [2, firings]: in which row which feature fires)."""
+        """Draw rows. Returns them, and which feature fires in which row, [2, firings]."""
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
         blocks = [
             self._draw(start, min(_BLOCK, rows - start), generator)
@@ -81,14 +82,14 @@ class TreeWorld:
         return torch.cat(xs), torch.cat(firings, 1)
 
     def labelled(self, rows: int) -> tuple[Tensor, Tensor]:
-        """(Rows that training has not seen, [rows, features]: what fires)."""
+        """Draw rows that training has not seen. Returns them, and what fires, [rows, features]."""
         x, (row, what) = self.draw(0, rows)
         truth = torch.zeros(rows, len(self.directions), dtype=torch.bool)
         truth[row, what] = True
         return x, truth
 
     def children(self, feature: int) -> slice:
-        """The children of a feature that has some."""
+        """Return the children of a feature that is not a leaf."""
         first = self._roots + self._branching * feature
         return slice(first, first + self._branching)
 
@@ -118,7 +119,7 @@ class TreeWorld:
 
 
 def active(codes: Codes, n_latents: int) -> Tensor:
-    """[rows, latents]: where a code is above 0."""
+    """Return where a code is above 0, [rows, latents]."""
     of_row = torch.bucketize(torch.arange(len(codes.acts)), codes.starts, right=True) - 1
     fires = torch.zeros(len(codes.starts), n_latents, dtype=torch.bool)
     fires[of_row[codes.acts > 0], codes.latents[codes.acts > 0]] = True
@@ -126,14 +127,14 @@ def active(codes: Codes, n_latents: int) -> Tensor:
 
 
 class Scores(NamedTuple):
-    """SynthSAEBench's, on rows that training has not seen."""
+    """SynthSAEBench's scores, on rows that training has not seen."""
 
     f1: float
-    """Mean over latents, as detectors of the feature that each is nearest to."""
+    """Mean F1 of latents as detectors of their nearest features."""
     mcc: float
     """Mean cosine of latents and features, paired one to one."""
     uniqueness: float
-    """Features that are nearest to some latent, per latent."""
+    """Number of features that are some latent's nearest, divided by the number of latents."""
     fvu: float
     l0: float
 
@@ -158,10 +159,10 @@ def scores(world: TreeWorld, sae: Dictionary, rows: int = 10_000) -> Scores:
 
 @torch.no_grad()
 def absorption(world: TreeWorld, sae: Dictionary, roots: int, rows: int = 10_000) -> float:
-    """Share of its recall that a root's latent loses where a child fires, mean over roots.
+    """Return the share of recall that a root's latent loses when a child fires, mean over roots.
 
-    Their latents are those nearest to them. A child's latent that also points along the parent
-    takes its place.
+    A root's latent is the nearest one. Recall is lost to absorption: a child's latent that also
+    points along the root fires instead of the root's latent.
     """
     x, truth = world.labelled(rows)
     fires = active(sae.encode(x), sae.n_latents)
