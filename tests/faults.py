@@ -1,4 +1,4 @@
-"""A proxy in front of an S3 server that injects faults of networks and servers."""
+"""A proxy in front of an S3 server that injects network and server faults."""
 
 import http.client
 import random
@@ -50,30 +50,30 @@ class _Answer(NamedTuple):
     headers: list[tuple[str, str]]
     body: bytes
     bytes_announced: int | None
-    """Content-Length, where the answer has one."""
+    """Content-Length of the response, or None."""
 
 
 class FaultProxy:
-    """Proxy that runs inside its `with`; use `endpoint_url` in place of `target`.
+    """Proxy that runs inside its `with` block. Use `endpoint_url` instead of `target`.
 
-    What befalls the n-th try of a request depends on the seed, the request (method, key, query,
-    range) and n alone, not on what other threads do meanwhile. Everything in a request but its
-    body goes on as it came, the signed Host header too.
+    The fault of the n-th attempt of a request depends only on the seed, the request (method, key,
+    query, range) and n, not on other threads. Requests are forwarded without changes except in the
+    body, even with their signed Host header.
 
     Args:
-        target: The endpoint of the server.
-        seed: Of the schedule.
-        rates: How probable a request meets each of `KINDS`; the rest does not occur.
-        only: Of (method, path with query): which requests may meet faults.
-        most_per_request: A request meets so many faults at most; None: no limit.
-        slow_budget_seconds: All delays together.
+        target: Endpoint of the server.
+        seed: Seed of the schedule.
+        rates: Probability of each of `KINDS` per request. Kinds that are left out do not occur.
+        only: Predicate of (method, path with query) that selects the requests that can have faults.
+        most_per_request: Maximum number of faults per request; None for no limit.
+        slow_budget_seconds: Limit on the sum of all delays.
         answers: (Status, body) of errors.
-        tls: Speak https, with this certificate.
+        tls: Certificate, to use https; None for http.
 
     Attributes:
-        rates: May be replaced at any time; `{"reset": 1.0}` is an endpoint that is down.
-        requests: Requests that came, by method.
-        injected: Faults that were injected, by kind.
+        rates: Can be replaced at any time. `{"reset": 1.0}` is an endpoint that is down.
+        requests: Number of requests so far, by method.
+        injected: Number of injected faults, by kind.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class FaultProxy:
         self._server.server_close()
 
     def schedule(self, request: str) -> random.Random:
-        """Random numbers for this attempt of a request."""
+        """Return the random numbers for this attempt of a request."""
         with self._lock:
             self._tries[request] += 1
             return random.Random(f"{self._seed} {request} {self._tries[request]}")
@@ -134,7 +134,8 @@ class FaultProxy:
         self, kinds: tuple[str, ...], chance: random.Random, request: str, possible: set[str]
     ) -> str | None:
         """Draw one of the possible faults for a request, or none."""
-        draws = {kind: chance.random() for kind in kinds}  # all: one rate does not move another
+        # draws for all kinds, so that one kind's rate does not affect the draws of the others
+        draws = {kind: chance.random() for kind in kinds}
         for kind, drawn in draws.items():
             if drawn < self.rates.get(kind, 0.0) and kind in possible:
                 with self._lock:
@@ -146,7 +147,7 @@ class FaultProxy:
         return None
 
     def delay(self, chance: random.Random) -> float:
-        """Seconds that the request waits."""
+        """Draw the delay of a request, in seconds."""
         drawn, seconds = chance.random(), chance.uniform(0, _LONGEST_DELAY_SECONDS)
         with self._lock:
             if drawn >= self.rates.get("slow", 0.0) or seconds > self._slow_budget:
@@ -156,7 +157,7 @@ class FaultProxy:
         return seconds
 
     def forward(self, handler: BaseHTTPRequestHandler, body: bytes) -> _Answer:
-        """Forward a request; returns the server's answer."""
+        """Forward a request, and return the server's response."""
         upstream = http.client.HTTPConnection(self._target, timeout=_UPSTREAM_SECONDS)
         try:
             upstream.putrequest(
@@ -167,7 +168,8 @@ class FaultProxy:
                     upstream.putheader(name, value)
             if body or handler.command in ("PUT", "POST"):
                 upstream.putheader("Content-Length", str(len(body)))
-            with suppress(BrokenPipeError, ConnectionResetError):  # it may answer half-way
+            # the server may respond before it has read the whole body
+            with suppress(BrokenPipeError, ConnectionResetError):
                 upstream.endheaders(body)
             said = upstream.getresponse()
             content = said.read()
@@ -183,7 +185,7 @@ class FaultProxy:
 
 
 class _Server(ThreadingHTTPServer):
-    """Server that closes all connections at the end."""
+    """Server that closes all connections when it is closed."""
 
     daemon_threads = True
     block_on_close = False
@@ -220,7 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        # what servers and tests make up anew every time does not count: bucket, upload
+        # bucket and upload id are left out, because they differ between test runs
         what = re.sub(r"^/[^/?]*|uploadId=[^&]*", "", self.path)
         request = f"{self.command} {what} {self.headers.get('Range', '')}"
         is_object = "/" in urlsplit(self.path).path.strip("/")
@@ -245,7 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
             body = _flip(body, chance)
         try:
             answer = self.proxy.forward(self, body)
-        except (OSError, http.client.HTTPException):  # the server is gone
+        except (OSError, http.client.HTTPException):  # the server is down
             self._reset()
             return
         self._spoil(answer, chance, request, is_object=is_object)
@@ -296,7 +298,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _reset(self) -> None:
-        """Close at once, as a crash does: the client gets an RST."""
+        """Close the connection as a crash does: the client receives an RST."""
         linger = struct.pack("ii", 1, 0)
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.rfile.close()
@@ -304,7 +306,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def log_message(self, *_: object) -> None:
-        """Log nothing; the counters tell."""
+        """Log nothing, because the counters show what happened."""
 
 
 def _skew(headers: list[tuple[str, str]], chance: random.Random) -> list[tuple[str, str]]:

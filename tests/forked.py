@@ -1,4 +1,4 @@
-"""Preloaded modules of processes from `tests.forks`; imported only by its server."""
+"""Imports that processes from `tests.forks` have preloaded. Only its fork server imports this."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Processes forked from a server that has imported everything: they start in milliseconds."""
+"""Processes that start in milliseconds, forked from a server that has imported everything."""
 
 import io
 import multiprocessing
@@ -11,13 +11,13 @@ from threading import Thread
 import torch
 
 HANG_SECONDS = 900.0
-"""After this a process counts as hanging; far more than any takes, even on a busy machine."""
+"""Time after which a process counts as hanging. No test takes this long, even on a busy machine."""
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["tests.forked"])
 
 
 class Program:
-    """`dist-sae` with these arguments: what `subprocess.Popen` would be, with text in its pipes."""
+    """A `dist-sae` process. Has the interface of `subprocess.Popen` with text pipes."""
 
     def __init__(self, arguments: tuple[str, ...], env: dict[str, str]) -> None:
         (stdin, self._stdin), (out, stdout), (err, stderr) = (
@@ -87,13 +87,13 @@ def _main(
 ) -> None:
     os.environ.clear()
     os.environ.update(env)
-    # it ends with the test's process, and may still start others
+    # daemons end with the test's process, but may not start processes unless this is reset
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined] # noqa: SLF001
     for number, end in enumerate((stdin, stdout, stderr)):
         os.dup2(end.fileno(), number)
         end.close()
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
     torch.set_num_threads(1)
-    from dist_sae.commands.cli import main  # the server's
+    from dist_sae.commands.cli import main  # the fork server has imported it
 
     sys.exit(main(arguments))

@@ -1,4 +1,4 @@
-"""Real programs as processes, started as `dist-sae run` and a cluster do."""
+"""Real programs as processes, started as by `dist-sae run` and on a cluster."""
 
 import fcntl
 import json
@@ -12,12 +12,12 @@ from tests.forks import HANG_SECONDS, Program
 
 
 def start(*arguments: str, env: dict[str, str] | None = None) -> Program:
-    """Start `dist-sae` with one thread; it stops when this process dies."""
+    """Start `dist-sae` with one thread. It ends when this process dies."""
     return Program(arguments, os.environ | {"OMP_NUM_THREADS": "1", SUPERVISED: "1"} | (env or {}))
 
 
 def run(*arguments: str, env: dict[str, str] | None = None, code: int = 0) -> str:
-    """Run `dist-sae` to its end; returns stdout, or stderr if failure is expected."""
+    """Run `dist-sae` to its end. Returns stdout, or stderr if a failure is expected."""
     process = start(*arguments, env=env)
     out, err = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == code, err[-3000:]
@@ -36,15 +36,15 @@ def start_ranks(*arguments: str, world: int) -> list[Program]:
 
 
 def keep_close(process: Program) -> None:
-    """Let a program be two pages ahead of who reads its output, and no more.
+    """Let a program write at most two pages more than has been read of its output.
 
-    So one that tells every step does few more, however late it is stopped.
+    A program that logs every step then makes only a few more steps, however late it is stopped.
     """
     fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
 
 
 def train(path: Path, *options: str, world: int = 1, stop_at: int | None = None) -> list[str]:
-    """Train with `world` ranks; with `stop_at`, SIGTERM to rank 0 when it reports that step.
+    """Train with `world` ranks. With `stop_at`, send SIGTERM to rank 0 when it reports that step.
 
     Returns:
         Each rank's stderr.

@@ -1,4 +1,4 @@
-"""Memory that a call takes, measured in a process of its own."""
+"""Memory use of a call, measured in a separate process."""
 
 import ctypes
 from collections.abc import Callable
@@ -16,18 +16,18 @@ _PR_SET_THP_DISABLE = 41  # of Linux's prctl
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that is not of files."""
+    """Return this process's memory without files and shared memory."""
     memory = psutil.Process().memory_info()
     return int(memory.rss - memory.shared)
 
 
 def peak_bytes(call: Callable[..., Any], first: tuple[Any, ...], then: tuple[Any, ...]) -> int:
-    """Peak of a call beyond what its process has after a first call, which loads libraries.
+    """Measure a call's peak memory in addition to that after a first call, which loads libraries.
 
     Args:
-        call: A function of a module.
+        call: A module-level function.
         first: Arguments of the first call.
-        then: Arguments of the call that is measured.
+        then: Arguments of the measured call.
     """
     here, there = processes.Pipe(duplex=False)
     process = processes.Process(target=_measure, args=(there, call, first, then), daemon=True)
@@ -41,10 +41,10 @@ def peak_bytes(call: Callable[..., Any], first: tuple[Any, ...], then: tuple[Any
 def _measure(
     answer: Connection, call: Callable[..., Any], first: tuple[Any, ...], then: tuple[Any, ...]
 ) -> None:
-    # large blocks are mapped: or how much of what is freed stays is a matter of chance
+    # mmap large blocks, because otherwise it is random how much freed memory the process keeps
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_THRESHOLD, MIB // 4)
-    libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)  # where they are on, blocks take more than they say
+    libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)  # huge pages would round up the size of blocks
     call(*first)
     before = anonymous_bytes()
     with peak_memory(anonymous_bytes) as peak:

@@ -1,12 +1,13 @@
-"""A program named `python` that runs `-m dist_sae` or a script, forked from preloaded modules.
+"""Programs `python` and `dist-sae` that start fast, because they fork from preloaded modules.
 
-Importing torch and DeepSpeed anew takes seconds of every start. The program (`stand_in.py`) hands
-its arguments, environment, folder and open files to a server, which forks; it passes signals on,
-ends as its fork does, and takes it along if it is killed. The fork runs `dist_sae.__main__.main` in
-the namespaces, below the root and as the user of the program that asked: in a container, too.
+Importing torch and DeepSpeed takes seconds at every start. The program (`stand_in.py`) sends its
+arguments, environment, working directory and open files to a server, which forks. The program
+forwards signals, exits as its fork does, and if it is killed, the fork is killed too. The fork runs
+`dist_sae.__main__.main` or a script in the namespaces, below the root and as the user of the
+program, so this also works in containers.
 
-What a fork cannot show, some start without it must: that modules are imported in time, without
-packages that are not there, and in a container's environment.
+Forks cannot show that modules are imported fast enough, without missing packages, and in a
+container's environment. So some tests must start real interpreters.
 """
 
 import array
@@ -33,7 +34,7 @@ import torch
 from tests.forks import processes
 
 NAMES = ("python", "dist-sae")
-"""The programs, in the folder of the server's socket."""
+"""Names of the programs. They are in the same folder as the server's socket."""
 _SOCKET = "preloaded.sock"
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38  # of Linux's prctl
 _NEW_PID = 0x20000000  # of Linux's setns
@@ -43,12 +44,12 @@ _LONGEST = 2**20
 
 @contextmanager
 def preloaded_programs(folder: Path) -> Iterator[dict[str, Path]]:
-    """Put the programs into a folder and serve them, until the end of the `with`."""
+    """Write the programs to a folder, and serve them until the end of the `with` block."""
     source = Path(__file__).with_name("stand_in.py").read_text()
     programs = {}
     for name in NAMES:
         programs[name] = path = folder / name
-        path.unlink(missing_ok=True)  # a link is not to be written through
+        path.unlink(missing_ok=True)  # else writing would follow an existing symlink
         path.write_text(f"#!{sys.executable} -IS\n{source}")
         path.chmod(0o755)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
@@ -65,21 +66,21 @@ def preloaded_programs(folder: Path) -> Iterator[dict[str, Path]]:
 
 
 def _serve(listener: socket.socket) -> None:
-    """Fork for each connection; a connection that ends takes its fork along."""
+    """Fork for each connection. If the connection ends, its fork is killed."""
     _die_with_parent()
     signal(SIGINT, SIG_DFL)
     own = os.open("/proc/self/ns/pid", os.O_RDONLY)
     poll = select.poll()
     poll.register(listener, select.POLLIN)
-    asked: dict[int, tuple[socket.socket, int]] = {}  # by the connection
-    ending: dict[int, int] = {}  # connections by what tells of a fork's end
+    asked: dict[int, tuple[socket.socket, int]] = {}  # by the connection's file descriptor
+    ending: dict[int, int] = {}  # the connection's file descriptor by the fork's pidfd
     while True:
         for number, _ in poll.poll():
             if number == listener.fileno():
                 connection, _ = listener.accept()
                 try:
                     pid = _fork(connection, own)
-                except OSError:  # who asked has been killed
+                except OSError:  # the program was killed
                     connection.close()
                     continue
                 ended = os.pidfd_open(pid)
@@ -91,7 +92,7 @@ def _serve(listener: socket.socket) -> None:
                 connection, pid = asked.pop(ending.pop(number))
                 poll.unregister(number)
                 os.close(number)
-                with suppress(KeyError):  # who asked has been killed
+                with suppress(KeyError):  # the program was killed
                     poll.unregister(connection)
                 status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 with suppress(OSError):
@@ -106,14 +107,14 @@ def _serve(listener: socket.socket) -> None:
 
 
 def _received(connection: socket.socket) -> bytes:
-    """Read the next message; empty if the connection has ended."""
+    """Read the next message. Empty if the connection has ended."""
     with suppress(ConnectionError):
         return connection.recv(64)
     return b""
 
 
 def _fork(connection: socket.socket, own: int) -> int:
-    """Fork for who has connected, in its PID namespace; returns the process id."""
+    """Fork for the program that has connected, in its PID namespace. Returns the process id."""
     room = socket.CMSG_SPACE(3 * array.array("i").itemsize)
     words, ancillary, *_ = connection.recvmsg(_LONGEST, room)
     if not ancillary:
@@ -155,7 +156,7 @@ def _fork(connection: socket.socket, own: int) -> int:
 
 
 def _run(asked: dict[str, Any]) -> int:
-    """Run the program as a new interpreter would; returns its exit code."""
+    """Run the program as a new interpreter would, and return its exit code."""
     os.environ.clear()
     os.environ.update(asked["env"])
     os.umask(asked["umask"])
@@ -168,7 +169,7 @@ def _run(asked: dict[str, Any]) -> int:
         io.TextIOWrapper(io.FileIO(number, "w"), write_through=True) for number in (1, 2)
     )
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    from dist_sae.__main__ import main  # the server's
+    from dist_sae.__main__ import main  # the server has imported it
 
     code: Any = 0
     try:
@@ -191,12 +192,12 @@ def _run(asked: dict[str, Any]) -> int:
 
 
 def _become(status: dict[str, str]) -> None:
-    """Take the user, the groups and the lack of privileges of another process."""
+    """Take the user, groups and no-new-privileges flag of another process."""
     os.setgroups([int(group) for group in status["Groups"].split()])
     group, user = (int(status[kind].split()[0]) for kind in ("Gid", "Uid"))
     os.setresgid(group, group, group)
-    os.setresuid(user, user, user)  # with it all capabilities go
-    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)  # its files in /proc are its own
+    os.setresuid(user, user, user)  # this drops all capabilities
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)  # else root owns its files in /proc
     if status["NoNewPrivs"].strip() == "1":
         ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 

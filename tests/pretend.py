@@ -1,8 +1,8 @@
-"""A device that is not there: what runs on it shows where a GPU would fail, or make the host wait.
+"""A simulated device that shows where code would fail on a GPU, or make the host wait for it.
 
-Its tensors hold their numbers on the CPU, and say that they are on `DEVICE`. While `pretend_device`
-lasts, an operator that meets tensors of both devices raises as CUDA would, and each wait of the
-host for the device is counted at the line that causes it. It does not tell how fast anything is.
+The device's tensors have their data on the CPU, but report `DEVICE`. Inside `pretend_device`, an
+operator on tensors of both devices raises as with CUDA. Each wait of the host for the device is
+counted, with the line that causes it. The simulation says nothing about speed.
 """
 
 import sys
@@ -21,14 +21,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 import dist_sae
 
 DEVICE = torch.device("meta")
-"""The one device beside the CPU that every build of torch and its autograd know."""
+"""The only device other than the CPU that every build of torch and its autograd support."""
 
 _PACKAGE = str(Path(dist_sae.__file__).parent)
-# operators that return numbers, or tensors of a size that only the device knows
+# operators that return numbers, or tensors whose size depends on data on the device
 _WAITS = {
     "_local_scalar_dense": 1,
     "_unique2": 1,
-    "bincount": 2,  # it reads the least number, and the largest
+    "bincount": 2,  # reads the minimum and the maximum
     "equal": 1,
     "masked_select": 1,
     "nonzero": 1,
@@ -41,7 +41,7 @@ _waits: Counter[str] = Counter()
 
 
 class OnDevice(Tensor):
-    """A tensor that says it is on the device."""
+    """A tensor that reports that it is on the device."""
 
     numbers: Tensor
 
@@ -87,14 +87,14 @@ class OnDevice(Tensor):
 
 @contextmanager
 def pretend_device() -> Iterator[Counter[str]]:
-    """Use `DEVICE` while this lasts.
+    """Simulate `DEVICE` inside the `with` block.
 
     Yields:
-        The host's waits so far, by line and cause.
+        Number of the host's waits so far, by line and cause.
     """
     _waits.clear()
     with (
-        # this knows the devices that are there
+        # module.to() then replaces parameters instead of setting their data
         mock.patch("torch.__future__.get_overwrite_module_params_on_conversion", return_value=True),
         mock.patch("torch.tensor", _tensor),
         _Operators(),  # type: ignore[no-untyped-call]
@@ -103,7 +103,7 @@ def pretend_device() -> Iterator[Counter[str]]:
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Computes on the CPU, and looks at the devices of what is computed with."""
+    """Dispatch mode that computes on the CPU, and checks the devices of operands."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -134,7 +134,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _check(name: str, given: Sequence[Tensor]) -> None:
-    """Raise where CUDA would: a number on the CPU goes along, a tensor does not."""
+    """Raise where CUDA would. Scalars on the CPU are allowed, other CPU tensors are not."""
     here = [t for t in given if not isinstance(t, OnDevice) and t.ndim]
     if here and name in _INDEXING:
         _wait(f"{name}: copy of an index to the device", len(here))
@@ -143,14 +143,14 @@ def _check(name: str, given: Sequence[Tensor]) -> None:
 
 
 def _count(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Count the waits of an operator on the device."""
+    """Count the waits that an operator on the device causes."""
     if name in _WAITS:
         _wait(name, _WAITS[name])
     if name == "repeat_interleave" and kwargs.get("output_size") is None:
         _wait(name)
     if name in _INDEXING:
         masks = sum(i is not None and i.dtype == torch.bool for i in args[1])
-        fills = name != "index" and args[2].numel() == 1  # then it is masked_fill
+        fills = name != "index" and args[2].numel() == 1  # implemented as masked_fill, no wait
         if masks and not fills:
             _wait(f"{name} by a mask", masks)
 
@@ -164,7 +164,7 @@ def _count_copy(
 
 
 def _wait(cause: str, times: int = 1) -> None:
-    """Count a wait at the innermost line of the package; without one, at that of the test."""
+    """Count a wait at the innermost line in the package, or else at that in the tests."""
     frame, found = sys._getframe(1), ""  # noqa: SLF001
     while frame is not None:
         file = frame.f_code.co_filename

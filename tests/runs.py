@@ -1,4 +1,4 @@
-"""Run files of small worlds, for all tests."""
+"""Run files of small worlds, shared by all tests."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ WORLD: dict[str, Any] = {
         "save_every_steps": 1000,
     },
 }
-"""A small world that programs train on as processes."""
+"""A small world that is trained on by real processes."""
 TINY: dict[str, Any] = {
     "name": "tiny",
     "model": {"kind": "synthetic", "d_in": 8, "n_features": 32, "l0": 2},
@@ -69,13 +69,13 @@ NUMBERED: dict[str, Any] = {
     "sae": {"kind": "topk", "n_latents": 8, "k": 2, "auxk": 4},
     "train": {"rows": 1024, "batch_rows": 64},
 }
-"""128 documents of 16 rows, 16 training units, 4 streams, nothing left out."""
+"""128 documents of 16 rows, 16 training units, 4 streams, no excluded rows."""
 
 
 def build_settings(folder: Path, world: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
     """Build the settings of a world with stores in `folder`, with some keys replaced.
 
-    A section of another kind replaces the whole.
+    A section with another `kind` replaces the whole section.
     """
     data: dict[str, Any] = json.loads(json.dumps(world))
     data["store"] = {"activations": str(folder / "activations"), "runs": str(folder / "runs")}
@@ -95,5 +95,5 @@ def write_run(folder: Path, world: dict[str, Any] = WORLD, **sections: Any) -> P
 
 
 def make_run(folder: Path, world: dict[str, Any] = NUMBERED, **sections: Any) -> Run:
-    """Build the run of a world, without a file."""
+    """Build the run of a world without writing a file."""
     return Run.model_validate(build_settings(folder, world, sections))

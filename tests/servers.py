@@ -1,4 +1,4 @@
-"""Real S3 servers on loopback, each in a folder of its own, that end with the `with`."""
+"""Real S3 servers on loopback, each with a separate folder. They stop after the `with` block."""
 
 import json
 import logging
@@ -23,8 +23,8 @@ from moto.server import ThreadedMotoServer
 
 START_SECONDS = 60.0
 _POLL_SECONDS = 0.05
-_STARTS = 3  # another process may take a port before the server does
-_GRPC = 10_000  # SeaweedFS opens every port once more, so much higher
+_STARTS = 3  # attempts, because another process may take a port before the server does
+_GRPC = 10_000  # SeaweedFS also opens each port plus this number
 
 
 class Key(NamedTuple):
@@ -36,23 +36,23 @@ class Key(NamedTuple):
 
 OWNER = Key("test", "test-secret")
 READER = Key("reader", "reader-secret")
-"""May only read and list, on SeaweedFS."""
+"""Key that may only read and list, on SeaweedFS."""
 
 
 class Server(NamedTuple):
-    """An S3 server that runs."""
+    """A running S3 server."""
 
     name: str
     endpoint_url: str
     pid: int | None = None
-    """Its process, where it has one of its own."""
+    """Process id, or None if the server runs in this process."""
     kill: Callable[[], None] | None = None
-    """SIGKILL, where it can be started again."""
+    """Function that sends SIGKILL, or None if the server cannot be restarted."""
     start: Callable[[], None] | None = None
-    """On the same port and the same data."""
+    """Function that restarts the server on the same port with the same data."""
 
     def client(self, key: Key = OWNER) -> Any:
-        """Make a client that bypasses the code under test."""
+        """Create a client that bypasses the code under test."""
         return boto3.client(
             "s3",
             endpoint_url=self.endpoint_url,
@@ -67,14 +67,14 @@ class Server(NamedTuple):
 
 @contextmanager
 def moto() -> Iterator[Server]:
-    """Start moto in this process, with everything in memory; accepts any key.
+    """Start moto in this process. It stores everything in memory, and accepts any key.
 
-    What its threads log is not the business of the test that happens to run: an upload that another
-    test gave up may still be failing there.
+    Its threads' logs are suppressed, because they do not always belong to the current test. For
+    example, an upload that another test has aborted may still be failing.
     """
     log = logging.getLogger("werkzeug")
     log.propagate = False
-    log.addHandler(logging.NullHandler())  # without any it takes the stderr of that test
+    log.addHandler(logging.NullHandler())  # without a handler, it would write to the test's stderr
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:
@@ -86,7 +86,7 @@ def moto() -> Iterator[Server]:
 
 @contextmanager
 def seaweedfs(address: str = "127.0.0.1") -> Iterator[Server]:
-    """Start SeaweedFS, which honours conditional writes."""
+    """Start SeaweedFS, which supports conditional writes."""
     with ExitStack() as stack:
         folder = stack.enter_context(_folder())
         identities = [
@@ -141,7 +141,7 @@ SERVERS = {"moto": moto, "seaweedfs": seaweedfs, "rclone": rclone}
 
 
 def _weed(folder: Path, address: str, port: int) -> list[str]:
-    """Arguments of SeaweedFS: no telemetry, few ports, and a fast restart after a kill."""
+    """Return the arguments of SeaweedFS: no telemetry, few ports, fast restart after a kill."""
     flags = {
         "dir": folder,
         "ip": address,
@@ -153,7 +153,7 @@ def _weed(folder: Path, address: str, port: int) -> list[str]:
         "s3.port.iceberg": 0,
         "s3.port.lance": 0,
         "s3.config": folder / "s3.json",
-        "volume.max": 10_000,  # every bucket takes some
+        "volume.max": 10_000,  # every bucket uses several volumes
         "master.volumeSizeLimitMB": 64,
         "volume.preStopSeconds": 0,
         "master.telemetry": "false",
@@ -171,7 +171,7 @@ def _identity(key: Key, *actions: str) -> dict[str, object]:
 
 
 def _binary(name: str) -> str:
-    """Path of a program installed by a package of this environment."""
+    """Return the path of a program that a package in this environment installed."""
     return str(Path(sysconfig.get_path("scripts")) / name)
 
 
@@ -183,7 +183,7 @@ def _folder() -> Iterator[Path]:
 
 @contextmanager
 def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a process, killed at the end; on Linux also when the thread that started it ends."""
+    """Run a process, and kill it at the end. On Linux, it also dies with the starting thread."""
     setpriv = shutil.which("setpriv")
     dies_too = [setpriv, "--pdeathsig", "KILL"] if setpriv else []
     with log.open("wb") as output:
@@ -198,7 +198,7 @@ def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def answers(process: subprocess.Popen[bytes], url: str, status: int) -> bool:
-    """Wait until a server answers with a status; False if it has ended."""
+    """Wait until a server responds with this status. False if it has ended, or after a timeout."""
     deadline = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         with suppress(OSError):
@@ -215,7 +215,7 @@ def answers(process: subprocess.Popen[bytes], url: str, status: int) -> bool:
 
 
 def free_ports(n_ports: int) -> int:
-    """First of consecutive free ports, below the range of ephemeral ports."""
+    """Return the first of n consecutive free ports, below the range of ephemeral ports."""
     while True:
         port = random.SystemRandom().randrange(11_000, 22_000)
         with ExitStack() as stack, suppress(OSError):
@@ -228,7 +228,7 @@ def free_ports(n_ports: int) -> int:
 
 
 def _remove_sockets(ports: range) -> None:
-    """Remove sockets that a killed SeaweedFS leaves behind."""
+    """Remove the sockets that a killed SeaweedFS leaves behind."""
     for port in ports:
         for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The program of `preloaded.py`: asks the server beside it for a fork, and stands in for it."""
+"""The program of `preloaded.py`. Requests a fork from the server in its folder, and acts for it."""
 
 import array
 import json
@@ -33,7 +33,7 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
     files = array.array("i", [0, 1, 2])
     server.sendmsg([json.dumps(asked).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
     null = os.open(os.devnull, os.O_RDWR)
-    for number in files:  # they are closed when the fork closes them
+    for number in files:  # close the originals, so that only the fork has them open
         os.dup2(null, number)
     for number in signals:
         signal.signal(number, lambda which, _: server.send(str(int(which)).encode()))

@@ -31,7 +31,7 @@ from tests.runs import DOCUMENT_ROWS
 
 
 class RowNumbers:
-    """Model whose activations are (row number, document)."""
+    """A model whose activations are (row number, document)."""
 
     def run(self, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
         acts = torch.stack([tokens, tokens // DOCUMENT_ROWS], dim=-1).float()
@@ -46,7 +46,7 @@ def fill(
     worker: str = "p0",
     stopping: threading.Event | None = None,
 ) -> Plan:
-    """Plan, then run the real producer on a stand-in for the model."""
+    """Plan, then run the real producer with a test double for the model."""
     made = plan(run)
     monkeypatch.setattr(dist_sae.producing.loop, "build_source", lambda *_: source)
     dist_sae.producing.loop.produce(
@@ -58,7 +58,7 @@ def fill(
 def write_unit(
     store: ObjectStore, made: Plan, unit: int, acts: Mapping[str, Tensor], block_rows: int = 8
 ) -> None:
-    """Write a unit with these activations [rows, d_site] of its sites, as producers do."""
+    """Write a unit as producers do, with these activations of its sites, [rows, d_site]."""
     shards = {}
     for site, of_site in acts.items():
         n = len(of_site)
@@ -121,18 +121,18 @@ def take(stream: Stream, n: int) -> Tensor:
 
 
 def batches(activation_set: ActivationSet, steps: range, **options: Any) -> list[Tensor]:
-    """Read the activations of the batches `steps`."""
+    """Read the activations of the batches of these steps."""
     with open_loader(activation_set, steps, **options) as loader:
         return [only(batch.acts) for batch in loader]
 
 
 def joined(blocks: Iterable[Mapping[str, Tensor]]) -> Tensor:
-    """Join the activations of the one site of a reader."""
+    """Join the activations of a reader's only site."""
     return torch.cat([only(block) for block in blocks])
 
 
 def only(acts: Mapping[str, Tensor]) -> Tensor:
-    """Activations of the one site."""
+    """Return the activations of the only site."""
     (of_site,) = acts.values()
     return of_site
 
@@ -140,7 +140,7 @@ def only(acts: Mapping[str, Tensor]) -> Tensor:
 def save(
     checkpoints: Checkpoints, step: int, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
 ) -> None:
-    """Write a checkpoint of whole tensors, as a single rank does."""
+    """Write a checkpoint of whole tensors, as a single rank would."""
     pieces = (Piece(name, t, 0, len(t) if t.shape else 1) for name, t in tensors.items())
     checkpoints.commit(step, [checkpoints.write(step, pieces)], scalars)
 
@@ -154,7 +154,7 @@ def changed(data: bytes, **change: Any) -> bytes:
 
 
 class Wrapped:
-    """Store that forwards every call; tests override what they watch or break."""
+    """A store that forwards every call. Tests override the methods that they watch or break."""
 
     def __init__(self, store: ObjectStore) -> None:
         self.inner = store
@@ -196,7 +196,7 @@ class Wrapped:
 
 
 class Letters:
-    """Tokenizer with one token per letter, its code point; "!" has none."""
+    """Tokenizer whose tokens are the code points of letters. "!" has no token."""
 
     bos: int | None = 1
     special = frozenset({1, 2})
@@ -209,5 +209,5 @@ class Letters:
 
 
 def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    """Compare bitwise."""
+    """Return whether tensors are equal bit by bit."""
     return all(itertools.starmap(torch.equal, zip(one, other, strict=True)))

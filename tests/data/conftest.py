@@ -13,7 +13,7 @@ from tests.world import RowNumbers, fill
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """An activation set with sixteen units, which tests must not change."""
+    """An activation set with sixteen training units, which tests must not change."""
     run = make_run(tmp_path_factory.mktemp("numbered"))
     with pytest.MonkeyPatch.context() as monkeypatch:
         made = fill(run, RowNumbers(), monkeypatch)

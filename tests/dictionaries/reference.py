@@ -1,4 +1,4 @@
-"""The oracle: the losses of all recipes, dense, by autograd. Slow, obvious, used in tests."""
+"""Dense reference implementations of all recipes' losses, with autograd. Slow and obvious."""
 
 import math
 from typing import Any
@@ -29,7 +29,7 @@ Parameters = dict[str, Tensor]
 
 
 def topk_loss(x: Tensor, p: Parameters, config: TopKConfig, step: StepContext) -> LossTerms:
-    """`dictionaries/recipes/topk.py`."""
+    """Compute the loss of `dictionaries/recipes/topk.py`."""
     k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
     pre_acts = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
     terms = _with_auxk(x, _topk(pre_acts, k).relu(), pre_acts, p, config, step)
@@ -43,7 +43,7 @@ def topk_loss(x: Tensor, p: Parameters, config: TopKConfig, step: StepContext) -
 def batchtopk_loss(
     x: Tensor, p: Parameters, config: BatchTopKConfig, step: StepContext
 ) -> LossTerms:
-    """`dictionaries/recipes/topk.py`, BatchTopK."""
+    """Compute the BatchTopK loss of `dictionaries/recipes/topk.py`."""
     k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
     pre_acts = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
     return _with_auxk(x, _batch_topk(pre_acts, k), pre_acts, p, config, step)
@@ -52,7 +52,7 @@ def batchtopk_loss(
 def matryoshka_loss(
     x: Tensor, p: Parameters, config: MatryoshkaConfig, step: StepContext
 ) -> LossTerms:
-    """`dictionaries/recipes/matryoshka.py`: each prefix by a mask."""
+    """Compute the loss of `dictionaries/recipes/matryoshka.py`, with a mask for each prefix."""
     k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
     pre_acts = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
     acts = _batch_topk(pre_acts, k)
@@ -66,7 +66,7 @@ def matryoshka_loss(
 
 
 def routed_loss(x: Tensor, p: Parameters, config: RoutedConfig, step: StepContext) -> LossTerms:
-    """Routed: all experts computed for all rows, and a mask; capacity is ignored."""
+    """Compute the routed loss with all experts on all rows and a mask. Ignores the capacity."""
     experts, chosen = config.experts, config.experts_per_row
     k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
     pre_acts = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
@@ -107,7 +107,7 @@ def transcoder_loss(
     step: StepContext,
     targets: Tensor | None = None,
 ) -> LossTerms:
-    """`dictionaries/recipes/transcoder.py`; without targets it reads what it writes."""
+    """Compute the loss of `dictionaries/recipes/transcoder.py`. The default targets are x."""
     k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
     pre_acts = x @ p["W_enc"].T + p["b_enc"]
     acts = _topk(pre_acts, k).relu() if config.selection == "row" else _batch_topk(pre_acts, k)
@@ -124,7 +124,7 @@ def jumprelu_loss(
     step: StepContext,
     rms_norm: float | None = None,
 ) -> LossTerms:
-    """`dictionaries/recipes/jumprelu.py`."""
+    """Compute the loss of `dictionaries/recipes/jumprelu.py`."""
     rms_norm = rms_norm or x.shape[1] ** 0.5
     eps = (config.bandwidth or config.least_code) * rms_norm
     z, theta = x @ p["W_enc"].T + p["b_enc"], p["theta"] * rms_norm
@@ -144,7 +144,7 @@ def jumprelu_loss(
 def jumprelu_tanh_loss(
     x: Tensor, p: Parameters, config: JumpReLUTanhConfig, step: StepContext
 ) -> LossTerms:
-    """`dictionaries/recipes/jumprelu_tanh.py`."""
+    """Compute the loss of `dictionaries/recipes/jumprelu_tanh.py`."""
     d_in = x.shape[1]
     z, theta = x @ p["W_enc"].T + p["b_enc"], p["theta"] * d_in**0.5
     norms = p["W_dec"].norm(dim=1)
@@ -158,7 +158,7 @@ def jumprelu_tanh_loss(
 
 
 def relu_loss(x: Tensor, p: Parameters, config: ReLUConfig, step: StepContext) -> LossTerms:
-    """`dictionaries/recipes/relu.py`."""
+    """Compute the loss of `dictionaries/recipes/relu.py`."""
     acts = (x @ p["W_enc"].T + p["b_enc"]).relu()
     fvu = _fvu(x, acts @ p["W_dec"] + p["b_dec"], step)
     l1 = (acts * p["W_dec"].norm(dim=1)).sum() / (len(x) * step.variance)
@@ -167,7 +167,7 @@ def relu_loss(x: Tensor, p: Parameters, config: ReLUConfig, step: StepContext) -
 
 
 def gated_loss(x: Tensor, p: Parameters, config: GatedConfig, step: StepContext) -> LossTerms:
-    """`dictionaries/recipes/gated.py`."""
+    """Compute the loss of `dictionaries/recipes/gated.py`."""
     products = x @ p["W_enc"].T
     gates = (products + p["b_enc"]).relu()
     acts = (gates > 0) * (p["r_mag"].exp() * products + p["b_mag"]).relu()
@@ -179,7 +179,7 @@ def gated_loss(x: Tensor, p: Parameters, config: GatedConfig, step: StepContext)
 
 
 def clt_loss(x: Tensor, p: Parameters, config: CLTConfig, step: StepContext) -> LossTerms:
-    """`dictionaries/recipes/clt.py`, with all layers in one matrix and zeros in it."""
+    """Compute the loss of `dictionaries/recipes/clt.py`, with zeros for missing layers."""
     k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
     p = across_layers(p, config.layers)
     pre_acts = x @ p["W_enc"].T + p["b_enc"]
@@ -189,13 +189,16 @@ def clt_loss(x: Tensor, p: Parameters, config: CLTConfig, step: StepContext) -> 
 def clt_jumprelu_loss(
     x: Tensor, p: Parameters, config: CLTJumpReLUConfig, step: StepContext
 ) -> LossTerms:
-    """`dictionaries/recipes/clt.py`; thresholds are in units of the norm of one layer."""
+    """Compute the JumpReLU loss of `dictionaries/recipes/clt.py`.
+
+    Thresholds are in units of the RMS norm of one layer's rows.
+    """
     across = across_layers(p, config.layers)
     return jumprelu_loss(x, across, config, step, rms_norm=p["W_enc"].shape[1] ** 0.5)
 
 
 def across_layers(p: Parameters, layers: int) -> Parameters:
-    """Weights that read and write all layers, with zeros where a latent reads or writes none."""
+    """Return weights over all layers, with zeros at layers that a latent does not read or write."""
     n, d_read = p["W_enc"].shape
     d_write = len(p["b_dec"]) // layers
     encoder, decoder = (p["W_enc"].new_zeros(n, layers, d) for d in (d_read, d_write))
@@ -208,7 +211,10 @@ def across_layers(p: Parameters, layers: int) -> Parameters:
 
 
 def constrained(W_dec: Tensor, config: AcrossSitesConfig) -> Tensor:
-    """A crosscoder's decoder as a function of free parameters, which it equals where it is held."""
+    """Return a crosscoder's decoder that meets its constraints, as a function of free parameters.
+
+    Parameters that meet the constraints are returned unchanged.
+    """
     share, n, sites = config.shared_latents, len(W_dec), len(config.reads or (None,))
     shared = torch.tensor([math.floor((i + 1) * share) > math.floor(i * share) for i in range(n)])
     apart = W_dec.reshape(n, sites, -1) if share else W_dec[:, None]
@@ -229,7 +235,7 @@ def _weights(rows: Tensor, config: AcrossSitesConfig) -> Tensor:
 def crosscoder_loss(
     x: Tensor, p: Parameters, config: CrosscoderConfig, step: StepContext
 ) -> LossTerms:
-    """`dictionaries/recipes/crosscoder.py`, with all codes at once; sites are of one width."""
+    """Compute the loss of `dictionaries/recipes/crosscoder.py`. All sites have the same width."""
     k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
     pre_acts = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
     acts = _topk(pre_acts, k).relu() if config.selection == "row" else _batch_topk(pre_acts, k)
@@ -239,7 +245,7 @@ def crosscoder_loss(
 def crosscoder_relu_loss(
     x: Tensor, p: Parameters, config: CrosscoderReLUConfig, step: StepContext
 ) -> LossTerms:
-    """`dictionaries/recipes/crosscoder_relu.py`; sites are of one width."""
+    """Compute the loss of `dictionaries/recipes/crosscoder_relu.py` for sites of equal width."""
     acts = (x @ p["W_enc"].T + p["b_enc"]).relu()
     fvu = _fvu(x, acts @ p["W_dec"] + p["b_dec"], step)
     weights = _weights(p["W_dec"], config)
@@ -278,19 +284,19 @@ def _fvu(x: Tensor, x_hat: Tensor, step: StepContext) -> Tensor:
 
 
 def _topk(values: Tensor, k: int) -> Tensor:
-    """All but the k largest of each row set to zero; of equals the first are kept."""
+    """Set all but the k largest of each row to zero. Of equal values, the first ones are kept."""
     kept = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
     return torch.zeros_like(values).scatter(1, kept, values.gather(1, kept))
 
 
 def _batch_topk(values: Tensor, k: int) -> Tensor:
-    """All but the (rows * k) largest positive values set to zero; first of equals by latent."""
+    """Set all but the (rows * k) largest positive values to zero. Ties are broken by latent."""
     flat = _topk(values.relu().T.reshape(1, -1), k * len(values))
     return flat.reshape(-1, len(values)).T
 
 
 class _JumpReLU(torch.autograd.Function):
-    """z H(z - theta), its gradients written out as in SAE papers' appendices."""
+    """z H(z - theta), with explicit gradients as in the appendices of SAE papers."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, theta: Tensor, eps: float, through_z: bool) -> Tensor:  # noqa: FBT001
@@ -309,7 +315,7 @@ class _JumpReLU(torch.autograd.Function):
 
 
 class _Step(torch.autograd.Function):
-    """H(z - theta)."""
+    """H(z - theta), the Heaviside step, with a pseudo-gradient for theta."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, theta: Tensor, eps: float) -> Tensor:

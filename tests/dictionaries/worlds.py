@@ -1,4 +1,4 @@
-"""A synthetic world with known features, and the training of a dictionary in it, in one process."""
+"""A synthetic world with known features, and single-process training of a dictionary in it."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -22,17 +22,19 @@ _MAX_P = 0.25
 
 
 class World:
-    """x = sum_i a_i D_i, scaled to E|x|^2 = d_in: p_i ~ i^-zipf, at most .25, and sum p_i = l0.
+    """A world x = sum_i a_i D_i, scaled to E|x|^2 = d_in.
 
-    Rows are drawn as events, in time that grows with what is active and not with all features.
+    Feature i is active with p_i ~ i^-zipf, at most 0.25, with sum p_i = l0. Rows are drawn as
+    events, which takes time proportional to the number of active features, not of all features.
     """
 
     def __init__(self, d_in: int, n_features: int, l0: float, zipf: float, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(7_000_003 + seed)  # no trainer's seed
+        # differs from trainers' seeds
+        generator = torch.Generator().manual_seed(7_000_003 + seed)
         directions = torch.randn(n_features, d_in, generator=generator)
         self.directions = directions / directions.norm(dim=1, keepdim=True)
         p = torch.arange(1, n_features + 1, dtype=torch.float64) ** -zipf
-        for _ in range(100):  # what clipping takes away goes to the other features
+        for _ in range(100):  # spreads the clipped excess over the other features
             p = (p * l0 / p.sum()).clamp(max=_MAX_P)
         self.p = p
         self.d_in = self.widths = d_in
@@ -60,25 +62,25 @@ class World:
         what: Tensor,
         generator: torch.Generator,  # noqa: ARG002 - of features with more than one point
     ) -> Tensor:
-        """Unit vectors of active features, [active, d_in]."""
+        """Return the unit vectors of active features, [active, d_in]."""
         found: Tensor = self.directions[what]
         return found
 
 
 @runtime_checkable
 class Source(Protocol):
-    """A world to train in: each site's rows are scaled to E|x|^2 = its width."""
+    """A world to train in. Each site's rows are scaled to E|x|^2 = the site's width."""
 
     @property
     def widths(self) -> Widths | int: ...
 
     def batch(self, number: int, rows: int) -> Rows | Tensor:
-        """Rows; a tensor is those of an autoencoder."""
+        """Return rows. A tensor contains the rows of an autoencoder."""
         ...
 
 
 class Featureless:
-    """A control: normal rows with the mean and the covariance of a world's, and no features."""
+    """A control without features: Gaussian rows with the mean and covariance of a world's rows."""
 
     def __init__(self, world: World) -> None:
         x = world.batch(1_000_000, 20_000)
@@ -112,7 +114,10 @@ def train(
     betas: tuple[float, float] = (0.9, 0.999),
     each: Callable[[int, Dictionary, DeadLatents], Any] | None = None,
 ) -> Trained:
-    """Adam, warm-up, decay to zero over the last fifth; `each` is called before every step."""
+    """Train with Adam, warm-up, and decay to zero over the last fifth of the steps.
+
+    `each` is called before every step.
+    """
 
     def rows(number: int, n: int) -> Rows:
         drawn = world.batch(number, n)
@@ -151,7 +156,7 @@ def train(
 
 
 def _counted(steps: int) -> Iterator[int]:
-    """Count steps; shapes are the same in all of them, and checked in every twentieth."""
+    """Yield step numbers. Checks shapes in every twentieth step only, as all have the same."""
     try:
         for step in range(steps):
             jaxtyping.config.update("jaxtyping_disable", step % 20 > 0)
@@ -161,22 +166,22 @@ def _counted(steps: int) -> Iterator[int]:
 
 
 class Recovery(NamedTuple):
-    """How much of the truth a dictionary holds."""
+    """How many of the world's features a dictionary has recovered."""
 
     matched: int
-    """Features with a latent of their own, at cosine > .9."""
+    """Number of latents that are the nearest to a feature, at cosine > 0.9."""
     mean_cosine: float
-    """Of alive latents with the feature nearest to each."""
+    """Mean cosine of latents with their nearest features."""
     max_cosine: float
     f50_alive: float
-    """Frequency at which half of the features are recovered, times the alive latents (Zipf)."""
+    """Frequency at which half of the features are recovered, times the number of alive latents."""
 
 
 def recovery(world: World, W_dec: Tensor, alive: int | None = None) -> Recovery:
     rows = W_dec.detach()
     cosines = (rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)) @ world.directions.T
     found = cosines.max(dim=0).values > 0.9
-    # a latent counts once: features whose nearest latent is the same share it
+    # features with the same nearest latent share it, so it counts once
     nearest = cosines.max(dim=0).indices[found].unique()
     f50 = math.nan
     if world.p.min() < world.p.max() and found.any():
@@ -189,15 +194,15 @@ def recovery(world: World, W_dec: Tensor, alive: int | None = None) -> Recovery:
 
 
 def pca_fvu(rows: Tensor, components: int) -> float:
-    """What the first principal components of the rows leave of their variance."""
+    """Return the FVU of a reconstruction from the first principal components."""
     variances = torch.linalg.eigvalsh(rows.T.cov())  # ascending
     return float(1 - variances[-components:].sum() / variances.sum())
 
 
 def mean_matched_cosine(directions: Tensor, W_dec: Tensor) -> tuple[float, int]:
-    """(MCC, pairs at cosine > .9) of features and latents, paired one to one, the nearest first.
+    """Return (MCC, pairs at cosine > 0.9) of features and latents, paired greedily by cosine.
 
-    No more than with the best pairing, and the same where every feature is found.
+    The MCC is at most that of the optimal pairing, and equal to it if every feature is found.
     """
     rows = W_dec.detach()
     cosines = (rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)) @ directions.T
@@ -210,7 +215,7 @@ def mean_matched_cosine(directions: Tensor, W_dec: Tensor) -> tuple[float, int]:
 
 
 def _logistic(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """(Slope, intercept) of the logit of P(y), by Newton's method with a little ridge."""
+    """Fit the logit of P(y) by Newton's method with a small ridge. Returns (slope, intercept)."""
     mean, spread = x.mean(), x.std()
     design = torch.stack([(x - mean) / spread, torch.ones_like(x)], 1)
     weights = torch.zeros(2, dtype=torch.float64)

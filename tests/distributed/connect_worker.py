@@ -1,4 +1,4 @@
-"""One rank of a job that uses every exchange of its control group, and counts its sockets."""
+"""One rank of a job that uses all collectives of its control group, and counts its sockets."""
 
 import os
 import resource
@@ -13,7 +13,7 @@ FEW_FILES = 256
 
 
 def rank(folder: Path, env: dict[str, str]) -> None:
-    """The process; leaves the number of its sockets, and how many files it may open."""
+    """Run the process. Writes its number of sockets and its limit of open files."""
     os.environ.update(env)
     torch.set_num_threads(1)
     files = resource.RLIMIT_NOFILE

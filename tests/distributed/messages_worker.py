@@ -1,4 +1,4 @@
-"""One rank of two that tell each other things; the second may send a pickle."""
+"""One of two ranks that exchange messages. The second can send a pickle as an attack."""
 
 import json
 import os
@@ -28,7 +28,7 @@ class Told(NamedTuple):
 
 
 class Command:
-    """Whoever unpickles it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -56,7 +56,7 @@ def attacked(mesh: Mesh, folder: Path) -> Any:
 
 
 def rank(what: str, folder: Path, env: dict[str, str]) -> None:
-    """The process: what it found goes to a file of its number."""
+    """Run the process. Writes its result to a file named by its rank."""
     os.environ.update(env)
     torch.set_num_threads(1)
     unpickled = []

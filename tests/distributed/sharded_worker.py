@@ -1,4 +1,4 @@
-"""One rank of a job that trains every recipe on the same batches and leaves what it saw."""
+"""One rank of a job that trains every recipe on the same batches and saves the results."""
 
 import os
 import warnings
@@ -24,12 +24,13 @@ from tests.dictionaries.recipes import D_IN, LAYERS, make, sae_rows
 from tests.runs import write_run
 
 N_LATENTS, BATCH, DEAD_AFTER = 64, 32, 48
-# at 3e-3 rounding alone grows in the others to 1.2e-6 of the loss within 106 steps
+# at 3e-3, rounding alone changes the other recipes' loss by 1.2e-6 within 106 steps
 LR = dict.fromkeys(("topk", "multi-topk", "batchtopk", "matryoshka", "transcoder", "clt"), 3e-3)
 LR |= dict.fromkeys(("routed", "relu", "jumprelu", "to_target", "jumprelu_tanh"), 1e-3)
 LR |= dict.fromkeys(("crosscoder", "clt_jumprelu"), 1e-3)
-# half of all pairs are computed in these, so one weight that lies between two bf16, and is rounded
-# to the other by its last bit, moves a step's loss by 8e-6: not within 16 steps at these rates
+# In these recipes, half of all (row, latent) pairs are active. So if the last bit of one weight
+# decides between two bf16 values, a step's loss changes by 8e-6. At these rates, that does not
+# happen within 16 steps.
 LR |= {"gated": 5e-4, "crosscoder_relu": 7e-4}
 RECIPES: dict[str, dict[str, Any]] = {
     "topk": {"k": 4, "auxk": 8, "auxk_coefficient": 0.25},
@@ -48,7 +49,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "shared_latents": 0.1,
         "reads": LAYERS,
     },
-    "relu": {"initial_l0": 32},  # half of all: computed densely on every shard
+    "relu": {"initial_l0": 32},  # half of the latents, so every shard computes densely
     "gated": {"initial_l0": 32},
     "clt": {"k": 4, "auxk": 8, "auxk_coefficient": 0.25, "reads": LAYERS},
     "clt_jumprelu": {"sparsity": 0.02, "initial_threshold": 0.2, "bandwidth": 0.2, "reads": LAYERS},
@@ -56,7 +57,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 class Watch:
-    """Kernels that remember which entries the reconstruction was made from."""
+    """A `combine` kernel that records the entries of each reconstruction."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -76,7 +77,7 @@ def train_rank(spec: dict[str, Any], env: dict[str, str], log: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     results = {}
-    gradients.AT_MOST = 1.0  # so small batches exchange entries too
+    gradients.AT_MOST = 1.0  # so that even these small batches exchange gradients by entry
     with rendezvous(spec["world"]) as ranks, join_mesh(ranks, spec["shards"]) as mesh:
         path = write_run(
             Path(spec["out"]).parent / f"rank-{mesh.rank}",
@@ -96,7 +97,7 @@ def trained(
     dtype = torch.float64 if precision == "fp64" else torch.float32
     config = {"kind": kind, "n_latents": N_LATENTS, "dead_after_rows": DEAD_AFTER} | RECIPES[kind]
     sae_config: SaeConfig = TypeAdapter(SaeConfig).validate_python(config)
-    run = run.model_copy(update={"sae": sae_config})  # its sites need not be there
+    run = run.model_copy(update={"sae": sae_config})  # its sites need not exist
     sae = make(run.sae, dtype, mesh.axis)
     if precision == "bf16":
         sae.product_dtype = torch.bfloat16
@@ -124,16 +125,16 @@ def trained(
         if dead.n_stuck:
             engine.revive(dead.stuck, batch[own], output.error)
         average.update(sae_rows(batch[own]), number / len(batches))
-        n_rows = BATCH // mesh.axis.replicas  # AuxK's entries are of as many rows after these
+        n_rows = BATCH // mesh.axis.replicas  # the entries of AuxK are rows n_rows to 2 n_rows
         first_row = mesh.axis.replica * n_rows
-        # with layers a latent has (layers + 1) / 2 vectors, and each row as many as it has layers
+        # with several layers, a latent has (layers + 1) / 2 vectors on average, a row one per layer
         n_vectors, first_vector = ((sae.layers + 1) * n // 2 for n in (N_LATENTS, sae.first_latent))
         steps.append(
             {
                 "terms": [float(t) for t in output.terms],
                 "norm": norm,
                 "selected": [
-                    # rows come to experts in the order of these
+                    # in the routed recipe, rows are ordered by expert, so only latents are compared
                     (0 if kind == "routed" else row * n_vectors) + vectors + first_vector
                     for places, vectors in watch.seen
                     for rows in [places // sae.layers]

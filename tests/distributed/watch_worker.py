@@ -1,6 +1,6 @@
-"""One rank of a job that does nothing but collectives, under a watch.
+"""One rank of a job that only runs collectives, under a watch.
 
-Rank 1 meets something at step 3; each rank prints its steps.
+Rank 1 fails, hangs, waits or stops at step 3. Each rank prints its steps.
 """
 
 import os
@@ -21,9 +21,9 @@ from dist_sae.signals import stop_event
 
 MISSING_SECONDS, LOST_SECONDS, HUNG_SECONDS = 3.0, 2.0, 6.0
 COMING_SECONDS = 60.0
-"""For ranks that come, or are waited for until a stop: as many as a busy machine may take."""
+"""Time limit of the rendezvous if no rank is missing: enough for a busy machine."""
 GROUP_SECONDS = 1.0
-"""Torch's time limit of a group: as on GPUs (10 min, against 15), less than `hung_seconds`."""
+"""Torch's timeout of a process group: less than `hung_seconds`, as on GPUs (10 min and 15 min)."""
 NCCL_JUDGES = ("ASYNC_ERROR_HANDLING", "ENABLE_MONITORING")
 
 
@@ -47,7 +47,7 @@ def go(what: str, mesh: Mesh, watch: Watch, stopping: threading.Event) -> None:
     for step in range(10_000):
         watch.at(step, working=False)
         if what == "waits" and mesh.rank == 1 and step == 3:
-            time.sleep(2 * HUNG_SECONDS)  # for data
+            time.sleep(2 * HUNG_SECONDS)  # as if it waited for data
         if mesh.any_rank(stopping.is_set()):
             raise Stopped(f"stopped at step {step}")
         watch.at(step, working=True)
@@ -67,7 +67,7 @@ def go(what: str, mesh: Mesh, watch: Watch, stopping: threading.Event) -> None:
 
 
 def rank(what: str, output: str, env: dict[str, str]) -> None:
-    """The process: its words go to `output`.out and `output`.err."""
+    """Run the process. Its stdout and stderr go to `output`.out and `output`.err."""
     os.environ.update(env)
     for number, ending in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{ending}", os.O_WRONLY | os.O_CREAT, 0o600), number)

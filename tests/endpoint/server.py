@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint on loopback, whose answers a test makes up."""
+"""An OpenAI-compatible endpoint on loopback, whose responses a test defines."""
 
 import json
 import threading
@@ -8,24 +8,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Fault = tuple[int, Mapping[str, str], Any]
-"""Status, headers and content of an answer that is none; status 0 hangs up."""
+"""Status, headers and content of a failing response. Status 0 closes the connection."""
 Reply = Callable[[Mapping[str, Any]], str | Fault]
-"""The text that answers a request's body, or what is sent instead."""
+"""Function from a request's body to the text of the response, or to a fault."""
 
 
 class OpenAIServer:
-    """What the server was asked, and what it is to do next."""
+    """State of the server: the requests so far, and how to respond to the next ones."""
 
     def __init__(self, url: str, reply: Reply) -> None:
         self.url = url
-        """Base URL, as the file of an endpoint has it."""
+        """Base URL, as in an endpoint file."""
         self.reply = reply
         self.key: str | None = None
-        """If not None, requests without it are refused."""
+        """API key. If not None, requests without it are refused."""
         self.bodies: list[dict[str, Any]] = []
-        """Of all requests, those that failed among them."""
+        """Bodies of all requests, including failed ones."""
         self.faults: list[Fault] = []
-        """Answers of the next requests, in place of theirs."""
+        """Faults to send for the next requests."""
         self.most_at_once = 0
         self._at_once = 0
         self._lock = threading.Lock()
@@ -62,7 +62,7 @@ class OpenAIServer:
 
 @contextmanager
 def serving(reply: Reply = lambda _: "yes") -> Iterator[OpenAIServer]:
-    """Serve on a free port of loopback; a word is a token."""
+    """Serve on a free port of loopback. Each word counts as a token."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -103,10 +103,10 @@ def serving(reply: Reply = lambda _: "yes") -> Iterator[OpenAIServer]:
 
 
 def endpoint_file(server: OpenAIServer, **settings: Any) -> str:
-    """Content of the file that describes the server."""
+    """Return the content of an endpoint file for the server."""
     return json.dumps({"url": server.url, "model": "tests", **settings})  # JSON is YAML
 
 
 def texts_of(bodies: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The last message of each request."""
+    """Return the last message of each request."""
     return [body["messages"][-1]["content"] for body in bodies]

@@ -1,7 +1,7 @@
-"""What a language model of the tests answers, by rules.
+"""A rule-based replacement for the language model that explains latents.
 
-Asked for an explanation it names the word that is marked most often. Asked for verdicts it says yes
-of the passages with the word that the explanation names.
+Its explanation is the word that is marked most often. Its verdict on a passage is yes if the
+passage contains the word that the explanation names.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def reply(body: Mapping[str, Any]) -> str:
-    """Answer a request."""
+    """Return the response to a request."""
     system, user = (message["content"] for message in body["messages"])
     passages = re.findall(r"^Passage \d+: (.*)$", user, re.MULTILINE)
     if "EXPLANATION:" in system:

@@ -1,7 +1,7 @@
-"""A run on documents of eight words, in which latents fire on words that are known.
+"""A run on documents of eight words, in which each latent fires on known words.
 
-Words have numbers. The embedding of word n is the n-th unit vector, and the site is the
-embeddings, so an encoder row is the activation on each word. Each document is a passage of its own.
+Words have numbers. The embedding of word n is the n-th unit vector. The site is the embedding, so
+an encoder row contains the latent's activation on each word. Each document is a separate passage.
 """
 
 import random
@@ -20,9 +20,9 @@ from tests.notebook.raw import SCALE, fill, save_dictionary
 
 WORDS, WIDTH, LENGTH = 60, 64, 8
 FIRES_ON: tuple[Mapping[int, float], ...] = (
-    {10: 2.0, 11: 1.0},  # half of its passages have w10 alone, the others w11 alone
+    {10: 2.0, 11: 1.0},  # half of its passages contain only w10, the others only w11
     {12: 1.0},
-    {10: 1.0, 13: 3.0},  # near latent 0, and its passages without w10 and w11 are near misses
+    {10: 1.0, 13: 3.0},  # near latent 0; its passages without w10 and w11 are near misses of that
     {14: 1.0},  # too rare
     {},  # never fires
     dict.fromkeys(range(3, WORDS), 1.0),  # always fires
@@ -32,17 +32,17 @@ hf: Any = transformers
 
 
 def word(n: int) -> str:
-    """Word n, which the tokenizer does not cut."""
+    """Return word n, which the tokenizer does not split."""
     return f"w{chr(97 + n // 8)}{chr(97 + n % 8)}"
 
 
 def number(text: str) -> int:
-    """The number of a word."""
+    """Return the number of a word."""
     return next(n for n in range(WORDS) if word(n) == text.strip())
 
 
 def documents() -> list[list[int]]:
-    """30 with w10, 30 with w11, 40 with w12, 40 with w13, 9 with w14; the rest is other words."""
+    """Return the documents' words: 30 with w10, 30 w11, 40 w12, 40 w13, 9 w14, 100 with w15."""
     chance = random.Random(0)
     of = [*[10] * 30, *[11] * 30, *[12] * 40, *[13] * 40, *[14] * 9, *[15] * 100]
     chance.shuffle(of)
@@ -82,7 +82,7 @@ def save_words_model(folder: Path) -> Path:
 
 
 def words_run(folder: Path, **index: Any) -> Run:
-    """An indexed run."""
+    """Make an indexed run."""
     texts = [" ".join(map(word, document)) for document in documents()]
     (folder / "text.txt").write_text("\n".join(texts))
     run = Run.model_validate(
@@ -122,7 +122,7 @@ def words_run(folder: Path, **index: Any) -> Run:
             for n, act in on.items():
                 sae.W_enc[latent, n] = act / SCALE
                 sae.W_dec[latent, n] = act
-        sae.W_dec[4, -1] = 1.0  # near none
+        sae.W_dec[4, -1] = 1.0  # orthogonal to all other latents
     save_dictionary(run, sae, 7)
     make_index(run)
     return run

@@ -1,4 +1,4 @@
-"""Small indexed worlds, and the brute-force oracle of an index."""
+"""Small indexed worlds, and a brute-force oracle of their indexes."""
 
 import threading
 from collections.abc import Callable
@@ -60,7 +60,7 @@ WORLD: dict[str, Any] = {
 
 
 def produced(folder: Path, kind: str = "topk", **sections: Any) -> Run:
-    """A run whose activations are there, without a checkpoint."""
+    """Make a run with activations and without a checkpoint."""
     sae = {"kind": kind, "n_latents": 64, **RECIPES[kind]}
     run = make_run(folder, WORLD, **{"sae": sae, **sections})
     made = plan(run)
@@ -116,12 +116,12 @@ def make_index(run: Run, worker: str = "w", **options: Any) -> dict[str, Any]:
 
 
 def tables(place: str, name: str) -> pa.Table:
-    """All rows of a table of an index."""
+    """Return all rows of a table of an index."""
     return pa.concat_tables(map(pq.read_table, sorted(Path(place, name).glob("*.parquet"))))
 
 
 def files(place: str) -> dict[str, bytes]:
-    """Content of the tables of an index."""
+    """Return the content of an index's table files, by relative path."""
     return {
         str(path.relative_to(place)): path.read_bytes()
         for path in sorted(Path(place).rglob("*.parquet"))
@@ -129,7 +129,7 @@ def files(place: str) -> dict[str, bytes]:
 
 
 class Oracle:
-    """Everything that an index holds, by brute force over dense codes in memory."""
+    """Content of an index, computed by brute force from dense codes in memory."""
 
     def __init__(self, run: Run, sae: Dictionary) -> None:
         activations = open_activation_set(run)
@@ -161,7 +161,7 @@ class Oracle:
         self.l0 = float((self.codes > 0).sum() / len(self.codes))
 
     def firings(self, latent: int) -> list[tuple[float, int]]:
-        """Activation and row of each firing, in the order of the rows."""
+        """Return activation and row of each firing, in the order of rows."""
         column = self.codes[:, latent]
         return [(float(column[row]), int(row)) for row in np.flatnonzero(column > 0)]
 

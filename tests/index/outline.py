@@ -1,4 +1,4 @@
-"""Outlines of indexes: what tells how far one is, without its tables."""
+"""Index outlines: the objects that show an index's progress, without its tables."""
 
 from dist_sae.config import Run
 from dist_sae.index.layout import IndexFolder, IndexManifest, index_name
@@ -7,13 +7,13 @@ from dist_sae.storage.records import seal
 
 
 def write_outline(run: Run, step: int, encoded: int = 3, merged: int = 2) -> IndexFolder:
-    """Write the outline of an index of 3 units and 2 buckets, as far as it is made.
+    """Write the outline of a partly finished index of 3 units and 2 buckets.
 
     Args:
-        run: Whose index it is.
+        run: Run of the index.
         step: Step of the checkpoint.
-        encoded: Units that are encoded.
-        merged: Buckets that are merged.
+        encoded: Number of encoded units.
+        merged: Number of merged buckets.
     """
     manifest = IndexManifest(
         name=index_name(run, step),

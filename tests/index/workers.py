@@ -1,4 +1,4 @@
-"""Index workers as processes that may be killed at any moment."""
+"""Index workers as processes that can be killed at any moment."""
 
 import logging
 import threading
@@ -15,7 +15,7 @@ from dist_sae.telemetry.exporter import Telemetry
 
 
 def work(settings: dict[str, Any], name: str, number: int, bucket_latents: int) -> None:
-    """A worker, to the end of its work, with short waits and on one thread."""
+    """Run a worker until the index is done, with short waits and one thread."""
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     dist_sae.data.work_queue.POLL_SECONDS = 0.05

@@ -1,10 +1,10 @@
-"""Codes and reconstructions of dictionaries, by the classes of the library that they are for.
+"""Compute codes and reconstructions of exported dictionaries with the library they are for.
 
     python library_codes.py LIBRARY JOBS.json
 
-runs with that library's own Python, where dist_sae is not installed. Each job has a `folder` with
-a dictionary, `rows` (a .npy file of fp64) and the folder `out`, which takes codes.npy and
-y_hat.npy. A job with `make` has SAELens make a dictionary of that architecture first.
+Runs with the library's own Python, where dist_sae is not installed. Each job has a `folder` with a
+dictionary, `rows` (a .npy file of fp64) and `out`, a folder for codes.npy and y_hat.npy. If a job
+has `make`, SAELens first creates a dictionary of that architecture.
 """
 
 import importlib
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 D, N, K = 6, 32, 3
-os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # read at import; its kernels cannot run on a CPU
+os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # read at import; Triton kernels cannot run on a CPU
 
 
 def library_module(name: str) -> Any:
-    """A module that only the library's Python has."""
+    """Import a module that only the library's Python has."""
     return importlib.import_module(name)
 
 
@@ -35,7 +35,7 @@ def sae_lens(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def make(architecture: str, folder: Path) -> None:
-    """Save a random dictionary as SAELens does."""
+    """Save a random dictionary with SAELens."""
     SAE = library_module("sae_lens").SAE
     config = SAE.get_sae_config_class_for_architecture(architecture)
     content: dict[str, Any] = {"architecture": architecture, "d_in": D, "d_sae": N}
@@ -72,7 +72,7 @@ def dictionary_learning(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sae_bench(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of dictionary_learning's files; what it would fetch from the hub is taken from the folder."""
+    """Load dictionary_learning's files. Files that it would download come from the folder."""
     of = {
         "BatchTopKTrainer": ("batch_topk_sae", "batch_topk_sae"),
         "TopKTrainer": ("topk_sae", "topk_sae"),
@@ -102,13 +102,13 @@ def circuit_tracer(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
     coder = crossing.load_clt(str(folder), dtype=torch.float64, device=torch.device("cpu")).double()
     by_layer = x.reshape(len(x), -1, D).transpose(0, 1)
     y_hat = torch.cat([coder(part) for part in torch.split(by_layer, 5000, dim=1)], 1)
-    codes = coder.encode(by_layer)  # latent i of layer l is ours i layers + l
+    codes = coder.encode(by_layer)  # their latent i of layer l is our latent i * layers + l
     return codes.permute(1, 2, 0).reshape(len(x), -1), y_hat.transpose(0, 1).reshape(len(x), -1)
 
 
 @torch.no_grad()
 def main(library: str, jobs: str) -> None:
-    """Do the jobs of a file."""
+    """Run the jobs in a file."""
     read: Callable[[Path, Tensor], tuple[Tensor, Tensor]] = globals()[library]
     for job in json.loads(Path(jobs).read_text()):
         folder, out = Path(job["folder"]), Path(job["out"])

@@ -1,10 +1,10 @@
-"""Activations at hook points of TransformerLens's bridge.
+"""Compute activations at hook points of TransformerLens's bridge.
 
     python library_hooks.py JOBS.json
 
-runs with TransformerLens's own Python, where dist_sae is not installed. Each job has a `folder`
-with a model and its tokenizer, `tokens` (a .npy file) and `hooks`; the activations go to `out`, a
-.npz.
+Runs with TransformerLens's own Python, where dist_sae is not installed. Each job has a `folder`
+with a model and its tokenizer, `tokens` (a .npy file), `hooks`, and `out`, the .npz file for the
+activations.
 """
 
 import importlib
@@ -21,7 +21,7 @@ hf: Any = transformers
 
 
 def main(jobs: str) -> None:
-    """Do the jobs of a file."""
+    """Run the jobs in a file."""
     library: Any = importlib.import_module("transformer_lens.model_bridge")
     for job in json.loads(Path(jobs).read_text()):
         bridge = library.TransformerBridge.boot_transformers(

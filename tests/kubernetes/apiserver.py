@@ -1,9 +1,9 @@
-"""A Kubernetes API server over HTTP, in this process, with what `dist_sae.kubernetes` relies on.
+"""An in-process Kubernetes API server over HTTP, with all that `dist_sae.kubernetes` relies on.
 
-Server-side apply with defaults, conflicts and immutable fields; dry runs; strict validation; the
-permissions that k8s/base/researchers.yaml gives; labels; watches; deletion in the foreground; logs;
-the proxy to pods. Of controllers only what makes Jobs of a JobSet, pods of a Job, and the garbage
-collector. What nodes do to pods, tests do.
+It has server-side apply with defaults, conflicts and immutable fields; dry runs; strict validation;
+the permissions of k8s/base/researchers.yaml; labels; watches; foreground deletion; logs; and the
+proxy to pods. Its only controllers create the Jobs of a JobSet and the pods of a Job, and collect
+garbage. Tests take the role of nodes, for example to start and end pods.
 """
 
 import copy
@@ -53,7 +53,7 @@ _INDEX = "batch.kubernetes.io/job-completion-index"
 
 
 class ApiServer:
-    """API server with one namespace, `dist-sae`, in which the holder of `TOKEN` is a researcher."""
+    """API server with the namespace `dist-sae`. `TOKEN` is the token of a researcher."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition(threading.RLock())
@@ -63,15 +63,15 @@ class ApiServer:
         self.nodes: list[Object] = []
         self.rules = _rules()
         self.admission: Callable[[Object], str | None] = lambda _: None
-        """Says why an object is not to be, if it is not."""
+        """Admission webhook: returns the reason to deny an object, or None."""
         self.watches = 0
-        """Begun so far."""
+        """Number of watches started so far."""
         self.followers = 0
-        """Of logs, so far."""
+        """Number of requests so far that follow a log."""
         self.logs: dict[str, list[str]] = {}
-        """Of pods, or of a container as `pod/container`; each line begins with its time."""
+        """Log lines by pod, or by `pod/container`. Each line begins with a timestamp."""
         self.ports: dict[str, int] = {}
-        """Of pods: where on this machine their metrics really are."""
+        """Ports on this machine that serve the pods' metrics, by pod."""
         self._applied: dict[tuple[Key, str], Object] = {}
         self._events: list[tuple[int, str, Key, Object]] = []
         self._versions = itertools.count(1)
@@ -89,7 +89,7 @@ class ApiServer:
         self._thread.join()
 
     def write_kubeconfig(self, path: Path, token: str = TOKEN) -> None:
-        """Write a kubeconfig with a context `test`."""
+        """Write a kubeconfig with the context `test`."""
         url = f"http://127.0.0.1:{self._http.server_port}"
         config = {
             "apiVersion": "v1",
@@ -101,7 +101,7 @@ class ApiServer:
         }
         path.write_text(yaml.safe_dump(config))
 
-    # what tests do
+    # methods for tests
 
     def names(self, kind: str) -> list[str]:
         with self.changed:
@@ -112,7 +112,7 @@ class ApiServer:
             return copy.deepcopy(self.objects[_plural(kind), name])
 
     def pods(self, part: str) -> list[str]:
-        """Pods, newest last."""
+        """Return the names of a part's pods, newest last."""
         with self.changed:
             return [
                 name
@@ -122,7 +122,7 @@ class ApiServer:
             ]
 
     def set(self, kind: str, name: str, **fields: Any) -> None:
-        """Change top-level fields of an object, as its controller would."""
+        """Change top-level fields of an object, as a controller would."""
         with self.changed:
             key = (_plural(kind), name)
             self._store(key, {**self.objects[key], **fields}, "MODIFIED")
@@ -132,7 +132,7 @@ class ApiServer:
         self.set("Pod", name, status={"phase": "Running", "conditions": ready})
 
     def fail_pod(self, name: str, **status: Any) -> str:
-        """End a pod with a failure; returns the name of the pod that its Job creates instead."""
+        """End a pod with a failure, and return the name of the pod that replaces it."""
         with self.changed:
             self.set("Pod", name, status={"phase": "Failed"} | status)
             metadata = self.objects["pods", name]["metadata"]
@@ -144,7 +144,7 @@ class ApiServer:
         self.set(kind, name, status={"conditions": conditions})
 
     def end_pod(self, name: str) -> None:
-        """Report a pod as ended, as its node does."""
+        """Remove a deleted pod, as its node does once the pod has ended."""
         with self.changed:
             self._remove(("pods", name))
 
@@ -171,7 +171,7 @@ class ApiServer:
             self.logs.setdefault(pod, []).append(f"{stamp} {text}")
             self.changed.notify_all()
 
-    # what clients ask
+    # requests of clients
 
     def answer(self, handler: "_Handler", method: str) -> None:
         url = urlsplit(handler.path)
@@ -267,7 +267,7 @@ class ApiServer:
         return new
 
     def _scale(self, key: Key) -> None:
-        """Make and delete pods as the Job controller does when the number of indexes changes."""
+        """Create and delete pods as the Job controller does when the number of indexes changes."""
         job = self.objects[key]
         pods = {self.objects[k]["metadata"]["labels"][_INDEX]: k for k in self._dependents(job)}
         wanted = [str(index) for index in range(job["spec"]["completions"])]
@@ -428,13 +428,13 @@ class _Http(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError):  # whoever watched has seen enough
+        if not isinstance(sys.exception(), ConnectionError):  # a client stopped watching
             super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # an answer is one packet
+    wbufsize = -1  # buffered, so a response is one packet
     server: _Http
 
     def send(self, body: bytes, code: int = 200) -> None:
@@ -465,7 +465,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _rules() -> set[tuple[str, str, str]]:
-    """Collect (API group, resource, verb) of everything that the roles permit."""
+    """Return (API group, resource, verb) of everything that the roles permit."""
     roles = [r for r in yaml.load_all(_ROLES.read_text(), yaml.CSafeLoader) if "rules" in r]
     return {
         triple
@@ -492,5 +492,5 @@ def _selected(obj: Object, query: Object) -> bool:
 
 @cache
 def _check(body: str) -> None:
-    """Check an object against the schemas; valid ones are cached."""
+    """Check an object against the schemas. Valid objects are cached."""
     schemas.check(json.loads(body))

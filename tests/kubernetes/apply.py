@@ -1,4 +1,4 @@
-"""Server-side apply: merging, defaults and refusals."""
+"""Server-side apply: merging, defaults and errors."""
 
 import copy
 import json
@@ -8,7 +8,7 @@ Object = dict[str, Any]
 
 
 class RefusedError(Exception):
-    """An answer other than 200; `reason` is None if it comes from a proxy before the API."""
+    """An error response. `reason` is None if it comes from a proxy in front of the API server."""
 
     def __init__(self, code: int, reason: str | None, message: str, **details: str) -> None:
         super().__init__(message)
@@ -30,14 +30,14 @@ class RefusedError(Exception):
 
 
 class NotFoundError(RefusedError):
-    """There is no such object."""
+    """The object does not exist."""
 
     def __init__(self, plural: str, name: str) -> None:
         super().__init__(404, "NotFound", f'{plural} "{name}" not found', kind=plural, name=name)
 
 
 def with_defaults(obj: Object) -> Object:
-    """Add some defaults of the kinds that a run consists of."""
+    """Add some defaults, for the kinds of objects that a run has."""
     obj = copy.deepcopy(obj)
     match obj["kind"]:
         case "Service":
@@ -96,13 +96,13 @@ def check_immutable(live: Object, new: Object) -> None:
         fixed = ["template", "backoffLimitPerIndex", "podFailurePolicy", "completionMode"]
         both = live["spec"], new["spec"]
         if any(spec["completions"] != spec["parallelism"] for spec in both):
-            fixed.append("completions")  # else an Indexed Job may grow and shrink
+            fixed.append("completions")  # mutable only if equal to parallelism (elastic Jobs)
         for field in fixed:
             if both[0][field] != both[1][field]:
                 said = f"spec.{field}: Invalid value: field is immutable"
                 raise RefusedError(422, "Invalid", f'Job.batch "{name}" is invalid: {said}')
     if kind == "JobSet" and live["spec"]["replicatedJobs"] != new["spec"]["replicatedJobs"]:
-        said = (  # as controller-runtime's webhooks say it: by 403
+        said = (  # controller-runtime's webhooks respond with 403
             'admission webhook "vjobset.kb.io" denied the request: spec.replicatedJobs: Invalid '
             "value: field is immutable"
         )

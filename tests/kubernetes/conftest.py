@@ -27,14 +27,14 @@ class Shell:
         self._capsys = capsys
 
     def __call__(self, *arguments: str) -> str:
-        """Run a command that must succeed; returns its output."""
+        """Run a command that must succeed, and return its output."""
         code = main(arguments)
         said = self._capsys.readouterr()
         assert code == 0, said.err
         return said.out
 
     def fail(self, *arguments: str) -> str:
-        """Run a command that must fail; returns its one line."""
+        """Run a command that must fail, and return its error, which must be one line."""
         assert main(arguments) == 2
         said = self._capsys.readouterr()
         (line,) = (text for text in said.err.splitlines() if text.startswith("error: "))
@@ -42,7 +42,7 @@ class Shell:
         return line.removeprefix("error: ")
 
     def warned(self, *arguments: str) -> str:
-        """Run a command that must succeed with warnings; returns its log."""
+        """Run a command that must succeed with warnings, and return its log."""
         assert main(arguments) == 0
         return self._capsys.readouterr().err
 
@@ -54,7 +54,7 @@ def sh(capsys: pytest.CaptureFixture[str]) -> Shell:
 
 @pytest.fixture
 def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
-    """A cluster to which the kubeconfig in the environment points."""
+    """The API server that the kubeconfig in the environment points to."""
     with ApiServer() as server:
         server.write_kubeconfig(tmp_path / "kubeconfig")
         monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
@@ -63,7 +63,7 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
 
 @pytest.fixture
 def path(tmp_path: Path, bucket: Bucket) -> str:
-    """Run file of a run named tiny, with two producers and two trainers."""
+    """Path of the run file of a run named tiny, with two producers and two trainers."""
     store = {name: f"s3://{bucket.name}/{name}" for name in ("activations", "runs")}
     file = write_run(
         tmp_path,
@@ -77,7 +77,7 @@ def path(tmp_path: Path, bucket: Bucket) -> str:
 
 @contextmanager
 def ending(api: ApiServer) -> Iterator[list[str]]:
-    """End deleted pods, each once a client watches; yields their names."""
+    """End deleted pods, one after each new watch of a client. Yields their names."""
     ended: list[str] = []
     over = threading.Event()
 

@@ -1,4 +1,4 @@
-"""A pod's status: its node, and its containers, which run one after the other."""
+"""Pod status: scheduling, and the states of containers, which run one after the other."""
 
 from tests.kubernetes.manifests import Object
 
@@ -9,13 +9,13 @@ def names_of(pod: Object) -> list[str]:
 
 
 def scheduled(pod: Object) -> str | None:
-    """Status of PodScheduled ("True", "False"); None if absent."""
+    """Return the status of condition PodScheduled ("True", "False"), or None if absent."""
     conditions = pod["status"].get("conditions", [])
     return next((c["status"] for c in conditions if c["type"] == "PodScheduled"), None)
 
 
 def state_of(pod: Object, container: str) -> str:
-    """State: waiting, running or terminated; "" if its node does not know it yet."""
+    """Return a container's state: waiting, running, terminated, or "" if its node has no status."""
     status = pod["status"]
     for told in [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]:
         if told["name"] == container:
@@ -26,7 +26,10 @@ def state_of(pod: Object, container: str) -> str:
 
 
 def render_status(pod: Object, n_ended: int, *, runs: bool = True) -> Object:
-    """Render the status after some containers have ended, with the next one running or waiting."""
+    """Render a pod's status with the first `n_ended` containers ended and the next one running.
+
+    With `runs` False, the next one is waiting.
+    """
     ended: Object = {"terminated": {"exitCode": 0}}
     running: Object = {"running": {}}
     waiting: Object = {"waiting": {"reason": "PodInitializing"}}

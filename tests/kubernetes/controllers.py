@@ -1,11 +1,11 @@
-"""Job and JobSet controllers: `reconcile` compares actual with desired state, and acts.
+"""Job and JobSet controllers. `reconcile` compares the actual with the desired state, and acts.
 
-Indexed Jobs whose pods are not restarted in place, with podReplacementPolicy Failed; JobSets that
-are not restarted as a whole. Before a pod is replaced there is the pause that the Job controller
-makes (Kubernetes 1.29 and newer, pkg/controller/job/backoff_utils.go): 10 s, doubled with every
-failure, at most 10 min. Failures that a rule ignores count as others do (kubernetes#130881). With
-`backoffLimitPerIndex` those of the index count, for all its life; without it those of the whole
-Job since a pod has last succeeded, and no pod is made while the pause lasts.
+Supports Indexed Jobs whose pods are not restarted in place, with podReplacementPolicy Failed, and
+JobSets that are not restarted as a whole. A pod is replaced after the same pause as by the Job
+controller of Kubernetes 1.29 and newer (pkg/controller/job/backoff_utils.go): 10 s, doubled at
+every failure, at most 10 min. Failures that a rule ignores count too (kubernetes#130881). With
+`backoffLimitPerIndex`, the pause depends on all failures of the index so far. Without it, the pause
+depends on failures of the whole Job since a pod last succeeded, and no pod is created during it.
 """
 
 import random
@@ -28,7 +28,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 600.0
 
 
 class Condition(NamedTuple):
-    """Condition with which a Job or a JobSet ended."""
+    """Final condition of a Job or a JobSet."""
 
     type: str
     reason: str
@@ -36,12 +36,12 @@ class Condition(NamedTuple):
 
 
 class Job:
-    """Indexed Job: runs one pod after the other for every index, until one succeeds.
+    """An Indexed Job. For each index, it runs pods one after the other until one succeeds.
 
     Args:
         manifest: The Job.
-        make_pod: Makes and starts a pod.
-        clock: The time in seconds, from any start.
+        make_pod: Function that creates and starts a pod.
+        clock: Function that returns the time in seconds, from any start.
     """
 
     def __init__(
@@ -57,15 +57,15 @@ class Job:
         self.active: dict[int, Pod] = {}
         self.succeeded: dict[int, Pod] = {}
         self.counted: list[Pod] = []
-        """Failures that use up the budget."""
+        """Failed pods that count against the backoff limit."""
         self.ignored: list[Pod] = []
-        """Failures that do not."""
+        """Failed pods that do not count against the backoff limit."""
         self.next_start: float | None = None
-        """When the first pause ends that a pod waits for; None if no pod waits."""
+        """Time at which the first pause of an index ends; None if no index waits."""
         self._clock = clock
         self._counted: Counter[int] = Counter()
         self._failures: Counter[int | None] = Counter()
-        """Failures that lengthen the pause, and when the last one was, by `_pausing`."""
+        """Number of failures that lengthen the pause, by `_pausing`."""
         self._failed_at: dict[int | None, float] = {}
         self._failing: Condition | None = None
         self._deleted = False
@@ -108,7 +108,7 @@ class Job:
                     self._start(index)
 
     def _start(self, index: int) -> None:
-        """Make the index's pod, unless there is a pause."""
+        """Create the index's pod, unless its pause has not ended."""
         due = self._due(index)
         if due <= self._clock():
             self.active[index] = self._make_pod(self._pod(index))
@@ -116,7 +116,7 @@ class Job:
             self.next_start = min(due, self.next_start or due)
 
     def _due(self, index: int) -> float:
-        """When the pause of an index ends; 0 if there is none."""
+        """Return the time at which an index's pause ends, or 0 if there is no pause."""
         pausing = self._pausing(index)
         if not self._failures[pausing]:
             return 0.0
@@ -124,7 +124,7 @@ class Job:
         return self._failed_at[pausing] + min(_FIRST_PAUSE * 2.0**doubled, _LONGEST_PAUSE)
 
     def _pausing(self, index: int) -> int | None:
-        """The index that pauses after its failures; None where the whole Job pauses."""
+        """Return the index if its failures pause only itself; None if the whole Job pauses."""
         return index if "backoffLimitPerIndex" in self.spec else None
 
     def _judge(self, index: int, pod: Pod) -> None:
@@ -142,7 +142,7 @@ class Job:
             self._failing = self._verdict(index, action, why)
 
     def _verdict(self, index: int, action: str, why: str) -> Condition | None:
-        """The end of the Job after a failure; None if the index gets another pod."""
+        """Return the Job's final condition after a failure; None if the index gets another pod."""
         if action == "FailJob":
             return Condition("Failed", "PodFailurePolicy", why)
         if (limit := self.spec.get("backoffLimitPerIndex")) is None:
@@ -153,7 +153,7 @@ class Job:
         return Condition("Failed", "MaxFailedIndexesExceeded", why) if spent else None
 
     def _action(self, pod: Pod) -> tuple[str, str]:
-        """Action of the first matching rule of the podFailurePolicy."""
+        """Return the action of the first matching rule in the podFailurePolicy, and the reason."""
         for rule in self.spec.get("podFailurePolicy", {}).get("rules", []):
             for wanted in rule.get("onPodConditions", []):
                 assert wanted.get("status", "True") == "True"
@@ -182,11 +182,11 @@ class Job:
 
 
 class JobSet:
-    """JobSet: jobs that start in order, and succeed or fail together.
+    """A JobSet: Jobs that start in order, and succeed or fail together.
 
     Args:
         manifest: The JobSet.
-        make_job: Makes a Job.
+        make_job: Function that creates a Job.
     """
 
     def __init__(self, manifest: Object, make_job: Callable[[Object], Job]) -> None:
@@ -194,7 +194,7 @@ class JobSet:
         self.spec: Object = manifest["spec"]
         self.condition: Condition | None = None
         self.jobs: dict[str, list[Job]] = {}
-        """By the name of the replicated job."""
+        """Jobs by the name of the replicated job."""
         self._make_job = make_job
         refuse_unknown("jobset", self.spec)
         assert self.spec["network"]["enableDNSHostnames"]
@@ -202,7 +202,7 @@ class JobSet:
 
     @property
     def service(self) -> Object:
-        """Headless Service that names the pods."""
+        """Headless Service that gives pods their DNS names."""
         network = self.spec["network"]
         return {
             "metadata": {"name": network.get("subdomain", self.name)},
@@ -219,7 +219,7 @@ class JobSet:
                 job.delete()
 
     def reconcile(self) -> None:
-        """Reconcile the JobSet; its jobs reconcile themselves."""
+        """Reconcile the JobSet, without its Jobs."""
         if self.condition:
             return
         for replicated in self.spec["replicatedJobs"]:

@@ -1,7 +1,7 @@
 """A kubelet: runs a pod's containers one after the other, and probes them.
 
-A pod is made from its manifest and comes to an end by itself; then it is Succeeded or Failed, and
-says with which exit code. Times between probes can be scaled down, thresholds are as they are.
+A pod is created from its manifest and runs until it is Succeeded or Failed. Then it has the exit
+codes. The time between probes can be scaled down, but not the failure thresholds.
 """
 
 import re
@@ -19,13 +19,13 @@ from tests.kubernetes.probe import Probe
 from tests.kubernetes.sandbox import Container, Image, Mount, Network, User
 
 DISRUPTED = "DisruptionTarget"
-"""Condition of a pod that the cluster, not the program, has ended."""
+"""Condition of a pod that the cluster ended, instead of its program."""
 _NOT_STARTED = 128
 ENDED = ("Succeeded", "Failed")
 
 
 class Node(NamedTuple):
-    """Node of a pod: what it finds on the machine and in the cluster."""
+    """Node of a pod: the resources of the machine and the cluster that a pod uses."""
 
     folder: Path
     image: Image
@@ -33,16 +33,16 @@ class Node(NamedTuple):
     config: Mapping[tuple[str, str], Mapping[str, str]]
     """Data of ConfigMaps and Secrets, by kind and name."""
     time_scale: float
-    """Between probes and before the first one pass so many of the seconds that are asked for."""
+    """Factor on the time between probes and before the first one."""
 
 
 class Pod:
     """A running pod.
 
     Args:
-        manifest: Its `metadata` and `spec`.
-        node: Where it runs.
-        changed: Called after each change of what it says of itself.
+        manifest: Mapping with `metadata` and `spec`.
+        node: Node that the pod runs on.
+        changed: Function that is called after each change of the pod's status.
     """
 
     def __init__(self, manifest: Object, node: Node, changed: Callable[[], None]) -> None:
@@ -53,19 +53,19 @@ class Pod:
         self.phase = "Pending"
         self.ready = False
         self.has_started = False
-        """Its startup probe, if any, has been answered."""
+        """Whether the startup probe, if any, has succeeded."""
         self.exit_codes: dict[str, int] = {}
-        """Of containers that have ended."""
+        """Exit codes of containers that have ended, by name."""
         self.conditions: set[str] = set()
         self.cut_off = False
-        """The node cannot be reached: nothing is heard of the pod, which goes on."""
+        """Whether the node is unreachable. The pod continues, but its status does not change."""
         self.terminating = False
         self.folder = node.folder / self.name
         self._metadata: Object = manifest["metadata"]
         self._node = node
         self._changed = changed
         self._container: Container | None = None
-        self._lock = threading.Lock()  # between a start and a signal
+        self._lock = threading.Lock()  # a container must not be started and signaled concurrently
         self._killing: threading.Timer | None = None
         self.folder.mkdir()
         self._hosts = self.folder / "hosts"
@@ -78,13 +78,13 @@ class Pod:
         self._thread.start()
 
     def name_hosts(self, names: str) -> None:
-        """Set the names of other pods: lines of /etc/hosts."""
+        """Set the names of other pods, as lines of /etc/hosts."""
         own = f"127.0.0.1 localhost\n{self.address} {self.hostname}\n"
-        with self._hosts.open("r+") as file:  # the same file: the pod has it mounted
+        with self._hosts.open("r+") as file:  # overwritten in place, because it is bind-mounted
             file.write((own + names).ljust(8192, "\n"))
 
     def terminate(self) -> None:
-        """Send SIGTERM, then SIGKILL after the grace period, as deleting a pod does."""
+        """Send SIGTERM, and SIGKILL after the grace period, as for a deleted pod."""
         with self._lock:
             if self.terminating:
                 return
@@ -92,7 +92,7 @@ class Pod:
             self._end_container()
 
     def preempt(self) -> None:
-        """Terminate for another pod, marked as a disruption by the cluster."""
+        """Terminate with the condition of a disruption, as if preempted by another pod."""
         self.conditions.add(DISRUPTED)
         self.terminate()
 
@@ -109,16 +109,16 @@ class Pod:
         self._report("Failed")
 
     def processes(self) -> Iterator[tuple[int, list[str]]]:
-        """Processes of the running container: (process id, command)."""
+        """Yield the processes of the running container as (process id, command)."""
         assert self._container is not None
         return self._container.processes()
 
     def log(self) -> str:
-        """Output of its containers."""
+        """Return the output of the pod's containers."""
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("*.log")))
 
     def close(self) -> None:
-        """Kill it if it still runs, and remove it."""
+        """Kill the pod if it is still running, and remove it."""
         with self._lock:
             self.terminating = True
             if self._container is not None:
@@ -130,12 +130,12 @@ class Pod:
 
     def _run(self) -> None:
         self._report("Running")
-        # the first that fails is the last that runs
+        # no container runs after the first one that fails
         failed = any(self._run_container(container) for container in self._containers())
         self._report("Failed" if failed else "Succeeded")
 
     def _containers(self) -> list[Object]:
-        """Containers in their order; exactly one is not an init container."""
+        """Return the containers in order. Exactly one is not an init container."""
         (main,) = self.spec["containers"]
         return [*self.spec.get("initContainers", []), main]
 
@@ -217,7 +217,7 @@ class Pod:
         return fields[path]
 
     def _volume(self, volume: Object) -> Path:
-        """Make a folder of this machine for a volume."""
+        """Create a folder on this machine for a volume."""
         folder: Path = self.folder / f"volume-{volume['name']}"
         if "configMap" in volume:
             folder.mkdir()
@@ -231,7 +231,7 @@ class Pod:
         return folder
 
     def _part(self, volume: str, path: str | None) -> Path:
-        """A volume, or a folder in it, which anybody may write as they may the volume."""
+        """Return a volume's folder, or a subfolder with the same permissions."""
         whole: Path = self._volumes[volume]
         if path is None:
             return whole
@@ -240,7 +240,7 @@ class Pod:
         return whole / path
 
     def _probe_until_end(self, container: Container, spec: Object) -> int:
-        """Probe a container until it ends; ends it if it does not answer. Returns its exit code."""
+        """Probe a container until it ends, and end it if a probe fails. Returns the exit code."""
         port = {named["name"]: named["containerPort"] for named in spec.get("ports", [])}
         probes = {
             kind: Probe(spec[f"{kind}Probe"], self.address, port, self._node.time_scale)

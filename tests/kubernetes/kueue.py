@@ -1,17 +1,18 @@
-"""Kueue's queue: which of the applied objects may run, by its documented rules.
+"""Kueue's queue: decides which of the applied objects may run, by Kueue's documented rules.
 
-A JobSet or a Job with the label of a queue is a workload, admitted whole: each of its pod sets goes
-to the first flavor whose node labels its node selector admits, if all its pods fit into the quota
-left there. Its priority is that of its first pod set with a priority class. Higher priorities come
-first, then earlier ones; one that does not fit is passed over (BestEffortFIFO). With
-`withinClusterQueue: LowerPriority` a workload that does not fit has workloads of lower priority
-evicted, the lowest and youngest first, if that makes room. An evicted workload is queued again.
+A JobSet or Job with a queue's label is a workload, and is admitted as a whole. Each of its pod sets
+goes to the first flavor whose node labels match the pods' node selector, if all of its pods fit
+into the remaining quota there. A workload's priority is that of its first pod set with a priority
+class. Higher priorities come first, then older workloads. A workload that does not fit is skipped
+(BestEffortFIFO). With `withinClusterQueue: LowerPriority`, workloads of lower priority are evicted
+if that makes it fit: the lowest priority first, then the youngest. Evicted workloads are queued
+again.
 
-A Job whose number of pods is changed gets another workload, and waits for its admission. A Job with
-`job-min-parallelism` is admitted with fewer pods, as many as fit, if neither room nor preemption
-lets in all (partial admission, by default on from Kueue 0.5), and its number may not be changed
-while it runs. An elastic Job gets a workload in the place of the old one when there is room for its
-rise, and goes on with the old one until then (by default on from Kueue 0.18). No Job is both.
+If the number of pods of a Job is changed, the Job gets a new workload, and waits for its admission.
+A Job with `job-min-parallelism` is admitted with as many pods as fit, if all do not fit even with
+preemption (partial admission, on by default since Kueue 0.5). Its number of pods may not be changed
+while it runs. An elastic Job continues with its old workload until there is room for the new one
+(on by default since Kueue 0.18). A Job cannot be both.
 https://kueue.sigs.k8s.io/docs (concepts: cluster_queue, workload, preemption, elastic_workload;
 tasks/run/jobs)
 """
@@ -30,12 +31,12 @@ _ELASTIC = "kueue.x-k8s.io/elastic-job"
 
 
 class Workload:
-    """What Kueue makes of an object.
+    """Kueue's Workload for an object.
 
     Args:
         obj: A JobSet or a Job.
         priorities: Values of priority classes by name.
-        age: Number of its creation.
+        age: Serial number of the workload; lower is older.
     """
 
     def __init__(self, obj: Object, priorities: Mapping[str, int], age: int) -> None:
@@ -54,24 +55,23 @@ class Workload:
         self.priority = priorities[classes[0]] if classes else 0
         self.age = age
         self.admitted: int | None = None
-        """Number of its pods that may run; None before its admission."""
+        """Number of pods that may run; None if the workload is not admitted."""
 
     @property
     def count(self) -> int:
-        """Number of its pods."""
+        """Number of pods."""
         return sum(number for number, _ in self.pods)
 
     def sets(self, count: int) -> Iterable[tuple[int, Object]]:
-        """Its pod sets if so many of its pods are admitted."""
+        """Return the pod sets if this many pods are admitted."""
         return self.pods if count == self.count else [(count, self.pods[0][1])]
 
 
 def is_ready(parts: Iterable[tuple[int, int, int]]) -> bool:
-    """`PodsReady` of a JobSet, which `waitForPodsReady` waits for, and evicts without it.
+    """Return condition `PodsReady` of a JobSet. `waitForPodsReady` evicts a JobSet that lacks it.
 
     Args:
-        parts: Of each of its replicated jobs the number that it should have, and of these the ready
-            and the succeeded ones.
+        parts: For each replicated job, the numbers of replicas, and of ready and succeeded ones.
     """
     return all(ready + succeeded >= replicas for replicas, ready, succeeded in parts)
 
@@ -80,7 +80,7 @@ class Queue:
     """A ClusterQueue.
 
     Args:
-        objects: A ClusterQueue, its flavors, and priority classes.
+        objects: A ClusterQueue, its flavors, and PriorityClasses.
     """
 
     def __init__(self, objects: Iterable[Object]) -> None:
@@ -104,12 +104,12 @@ class Queue:
         self._covered = set(group["coveredResources"])
         self._workloads: dict[str, Workload] = {}
         self.made = 0
-        """Workloads so far."""
+        """Number of workloads created so far."""
         self.restarts = 0
-        """Workloads so far whose pods were ended for another size."""
+        """Number of times that a workload's pods were ended to change their number."""
 
     def apply(self, *objects: Object) -> None:
-        """Make workloads of objects; one whose pods are as before keeps its workload."""
+        """Create workloads for objects. An object whose pods are unchanged keeps its workload."""
         for obj in objects:
             if _LABEL not in obj["metadata"]["labels"] or obj["kind"] not in ("Job", "JobSet"):
                 continue
@@ -125,7 +125,7 @@ class Queue:
                     if not self._fit(
                         [*((each, each.admitted or 0) for each in others), (new, new.count)]
                     ):
-                        continue  # its slice waits, and the old one goes on
+                        continue  # the new workload waits, and the old one continues
                     new.admitted = new.count
                 else:
                     self.restarts += 1
@@ -133,11 +133,11 @@ class Queue:
         self._admit()
 
     def admitted(self) -> list[str]:
-        """Kinds and names of the objects that may run, in the order of their creation."""
+        """Return kinds and names of the objects that may run, in the order of creation."""
         return [name for name, each in self._workloads.items() if each.admitted is not None]
 
     def pods_of(self, kind: str) -> int:
-        """Number of pods of objects of a kind that may run."""
+        """Return the number of pods that may run, over all objects of a kind."""
         found = (each for each in self._workloads.values() if each.name.startswith(f"{kind} "))
         return sum(each.admitted or 0 for each in found)
 
@@ -158,7 +158,7 @@ class Queue:
                     break
 
     def _in_its_way(self, workload: Workload, count: int) -> list[Workload] | None:
-        """Workloads to evict before this one fits; None if it would not fit then either."""
+        """Return the workloads to evict to make this one fit; None if that is impossible."""
         running = self._running()
         lower = [each for each in running if each.priority < workload.priority]
         lower.sort(key=lambda each: (each.priority, -each.age))

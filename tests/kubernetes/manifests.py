@@ -1,4 +1,4 @@
-"""Parts of a manifest that the pod runner executes."""
+"""Fields of a manifest that the pod runner supports."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ _EXECUTED = {
     | {"initialDelaySeconds"},
 }
 _NOT_HERE = {
-    # there is one node, nobody to ask for permission, and nothing to pull or to limit
+    # no effect here: there is one node, no authorization, no image to pull and no limits
     "pod": {"serviceAccountName", "automountServiceAccountToken", "enableServiceLinks"}
     | {"imagePullSecrets", "priorityClassName", "nodeSelector", "tolerations", "affinity"}
     | {"topologySpreadConstraints"},
@@ -27,24 +27,25 @@ _NOT_HERE = {
 
 
 def refuse_unknown(what: str, spec: Object) -> None:
-    """Refuse unknown parts, except those known to have no effect here.
+    """Refuse unknown fields, except those known to have no effect here.
 
     Args:
-        what: `job`, `jobset`, `pod`, `container`, `probe` or the `metadata` of a pod.
-        spec: It.
+        what: Kind of the object: `job`, `jobset`, `pod`, `container`, `probe`, or `metadata` (of a
+            pod).
+        spec: The object.
 
     Raises:
-        NotImplementedError: There is something else in it.
+        NotImplementedError: The object has an unknown field.
     """
     if unknown := set(spec) - _EXECUTED[what] - _NOT_HERE.get(what, set()):
         raise NotImplementedError(f"{what}: this runner does not know {', '.join(sorted(unknown))}")
 
 
 def check_pod(manifest: Object) -> None:
-    """Refuse unknown parts of a pod template.
+    """Refuse unknown fields of a pod template.
 
     Raises:
-        NotImplementedError: There is something else.
+        NotImplementedError: The template has an unknown field.
     """
     spec = manifest["spec"]
     refuse_unknown("metadata", manifest["metadata"])

@@ -1,11 +1,11 @@
-"""A Kubernetes cluster on one machine, which runs rendered objects.
+"""A Kubernetes cluster on one machine that runs rendered objects.
 
-    Cluster     takes objects and reconciles Jobs and JobSets whenever a pod changes
-    Pod         is a kubelet's view of its containers (`kubelet.py`)
-    Container   is processes in namespaces of their own (`sandbox.py`)
+    Cluster     takes objects, and reconciles Jobs and JobSets whenever a pod changes
+    Pod         a pod as its kubelet sees it (`kubelet.py`)
+    Container   processes in separate Linux namespaces (`sandbox.py`)
 
-Nothing polls: threads wait for processes, and for probes and pauses that fall due. All of it ends
-with the `with`, whatever happened in it.
+Nothing polls: threads wait for processes to end and for probes and pauses to become due. Everything
+is stopped and removed at the end of the `with` block, even after an exception.
 """
 
 import threading
@@ -26,12 +26,12 @@ from tests.preloaded import preloaded_programs
 
 
 class Cluster:
-    """Cluster of applied objects and their pods.
+    """A cluster with its objects and their pods.
 
     Args:
-        folder: For the pods' files and logs.
-        time_scale: Of the seconds between probes, so many pass.
-        pause_scale: Of the seconds before a pod is replaced, so many pass.
+        folder: Folder for the pods' files and logs.
+        time_scale: Factor on the time between probes.
+        pause_scale: Factor on the pause before a pod is replaced.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class Cluster:
             self._over = True
             self._changed.notify_all()
         self._controllers.join()
-        with ExitStack() as each:  # the last one is called first, and all are
+        with ExitStack() as each:  # runs all of them, last one first, even if one raises
             each.callback(self.network.close)
             each.callback(self._programs.close)
             for pod in self.pods:
                 each.callback(pod.close)
 
     def preload(self) -> None:
-        """From now on containers run `dist-sae` from preloaded modules."""
+        """Let containers run `dist-sae` from preloaded modules from now on."""
         self._programs.enter_context(preloaded_programs(self._node.image.programs))
 
     def apply(self, objects: Iterable[Object]) -> None:
@@ -89,7 +89,7 @@ class Cluster:
                         data = {k: b64decode(v).decode() for k, v in item.get("data", {}).items()}
                         self._config["Secret", name] = data | item.get("stringData", {})
                     case "NetworkPolicy":
-                        pass  # the machine's network has none
+                        pass  # not supported by this network
                     case "Service":
                         self._services[name] = item
                     case "Job":
@@ -103,7 +103,7 @@ class Cluster:
             self._changed.notify_all()
 
     def delete(self, name: str, seconds: float = HANG_SECONDS) -> None:
-        """Delete a JobSet with its dependents; returns once its pods have ended."""
+        """Delete a JobSet with its dependents, and wait until its pods have ended."""
         with self._changed:
             jobset = self.jobsets.pop(name)
             jobset.delete()
@@ -114,10 +114,10 @@ class Cluster:
                 del self.jobs[job.name]
 
     def wait(self, until: Callable[[], object], seconds: float = HANG_SECONDS) -> None:
-        """Wait for a condition, checked whenever a pod changes.
+        """Wait for a condition, which is checked whenever a pod changes.
 
         Raises:
-            TimeoutError: With what all pods have said.
+            TimeoutError: The condition is still false. The message contains the pods' logs.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._failure or until(), seconds)
@@ -127,12 +127,12 @@ class Cluster:
                 raise TimeoutError(self.story())
 
     def running(self, job: str, index: int) -> Pod:
-        """Wait for the running pod of a job's index."""
+        """Return the running pod of a job's index."""
         with self._changed:
             return self.jobs[job].active[index]
 
     def conditions(self) -> dict[str, Condition | None]:
-        """Conditions of all Jobs and JobSets."""
+        """Return the conditions of all Jobs and JobSets."""
         return {name: item.condition for name, item in (self.jobs | self.jobsets).items()}
 
     def story(self) -> str:
@@ -167,14 +167,14 @@ class Cluster:
                     self._reconcile()
                 except BaseException as exc:
                     self._failure = exc
-                self._changed.notify_all()  # those in `wait`
+                self._changed.notify_all()  # wakes threads in `wait`
                 self._changed.wait(self._pause())
 
     def _clock(self) -> float:
         return time.monotonic() / self._pause_scale
 
     def _pause(self) -> float | None:
-        """Seconds until a Job's pause ends; None if there is none."""
+        """Return the seconds until the first pause of a Job ends, or None if there is no pause."""
         starts = [job.next_start for job in self.jobs.values() if job.next_start is not None]
         left = min(starts) - self._clock() if starts else None
         return left and max(0.0, left * self._pause_scale)
@@ -184,12 +184,12 @@ class Cluster:
             job.reconcile()
         for jobset in self.jobsets.values():
             jobset.reconcile()
-        for job in self.jobs.values():  # some are new
+        for job in self.jobs.values():  # again, because JobSets may have created some
             job.reconcile()
         self._publish_names()
 
     def _publish_names(self) -> None:
-        """Publish names as headless Services do: <hostname>.<subdomain>, while the pod exists."""
+        """Publish the names of existing pods as headless Services do: <hostname>.<subdomain>."""
         there = [pod for pod in self.pods if pod.phase not in ENDED]
         lines = []
         for pod in there:

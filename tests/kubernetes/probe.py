@@ -1,4 +1,4 @@
-"""Probes of a container by a kubelet."""
+"""A kubelet's probes of a container."""
 
 import time
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ class Probe:
     """An HTTP probe of a container.
 
     Args:
-        spec: As in the manifest.
-        address: Of the pod.
-        ports: Of the container, by name.
-        scale: Between probes pass so many of the seconds that are asked for.
+        spec: Probe in the manifest.
+        address: IP address of the pod.
+        ports: Ports of the container, by name.
+        scale: Factor on the time between probes.
     """
 
     def __init__(self, spec: Object, address: str, ports: Mapping[str, int], scale: float) -> None:
@@ -30,7 +30,7 @@ class Probe:
         self.due = time.monotonic() + scale * spec.get("initialDelaySeconds", 0)
 
     def ask(self) -> bool | None:
-        """Probe once; True if healthy, False if failed, None below the failure threshold."""
+        """Probe once. Returns True if healthy, False if failed, None below the threshold."""
         self.due = time.monotonic() + self._period
         try:
             with closing(HTTPConnection(*self._place, timeout=self._timeout)) as connection:

@@ -1,11 +1,11 @@
 """A container runtime: namespaces, a root file system, a user, an entry point.
 
-With util-linux and iproute2, as root. The image is this machine: its root file system is the lower
-layer of the container's, with the interpreter, the packages and this repository in it, and
-`launch/Dockerfile` says what is run in it, where, and with which environment. A container has its
+Needs root, util-linux and iproute2. The image is this machine: its root file system, with the
+interpreter, the packages and this repository, is the lower layer of the container's file system.
+Entry point, working directory and environment come from `launch/Dockerfile`. A container has its
 own mount, UTS, IPC and PID namespaces, and shares the network namespace of its pod.
 
-Not reproduced: an image's own packages, limits of CPU and memory (cgroups), seccomp.
+Not reproduced: the packages of a real image, limits of CPU and memory (cgroups), seccomp.
 """
 
 import json
@@ -27,8 +27,8 @@ from typing import NamedTuple
 
 REPOSITORY = Path(__file__).parents[2]
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_LAST_POD = 254  # addresses of a subnet
-_LETTERS = list(string.ascii_lowercase)  # of this process's networks
+_LAST_POD = 254  # last address in a subnet
+_LETTERS = list(string.ascii_lowercase)  # unused suffixes for names of this process's networks
 
 
 class Mount(NamedTuple):
@@ -40,18 +40,18 @@ class Mount(NamedTuple):
 
 
 class Image(NamedTuple):
-    """Image of `launch/Dockerfile`, made of this machine's files."""
+    """Image as described by `launch/Dockerfile`, from this machine's files."""
 
     entrypoint: list[str]
     workdir: str
     env: dict[str, str]
     mounts: list[Mount]
     programs: Path
-    """Folder of this machine with its own programs."""
+    """Folder on this machine with the programs that the image adds."""
 
 
 class User(NamedTuple):
-    """User of a container."""
+    """User and privileges of a container."""
 
     user: int
     group: int
@@ -61,14 +61,15 @@ class User(NamedTuple):
 
 
 def read_image(folder: Path) -> Image:
-    """Read the image from the Dockerfile; its own programs are put in `folder`."""
+    """Read the image from the Dockerfile, and link the programs that it adds into `folder`."""
     text = (REPOSITORY / "launch/Dockerfile").read_text().replace("\\\n", " ")
     found = re.findall(r"^(ENTRYPOINT|WORKDIR|ENV|COPY launch/\S+) (.+)$", text, re.M)
-    said: dict[str, str] = dict(reversed(found))  # the base says it first; stages may add
+    # reversed, so that the first stage's instruction wins over later ones
+    said: dict[str, str] = dict(reversed(found))
     env = dict(word.split("=", 1) for word in shlex.split(said["ENV"]))
     programs = env["PATH"].partition(":")[0]
     env["PATH"] = env["PATH"].replace("$PATH", _SYSTEM_PATH)
-    env["PYTHONPATH"] = str(REPOSITORY)  # installed, as far as Python can tell
+    env["PYTHONPATH"] = str(REPOSITORY)  # has the same effect as installing it
     folder.mkdir()
     copied = next(words for what, words in said.items() if what.startswith("COPY"))
     assert copied.split()[-1].rstrip("/") == programs, copied
@@ -87,7 +88,7 @@ def read_image(folder: Path) -> Image:
 
 
 class Network:
-    """Subnet of this machine: every pod has an address, and reaches this process as the gateway."""
+    """A subnet on this machine. Each pod has an address, and reaches this process at `gateway`."""
 
     def __init__(self) -> None:
         if os.geteuid():
@@ -98,7 +99,7 @@ class Network:
         _ip("link", "add", self.name, "type", "bridge")
         _ip("link", "set", self.name, "up")
         for number in random.SystemRandom().sample(range(256), 256):
-            with suppress(subprocess.CalledProcessError):  # others of this machine have it
+            with suppress(subprocess.CalledProcessError):  # another process has this subnet
                 _ip("route", "add", f"10.77.{number}.0/24", "dev", self.name)
                 break
         else:
@@ -108,7 +109,7 @@ class Network:
         _ip("addr", "add", f"{self.gateway}/24", "dev", self.name, "noprefixroute")
 
     def attach(self) -> tuple[str, str]:
-        """Make a network namespace for a pod; returns its name and the pod's address."""
+        """Create a network namespace for a pod. Returns its name and the pod's address."""
         self._pods += 1
         assert self._pods <= _LAST_POD, "no addresses left"
         namespace, address = f"{self.name}.{self._pods}", f"{self._prefix}.{self._pods}"
@@ -122,14 +123,14 @@ class Network:
 
     def detach(self, namespace: str) -> None:
         """Remove a network namespace with its links."""
-        _ip("link", "delete", namespace)  # by itself it would go some time after the namespace
+        _ip("link", "delete", namespace)  # otherwise deleted some time after the namespace
         _ip("netns", "delete", namespace)
 
     def close(self) -> None:
-        """Remove the network; all pods must have been detached.
+        """Remove the network. All pods must have been detached.
 
         Raises:
-            RuntimeError: Something of it is left.
+            RuntimeError: A network namespace or a link of it is left.
         """
         _ip("link", "delete", self.name)
         if left := [name for name in (*_names("netns"), *_names("link")) if self.name in name]:
@@ -142,7 +143,7 @@ def _sweep() -> None:
         for name in _names(what):
             made = re.match(r"ds([0-9a-f]{6})[a-z]", name)
             if made and not Path(f"/proc/{int(made[1], 16)}").exists():
-                with suppress(subprocess.CalledProcessError):  # others of this machine were faster
+                with suppress(subprocess.CalledProcessError):  # another process has removed it
                     _ip(what, "delete", name)
 
 
@@ -151,15 +152,15 @@ class Container:
 
     Args:
         command: Entry point and arguments.
-        env: Its whole environment.
-        mounts: In this order; a later one may be inside an earlier one.
-        workdir: Where it begins.
-        root: An empty folder, for its root file system.
-        read_only: Whether that cannot be written.
-        namespace: Of the network.
-        hostname: What it takes its machine to be called.
-        user: As whom it runs.
-        log: What it says is added here.
+        env: Complete environment.
+        mounts: Mounts in order. A later one can be inside an earlier one.
+        workdir: Working directory.
+        root: Empty folder for the root file system.
+        read_only: Whether the root file system is read-only.
+        namespace: Network namespace.
+        hostname: Host name.
+        user: User and privileges.
+        log: File that stdout and stderr are appended to.
     """
 
     def __init__(
@@ -192,10 +193,10 @@ class Container:
         )
         script = [
             *map(shlex.join, _preparation(root, mounts, hostname, read_only=read_only)),
-            # what it forks next is the first process of a PID namespace, and its exit code ours
+            # The next fork is the first process of a PID namespace. Its exit code is the result.
             shlex.join(["exec", "unshare", "--pid", "bash", "-euc", f"({first}) & wait $!"]),
         ]
-        # the container ends with the thread that starts it: nothing outlives the test's process
+        # pdeathsig: the container ends with the thread that starts it, so nothing outlives the test
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [
@@ -216,21 +217,21 @@ class Container:
         with os.fdopen(ready, "rb") as pipe:
             if pipe.read(1):
                 children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
-                with suppress(IndexError, OSError):  # it has ended already
+                with suppress(IndexError, OSError):  # the process has ended already
                     self._first = int(children.read_text().split()[0])
 
     def wait(self, seconds: float | None) -> int | None:
-        """Wait for the exit code as in Kubernetes (137: SIGKILL); None after the time-out."""
+        """Wait for the exit code, as in Kubernetes (137: SIGKILL). Returns None after a timeout."""
         if not select.select([self._ended], [], [], seconds)[0]:
             return None
         code = self._process.wait()
         return 128 - code if code < 0 else code
 
     def signal(self, number: signal.Signals) -> None:
-        """Signal the first process; if it is killed, all others die too.
+        """Send a signal to the first process. If it is killed, all others die too.
 
-        The kernel drops a SIGTERM for the first process of a PID namespace that does not handle it
-        yet. tini does once it has a child; so wait for that.
+        The kernel drops a SIGTERM for the first process of a PID namespace if that process has no
+        handler yet. tini has one as soon as it has a child, so this waits for the child.
         """
         while number == signal.SIGTERM and self._is_without_handler():
             if self.wait(0.01) is not None:
@@ -240,7 +241,7 @@ class Container:
                 os.kill(self._first, number)
 
     def _is_without_handler(self) -> bool:
-        """True while the first process is, or is about to become, a tini without a child."""
+        """Return whether the first process is, or will become, a tini without a child."""
         if self._command[0] != "tini" or self._first is None:
             return False
         with suppress(OSError):
@@ -251,7 +252,7 @@ class Container:
         return False
 
     def processes(self) -> Iterator[tuple[int, list[str]]]:
-        """Processes in the container, as (process id, command)."""
+        """Yield the processes in the container as (process id, command)."""
         own = os.readlink(f"/proc/{self._first}/ns/pid")
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
@@ -262,7 +263,7 @@ class Container:
 def _preparation(
     root: Path, mounts: Sequence[Mount], hostname: str, *, read_only: bool
 ) -> Iterator[list[str]]:
-    """Commands that build the root file system at `root`/root, in the container's namespaces."""
+    """Yield commands that build the root file system at `root`/root in the new namespaces."""
     yield ["hostname", hostname]
     yield ["mount", "-t", "tmpfs", "layers", str(root)]
     layers = {name: f"{root}/{name}" for name in ("upper", "work", "root")}
@@ -270,7 +271,7 @@ def _preparation(
     options = "lowerdir=/,upperdir={upper},workdir={work}".format(**layers)
     yield ["mount", "-t", "overlay", "-o", options, "image", layers["root"]]
     closed = {p for m in mounts for p in Path(m.target).parents if _is_closed(p)}
-    if closed:  # an interpreter below /root, which in an image any user may run
+    if closed:  # for example an interpreter below /root; any user may run an image's interpreter
         yield ["chmod", "a+rx", *(f"{layers['root']}{path}" for path in sorted(closed))]
     yield ["mount", "--rbind", "/dev", f"{layers['root']}/dev"]
     yield ["mount", "--rbind", "/sys", f"{layers['root']}/sys"]
@@ -286,7 +287,7 @@ def _preparation(
 
 
 def _privileges(user: User) -> list[str]:
-    """Options of setpriv."""
+    """Return the options of setpriv."""
     options = ["--pdeathsig=KILL", f"--reuid={user.user}", f"--regid={user.group}"]
     options += (
         [f"--groups={','.join(map(str, user.groups))}"] if user.groups else ["--clear-groups"]
@@ -306,6 +307,6 @@ def _ip(*arguments: str) -> str:
 
 
 def _names(what: str) -> list[str]:
-    """Names of all links or network namespaces of this machine."""
+    """Return the names of all links or network namespaces of this machine."""
     found = json.loads(_ip("-json", what, "show") or "[]")
     return [item.get("ifname", item.get("name")) for item in found]

@@ -1,9 +1,9 @@
 """Validation of objects as in a Kubernetes API server, as far as possible without one.
 
-Strict schemas of the core kinds (kubernetes-validate), schemas and CEL rules of custom resource
-definitions, and the restricted pod security standard. The definitions (JobSet, Kueue, Prometheus
-Operator) are not in the repository: `DIST_SAE_CRDS` names their folder, otherwise it is
-`../shared/data/crds`. Where it is not there, what needs them is left out, and says so.
+Checks strict schemas of the core kinds (kubernetes-validate), schemas and CEL rules of custom
+resource definitions, and the restricted pod security standard. The definitions (JobSet, Kueue,
+Prometheus Operator) are not in the repository. They are read from the folder `DIST_SAE_CRDS`, or
+else from `../shared/data/crds`. If that folder does not exist, tests that need them are skipped.
 """
 
 import os
@@ -28,13 +28,13 @@ needs_definitions = pytest.mark.skipif(
     not _FOLDER.is_dir(), reason=f"no custom resource definitions in {_FOLDER} (DIST_SAE_CRDS)"
 )
 _OTHERS = (".x-k8s.io", ".coreos.com")
-"""Ends of the API groups of other projects."""
+"""Suffixes of the API groups of other projects."""
 
 
 def check(obj: Object, version: str = VERSIONS[-1]) -> None:
-    """Raise an error that describes an object's faults.
+    """Raise an error if an object is invalid.
 
-    Objects of other projects are checked only where their definitions are there.
+    Objects of other projects are checked only if their definitions are available.
     """
     if obj["apiVersion"].partition("/")[0].endswith(_OTHERS):
         if _FOLDER.is_dir():
@@ -46,16 +46,16 @@ def check(obj: Object, version: str = VERSIONS[-1]) -> None:
 
 
 def check_custom(obj: Object, old: Object | None = None) -> None:
-    """Check schema and rules of its definition; with an old object also rules about changes."""
+    """Check an object against its definition, and with `old`, against rules about changes too."""
     schema = _schema(obj["apiVersion"], obj["kind"])
-    # not jsonschema.validate, which checks the schema each time: that takes a second
+    # not jsonschema.validate, because it checks the schema every time, which takes a second
     jsonschema.Draft202012Validator(_strict(schema)).validate(obj)
     for rule in broken_rules(schema, obj, old):
         raise AssertionError(rule)
 
 
 def jobs_of(jobset: Object) -> Iterator[Object]:
-    """Jobs that the JobSet controller would create; none of another object."""
+    """Yield the Jobs that the JobSet controller would create. Yields none for other kinds."""
     for replicated in jobset.get("spec", {}).get("replicatedJobs", []):
         name = f"{jobset['metadata']['name']}-{replicated['name']}-0"
         template = replicated["template"]
@@ -68,7 +68,7 @@ def jobs_of(jobset: Object) -> Iterator[Object]:
 
 
 def templates_of(obj: Object) -> Iterator[Object]:
-    """Pod templates in an object."""
+    """Yield the pod templates in an object."""
     if obj["kind"] == "JobSet":
         for job in jobs_of(obj):
             yield job["spec"]["template"]
@@ -77,7 +77,7 @@ def templates_of(obj: Object) -> Iterator[Object]:
 
 
 def security_faults(template: Object) -> Iterator[str]:
-    """Violations of the restricted pod security standard and of a read-only root."""
+    """Yield violations of the restricted pod security standard, and of a read-only root."""
     spec = template["spec"]
     pod = spec.get("securityContext", {})
     if pod.get("runAsNonRoot") is not True or pod.get("runAsUser", 0) == 0:
@@ -103,7 +103,7 @@ def security_faults(template: Object) -> Iterator[str]:
 
 
 def broken_rules(schema: Object, value: Any, old: Any | None, path: str = "") -> Iterator[str]:
-    """CEL rules of a schema that a value breaks; rules about changes need the old value."""
+    """Yield the CEL rules that a value breaks. Rules about changes need the old value."""
     for rule in schema.get("x-kubernetes-validations", []):
         if ("oldSelf" not in rule["rule"] or old is not None) and not _holds(
             rule["rule"], value, old
@@ -130,7 +130,7 @@ def _holds(rule: str, value: Any, old: Any) -> bool:
 
 @cache
 def _definitions() -> dict[tuple[str, str], Object]:
-    """Definitions by API group and kind."""
+    """Return the definitions by API group and kind."""
     found = [yaml.load(path.read_text(), Loader=yaml.CSafeLoader) for path in _FOLDER.iterdir()]
     return {(crd["spec"]["group"], crd["spec"]["names"]["kind"]): crd for crd in found}
 
@@ -145,7 +145,7 @@ def _schema(api_version: str, kind: str) -> Object:
 
 
 def _strict(schema: Object) -> Object:
-    """Convert to a JSON Schema that refuses unknown keys."""
+    """Convert a definition's schema to a JSON Schema that refuses unknown keys."""
     strict = {key: schema[key] for key in schema.keys() & _KEYWORDS}
     if schema.get("x-kubernetes-int-or-string"):
         strict = {"anyOf": [{"type": "integer"}, {"type": "string"}]}
@@ -154,7 +154,7 @@ def _strict(schema: Object) -> Object:
         strict["additionalProperties"] = False
         if "metadata" in schema["properties"] and not schema["properties"]["metadata"].get(
             "properties"
-        ):  # the API server checks it, not the definition
+        ):  # the API server checks the metadata, not the definition
             strict["properties"]["metadata"] = {"type": "object"}
     if "items" in schema:
         strict["items"] = _strict(schema["items"])

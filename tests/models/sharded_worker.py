@@ -1,4 +1,4 @@
-"""Worker: one of the ranks that share tiny models."""
+"""One of the ranks that share tiny models."""
 
 import os
 import sys
@@ -30,7 +30,7 @@ def rank(
     output: str,
     env: dict[str, str],
 ) -> None:
-    """Write to `output` what each model gives, the size of its blocks and the memory it took."""
+    """Write each model's activations, size of its blocks, and peak memory to `output`."""
     os.environ.update(env)
     torch.set_num_threads(1)
     results = []
@@ -52,7 +52,7 @@ def rank(
 
 
 def produce_rank(settings: dict[str, Any], output: str, env: dict[str, str]) -> None:
-    """Run one rank of a producer, or a whole one; its error goes to `output`."""
+    """Run one rank of a producer, or a whole producer. An error goes to `output`."""
     os.environ.update(env)
     torch.set_num_threads(1)
     stopping = stop_event()

@@ -1,4 +1,4 @@
-"""Files of monitoring/."""
+"""The files in monitoring/."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ def alerts() -> list[dict[str, Any]]:
 
 
 def metrics_in(text: str) -> set[str]:
-    """Names of queried metrics, without the suffixes of histograms."""
+    """Return the names of queried metrics, without the suffixes of histograms."""
     plain = re.sub(r"\w+:dist_sae_\w+:\w+", "", text)  # recorded series
     names = re.findall(r"\bdist_sae_[a-z0-9_]+", plain)
     return {re.sub(r"_(bucket|count|sum)$", "", name) for name in names}

@@ -18,22 +18,22 @@ from tests.monitoring.files import MONITORING
 from tests.servers import answers, free_ports, running
 
 INTERVAL = "1s"
-"""Of scrapes and evaluations."""
+"""Interval of scrapes and rule evaluations."""
 
 
 class Prometheus(NamedTuple):
-    """A running Prometheus."""
+    """A running Prometheus server."""
 
     url: str
 
     def ask(self, path: str, **parameters: str) -> Any:
-        """Query the API; returns the answer's data."""
+        """Query the API, and return the response's data."""
         query = urllib.parse.urlencode(parameters)
         with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=30) as answer:
             return json.load(answer)["data"]
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """Evaluate an expression now; returns its series."""
+        """Evaluate an expression at the current time, and return its series."""
         result: list[dict[str, Any]] = self.ask("query", query=expression)["result"]
         return result
 
@@ -45,17 +45,17 @@ def prometheus(
     """Start Prometheus with this project's rules and configuration, at short intervals.
 
     Args:
-        folder: For its files.
-        targets: host:port of the programs that it scrapes.
+        folder: Folder for its files.
+        targets: host:port of each program that it scrapes.
         gateway: host:port of the Pushgateway.
-        alertmanager: host:port.
+        alertmanager: host:port of Alertmanager.
     """
     config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": INTERVAL, "evaluation_interval": INTERVAL}
     config["rule_files"] = [str(folder / name) for name in config["rule_files"]]
     config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [alertmanager]
     programs, pushed = config["scrape_configs"]
-    # as the cluster's PodMonitor labels them
+    # the labels that the PodMonitor adds on a cluster
     of_pods = {"namespace": "research", "app_kubernetes_io_instance": "world"}
     programs["static_configs"] = [{"targets": list(targets), "labels": of_pods}]
     pushed["static_configs"] = [{"targets": [gateway], "labels": {"namespace": "research"}}]
@@ -75,7 +75,7 @@ def prometheus(
 
 @contextmanager
 def alertmanager(folder: Path, webhook: str) -> Iterator[str]:
-    """Start Alertmanager with this project's example, without delays; yields its host:port."""
+    """Start Alertmanager with this project's example config, without delays. Yields host:port."""
     config = yaml.safe_load((MONITORING / "alertmanager.yml").read_text())
     for route in [config["route"], *config["route"]["routes"]]:
         route["group_wait"] = "0s"
@@ -95,10 +95,10 @@ def alertmanager(folder: Path, webhook: str) -> Iterator[str]:
 
 @contextmanager
 def pushgateway(folder: Path) -> Iterator[str]:
-    """Start a Pushgateway that keeps nothing on disk; yields its host:port."""
+    """Start a Pushgateway that stores nothing on disk. Yields its host:port."""
     port = free_ports(1)
     program = _installed("prometheus-pushgateway")
-    # Debian's would read and write a file in /var/lib otherwise
+    # without --persistence.file, Debian's build reads and writes a file in /var/lib
     command = [program, f"--web.listen-address=127.0.0.1:{port}", "--persistence.file="]
     with _server(command, folder / "pushgateway.log", port):
         yield f"127.0.0.1:{port}"
@@ -106,7 +106,7 @@ def pushgateway(folder: Path) -> Iterator[str]:
 
 @contextmanager
 def webhook() -> Iterator[tuple[str, "queue.Queue[dict[str, Any]]"]]:
-    """Receive alerts; yields the URL and the alerts received."""
+    """Receive alerts. Yields the URL, and a queue with the received alerts."""
     alerts: queue.Queue[dict[str, Any]] = queue.Queue()
 
     class Handler(BaseHTTPRequestHandler):
@@ -132,7 +132,7 @@ def webhook() -> Iterator[tuple[str, "queue.Queue[dict[str, Any]]"]]:
 
 
 def _hasty(rules: str) -> str:
-    """Shorten the awaited alert's delay, but not so far that a missed scrape fires it."""
+    """Shorten the delay of the tested alert, but not so far that a missed scrape fires it."""
     groups = yaml.safe_load(rules)
     for group in groups["groups"]:
         for rule in group["rules"]:

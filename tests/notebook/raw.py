@@ -41,7 +41,7 @@ def no_reader() -> TextReader:
 
 
 def wrap(sae: Dictionary, site: str = "synthetic") -> RawDictionary:
-    """Wrap a dictionary as if it had been trained at a site."""
+    """Wrap a dictionary as if it was trained at a site."""
     reads = sae.config.reads or (site,)
     normalisers = normalised(sae, reads, sae.config.writes or reads, 1.0)
     idle = torch.zeros(sae.n_latents, dtype=torch.int64)
@@ -51,7 +51,7 @@ def wrap(sae: Dictionary, site: str = "synthetic") -> RawDictionary:
 def normalised(
     sae: Dictionary, reads: tuple[str, ...], writes: tuple[str, ...], mean: float
 ) -> SiteNormalisers:
-    """Normalisers with the scale and `mean` of raw rows at every site but attn_out.0."""
+    """Return normalizers with scale `SCALE` (0.53 at attn_out.0), for raw rows with this mean."""
     widths = zip(reads + writes, sae.widths.reads + sae.widths.writes, strict=True)
     means = {site: torch.full((width,), SCALE * mean).double() for site, width in widths}
     of = {site: Normaliser(SCALES.get(site, SCALE), m, 1.0, 1) for site, m in means.items()}
@@ -74,7 +74,10 @@ def save_language_model(
     texts: Sequence[str] = (),
     n_tokens: int = 0,
 ) -> Path:
-    """A random Llama whose tokens are bytes, after a BOS; with `texts` also frequent pieces."""
+    """Save a random Llama model whose tokens are bytes and, with `texts`, frequent pieces.
+
+    Its tokenizer has a BOS.
+    """
     torch.manual_seed(1)
     bytes_ = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     made = tokenizers.Tokenizer(
@@ -112,7 +115,7 @@ def save_language_model(
 
 
 def write_text(path: Path, documents: int, words: int) -> list[str]:
-    """Write documents of random words as JSON lines; returns their texts."""
+    """Write documents of random words as JSON lines, and return their texts."""
     chance = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
     made = ["".join(chance.choices(letters, k=chance.randint(2, 9))) for _ in range(200)]
@@ -122,7 +125,7 @@ def write_text(path: Path, documents: int, words: int) -> list[str]:
 
 
 def language_run(folder: Path, model: Path, sae: dict[str, Any] | None = None) -> Run:
-    """A produced run over 60 documents of bytes, without a checkpoint."""
+    """Make a run with activations of 60 documents and without a checkpoint."""
     topk = {"kind": "topk", "n_latents": 64, "k": 4, "auxk": 0}
     write_text(folder / "text.jsonl", documents=60, words=6)
     run = Run.model_validate(

@@ -1,4 +1,4 @@
-"""Planned runs for producers with stand-ins for the model."""
+"""Planned runs for producers with test doubles for the model."""
 
 from pathlib import Path
 

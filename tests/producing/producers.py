@@ -1,4 +1,4 @@
-"""Producers with stand-ins for the model."""
+"""Producers with test doubles for the model."""
 
 import json
 import threading
@@ -26,7 +26,7 @@ SITES = ("resid_pre.0", "mlp_out.3")
 
 
 class Hooked(RowNumbers):
-    """Calls a function before each forward pass, with how many have been."""
+    """A model that calls a function before each forward pass, with the number of earlier ones."""
 
     def __init__(self, before: Callable[[int], None]) -> None:
         self._before = before
@@ -58,7 +58,7 @@ def rows_of(store: ObjectStore, unit: int, site: str = "synthetic") -> SiteRows:
 
 
 def made(store: ObjectStore) -> list[int]:
-    """The units that exist; each must be whole."""
+    """Return the existing units, and check that each is complete."""
     units = [int(key[6:14]) for key in store.keys("units/")]
     for unit in units:
         assert len(rows_of(store, unit).acts) == read_manifest(store, unit).rows
@@ -66,7 +66,10 @@ def made(store: ObjectStore) -> list[int]:
 
 
 class LetterSource(RowNumbers):
-    """At the first site (token, position); at the second the negative. "z" is huge, there."""
+    """A model with activations (token, position) at the first site, and minus those at the second.
+
+    At the second site, the activations of "z" are huge.
+    """
 
     def __init__(self, before: Callable[[int], None] = lambda _: None) -> None:
         self._before = before
@@ -84,7 +87,7 @@ class LetterSource(RowNumbers):
 def letters_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str], batch_tokens: int = 20
 ) -> Run:
-    """A planned run over a jsonl file, with `Letters` as tokenizer; contexts of BOS + 4 letters."""
+    """Plan a run over a jsonl file, with tokenizer `Letters`. Contexts are BOS and 4 letters."""
     corpus = folder / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     run = make_run(

@@ -20,13 +20,13 @@ def loader() -> botocore.loaders.Loader:
 
 @pytest.fixture(autouse=True)
 def shared_service_model(loader: botocore.loaders.Loader, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let boto read its description of S3 once, since every test makes its own clients."""
+    """Let boto read its description of S3 only once, because every test creates its own clients."""
     monkeypatch.setattr(botocore.loaders, "create_loader", lambda *_: loader)
 
 
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retry after milliseconds; the number of attempts and the deadline stay as they are."""
+    """Retry after milliseconds. The number of attempts and the deadline are unchanged."""
     monkeypatch.setattr(patience, "FIRST_PAUSE_SECONDS", 0.005)
     monkeypatch.setattr(patience, "LONGEST_PAUSE_SECONDS", 0.05)
     monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.002)

@@ -1,4 +1,4 @@
-"""Stores behind S3 endpoints, and the messages of their calls."""
+"""Stores behind S3 endpoints, and the error messages of their methods."""
 
 import threading
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def make_store(
     stopping: threading.Event | None = None,
     **settings: Any,
 ) -> ObjectStore:
-    """Open the bucket through an endpoint, by default its own."""
+    """Open a store in the bucket through an endpoint; by default the bucket's own."""
     config = S3Config(
         endpoint_url=endpoint or bucket.endpoint_url, deadline_seconds=seconds, **settings
     )
@@ -42,7 +42,7 @@ def make_store(
 
 
 def told(error: type[StoreError], store: ObjectStore, *methods: str) -> str:
-    """Join the messages of these calls into one line."""
+    """Call these methods, check that all raise this error, and return their common message."""
     said = set()
     for name in methods:
         with pytest.raises(StoreError) as caught:

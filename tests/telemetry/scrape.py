@@ -1,4 +1,4 @@
-"""Reads pages of metrics as Prometheus does."""
+"""Read pages of metrics as Prometheus does."""
 
 import urllib.request
 
@@ -12,12 +12,12 @@ Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 def look(port: int | None) -> str:
-    """The page of a port, as anybody asks for it."""
+    """Get the metrics page of a port, without the headers of Prometheus."""
     return _page(port, {})
 
 
 def scrape(port: int | None) -> str:
-    """The page of a port, as Prometheus asks for it: who is asked stays for the next time."""
+    """Get the metrics page of a port as Prometheus does, so its process waits for a last scrape."""
     return _page(port, {SCRAPE_HEADER: "10"})
 
 
@@ -30,10 +30,10 @@ def _page(port: int | None, headers: dict[str, str]) -> str:
 
 
 def series(page: str) -> Series:
-    """Every sample of a page.
+    """Return all samples of a page.
 
     Raises:
-        ValueError: A series is there twice.
+        ValueError: A series occurs twice.
     """
     found: Series = {}
     for family in text_string_to_metric_families(page):
@@ -46,7 +46,7 @@ def series(page: str) -> Series:
 
 
 def values(page: str) -> dict[tuple[str, ...], float]:
-    """Every value of a page of one process, by name and the values of its own labels."""
+    """Return all values in a process's page, by name and values of the metric's own labels."""
     return {
         (name, *(value for label, value in labels if label not in EVERY_SERIES)): found
         for (name, labels), found in series(page).items()
@@ -54,5 +54,5 @@ def values(page: str) -> dict[tuple[str, ...], float]:
 
 
 def of_rank(page: str, name: str) -> dict[str, float]:
-    """The values of a metric without other labels, by rank."""
+    """Return the values of a metric by rank. The metric must have no other label of its own."""
     return {dict(labels)["rank"]: v for (found, labels), v in series(page).items() if found == name}

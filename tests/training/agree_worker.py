@@ -1,6 +1,6 @@
-"""One rank of a run whose rank 1 alone has a reason to stop, or is slow.
+"""One rank of a run in which only rank 1 has a reason to stop, or is slow.
 
-It notes what it exchanged at each step.
+Each rank counts its collectives at each step.
 """
 
 import json
@@ -26,20 +26,20 @@ from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.training.loop import train
 
 REASON_AT = 7
-"""The step before which rank 1 has its reason."""
+"""The step before which rank 1 has its reason to stop."""
 SLOW_SECONDS = 0.05
-"""What a step of the slow rank takes longer."""
+"""Delay per step of the slow rank."""
 
 
 def rank(path: Path, why: str, env: dict[str, str]) -> None:
-    """The process; leaves `said-<rank>.json`: last words, collectives by step, page of metrics."""
+    """Run the process. Writes the final message, collectives by step, and metrics page as JSON."""
     os.environ.update(env)
     torch.set_num_threads(1)
     run, stopping = load_run(path), threading.Event()
     own = int(env["RANK"]) == 1
 
     class Disturbed(Loader):
-        """Has every batch at hand when it is asked, until rank 1's reason."""
+        """Loader that is always ready, until rank 1 has its reason to stop."""
 
         given = 0
 
@@ -56,7 +56,7 @@ def rank(path: Path, why: str, env: dict[str, str]) -> None:
                 return None
             batch = super().next(waiting)
             if batch:
-                self.given = batch.step + 1  # the first is given twice: for initial values
+                self.given = batch.step + 1  # the first is read twice, once for initial values
             if self._has_reason("stop"):
                 stopping.set()
             return batch
@@ -86,7 +86,7 @@ def rank(path: Path, why: str, env: dict[str, str]) -> None:
     words = "ended"
     with (
         rendezvous(2) as ranks,
-        # it would spread the wish to stop by itself
+        # a separate event, because the watch itself would propagate `stopping` to other ranks
         Noting(ranks, threading.Event(), lost_seconds=60, hung_seconds=600) as watch,
         join_mesh(ranks) as mesh,
         mock.patch("dist_sae.training.batches.Loader", Disturbed),

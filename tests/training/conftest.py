@@ -1,4 +1,4 @@
-"""Runs that nobody disturbed, made once for each worker."""
+"""Undisturbed runs, trained once per pytest worker."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def activations(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def calm(tmp_path_factory: pytest.TempPathFactory, activations: str) -> Path:
-    """A run that nobody disturbed."""
+    """Folder of a run that was trained without interruption."""
     folder = tmp_path_factory.mktemp("calm")
     path = write_run(folder, store={"activations": activations, "runs": str(folder / "runs")})
     train(path)
@@ -27,7 +27,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory, activations: str) -> Path:
 
 @pytest.fixture(scope="session")
 def sharded(tmp_path_factory: pytest.TempPathFactory, activations: str) -> Path:
-    """The same on two ranks that hold one half of the dictionary each."""
+    """Folder of the same run on two ranks, each with half of the dictionary."""
     folder = tmp_path_factory.mktemp("sharded")
     train(run_file(folder, activations), *SHARDED, world=2)
     return folder

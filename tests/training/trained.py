@@ -1,4 +1,4 @@
-"""Runs of the trainer in the small world, and what is compared of them."""
+"""Runs of the trainer in the small world, and comparisons of their results."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 
 def check_trained_alike(one: Path, other: Path) -> None:
-    """Sums in another order: fp32 differs in the last bits, and no more."""
+    """Check that two runs differ only by rounding, because their fp32 sums have another order."""
     assert final(one).step == final(other).step == STEPS
     for here, there in zip(history(one), history(other), strict=True):
         assert there["fvu"] == pytest.approx(here["fvu"], rel=1e-5), here["step"]
@@ -40,7 +40,7 @@ def check_trained_alike(one: Path, other: Path) -> None:
         assert there["gradient_norm"] == pytest.approx(here["gradient_norm"], rel=1e-4)
         assert there["loss"] == pytest.approx(here["loss"], rel=1e-5), here["step"]
         assert there.get("dead_share") == here.get("dead_share")
-        if there["density_rows"] == here["density_rows"]:  # they begin anew with a process
+        if there["density_rows"] == here["density_rows"]:  # every process counts from 0
             assert there["density"] == here["density"], here["step"]
             assert there["rare_share"] == here["rare_share"]
         assert there["shard_load_ratio"] >= here["shard_load_ratio"] == 1
