@@ -49,7 +49,7 @@ LEAST = "kueue.x-k8s.io/job-min-parallelism"
 """Annotation of a Job whose `parallelism` Kueue may reduce to this number."""
 _ELASTIC = "kueue.x-k8s.io/elastic-job"
 _TERMINATED = 128 + signal.SIGTERM
-_NOT_STARTED = (126, 127)  # by the container's runtime
+_NOT_STARTED = (126, 127)  # the container runtime could not start the program
 
 
 def render_objects(run: Run) -> list[Object]:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dist_sae.kubernetes.pods import Object
 
 UID_LABEL = "kueue.x-k8s.io/job-uid"
-"""Label of a Kueue Workload with the uid of the JobSet or Job that it stands for."""
+"""Label of a Kueue Workload with the uid of the JobSet or Job that it belongs to."""
 
 
 def describe_workloads(workloads: Iterable[Object]) -> list[str]:

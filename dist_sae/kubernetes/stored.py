@@ -69,7 +69,7 @@ class StoredRun:
             return all(job.is_complete() for job in self.jobs.values())
         key = report_key(self._run)
         reports = {entry.age_seconds for entry in self._runs.entries(key) if entry.key == key}
-        ages = self._checkpoints.ages()  # read after the reports, else a new report could look old
+        ages = self._checkpoints.ages()  # read after the reports, else a new report can look older
         trained = None if self.steps is None else ages.get(self.steps)
         if trained is None or not self._is_indexed():
             return False

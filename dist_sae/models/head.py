@@ -17,11 +17,11 @@ from dist_sae.models.sites import blocks
 WRITE_TO_RESIDUAL = ("resid_pre", "resid_post", "mlp_out", "attn_out")
 """Kinds of sites whose activations are the residual stream or are added to it."""
 _FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "norm_f")
-"""Names of the final norm in common architectures. Its parent is that of the stack of layers."""
+"""Names of the final norm in common architectures. It is a sibling of the stack of layers."""
 
 
 class Head(NamedTuple):
-    """A linear head behind a final norm."""
+    """A final norm and the linear head after it."""
 
     unembedding: Float[Tensor, "vocabulary d"]
     """Unembedding matrix, in the model's precision."""
@@ -107,7 +107,7 @@ def _digest(tensors: Iterable[Tensor]) -> str:
 
 
 def _measure(norm: nn.Module, width: int, device: torch.device) -> tuple[Float[Tensor, " d"], bool]:
-    """Measure a norm's gain and whether it centres, by applying it to test rows.
+    """Measure a norm's gain and whether it subtracts the mean, by applying it to test rows.
 
     This needs no list of norm classes. For example, Gemma's gain is 1 + its weight, while other
     norms' gain is the weight.

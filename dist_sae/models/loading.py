@@ -145,7 +145,7 @@ def describe(config: HuggingFaceModel, sites: tuple[str, ...]) -> Description:
 
 
 def has_post_norms(config: HuggingFaceModel) -> bool | None:
-    """Return whether layers normalise the outputs of attention and MLP before they add them.
+    """Return whether layers normalize the outputs of attention and MLP before adding them.
 
     Returns:
         None if the model's configuration is not on this machine.

@@ -29,7 +29,7 @@ _ATTENTION_OUTPUT = tuple(
 )
 
 # (paths within the block, empty for the block itself; True if the site is the module's input)
-_SITES: dict[str, tuple[tuple[str, ...], bool]] = {  # in the order in which they are reached
+_SITES: dict[str, tuple[tuple[str, ...], bool]] = {  # in the order of computation
     "resid_pre": ((), True),
     "attn_z": (_ATTENTION_OUTPUT, True),
     "attn_out": (_ATTENTION_OUTPUT, False),

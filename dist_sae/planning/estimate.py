@@ -28,8 +28,8 @@ def estimate(
     """Forecast a run, or a sweep.
 
     Args:
-        groups: The run; or the jobs of a sweep, one group per set of jobs that share ranks.
-        rates: Speeds of single processes. A step is that of all jobs of the slowest group.
+        groups: The run; or the jobs of a sweep, grouped by shared ranks and batches.
+        rates: Speeds of single processes. The step time is that of the slowest group.
         program_bytes: Host memory of a program with its libraries.
         trainer_bytes: Host memory of a trainer, which has more libraries.
         accelerator: Key of `ACCELERATORS`, or None for CPUs.

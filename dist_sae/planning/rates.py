@@ -93,7 +93,7 @@ def of_accelerator(
     """Compute rates from an accelerator's data sheet.
 
     Args:
-        groups: A run; or the jobs of a sweep, one group per set of jobs that share ranks.
+        groups: A run; or the jobs of a sweep, grouped by shared ranks.
         name: Key of `ACCELERATORS`.
         network_bytes_per_second: Network bandwidth with which a rank sends.
 

@@ -52,9 +52,7 @@ class Fleet(NamedTuple):
     max_ahead_units: int | None = None
     save_every_steps: int = 1000
     producer_hours: float = math.inf
-    """Mean lifetime of a producer. At its end, it releases its claims as on SIGTERM, and is
-    replaced.
-    """
+    """Mean lifetime of a producer. Then it releases its claims, as on SIGTERM, and is replaced."""
     trainer_nodes: int = 1
     node_hours: float = math.inf
     """Mean lifetime of a trainer's node."""
@@ -281,9 +279,9 @@ class Simulation:
         self._ended = self._stops = clock.now
 
     def _step_seconds(self, seconds: float, chance: random.Random) -> float:
-        """Return how long steps of this duration take, with the work that lost nodes undo."""
+        """Return how long this much training takes, including restarts and repeated steps."""
         fleet, lost = self._fleet, 0.0
-        since_save = fleet.save_every_steps * fleet.step_seconds  # at most
+        since_save = fleet.save_every_steps * fleet.step_seconds  # upper bound
         while (lives := _lifetime(chance, fleet.node_hours / fleet.trainer_nodes)) < seconds:
             again = chance.uniform(0, since_save)
             self._counts["nodes"] += 1

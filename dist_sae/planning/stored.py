@@ -1,4 +1,4 @@
-"""Bytes in the store, requests to it, and its fill level over time."""
+"""Bytes in the store, requests to the store, and the size of the activation set over time."""
 
 import math
 from bisect import bisect_left
