@@ -348,9 +348,9 @@ class Cluster:
         found = re.search(
             r'User "(?P<user>[^"]*)" cannot (?P<verb>\w+) resource "(?P<resource>[^"]*)"', said
         )
-        if not found and "denied the request" in said:  # JobSet's webhook, or somebody's policy
+        if not found and "denied the request" in said:  # by JobSet's webhook or an admission policy
             return RejectedError(_line(said))
-        if not found:  # a quota
+        if not found:  # for example, a quota is exceeded
             return ClusterError(f"{self._origin}: {_line(said)}")
         nodes = found["resource"] == "nodes"
         where = "of the cluster" if nodes else f"in namespace {self.namespace}"

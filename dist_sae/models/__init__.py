@@ -20,11 +20,11 @@ def build_tokenizer(run: Run) -> Tokenizer:
     """Build the tokenizer of a run's model, without loading weights."""
     match run.model:
         case HuggingFaceModel():
-            from dist_sae.models.loading import load_tokenizer  # takes 3 s
+            from dist_sae.models.loading import load_tokenizer  # importing this takes 3 s
 
             return load_tokenizer(run.model)
         case SyntheticModel():
-            assert isinstance(run.corpus, SyntheticCorpus)  # checked with the run file
+            assert isinstance(run.corpus, SyntheticCorpus)  # ensured by the validation of the run file
             return SyntheticTokenizer(run.corpus.document_rows)
         case _:
             assert_never(run.model)
@@ -38,7 +38,7 @@ def check_sites(model: ModelConfig, activations: ActivationsConfig) -> dict[str,
     """
     match model:
         case HuggingFaceModel():
-            from dist_sae.models.check import check, check_same_tokens  # takes 3 s
+            from dist_sae.models.check import check, check_same_tokens  # importing this takes 3 s
 
             check_same_tokens(model)
             widths: dict[str, int] = {}

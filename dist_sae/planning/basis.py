@@ -194,7 +194,7 @@ def _described(run: Run, width: int | None, parameters: int | None) -> Model:
 
 
 def _of_hub(model: HuggingFaceModel, sites: Sequence[str]) -> Model:
-    from dist_sae.models.loading import describe  # takes 3 s
+    from dist_sae.models.loading import describe  # importing this takes 3 s
     from dist_sae.models.sites import blocks, width
 
     widths: dict[str, int] = {}

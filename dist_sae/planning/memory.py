@@ -47,7 +47,7 @@ def trainer_memory(
     """
     states = [each.state for each in jobs]
     device = dict(sum((Counter(state._asdict()) for state in states), Counter()))
-    device["gradients"] = max(state.gradients for state in states)  # freed when a job has stepped
+    device["gradients"] = max(state.gradients for state in states)  # freed after each job's step
     kind = torch.device("cuda" if gpu else "cpu")
     device["step"] = max(_step(each, kind) for each in jobs)
     device["auxk_while_latents_are_dead"] = max(map(_auxk, jobs))

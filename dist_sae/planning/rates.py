@@ -83,7 +83,7 @@ def step_flops(basis: Basis) -> float:
 
 
 def slowest(groups: Sequence[Sequence[Basis]], step: Callable[[Basis], float]) -> float:
-    """Return the step time of the slowest group, given each job's. A group's jobs take turns."""
+    """Return the slowest group's step time, given each job's. Jobs in a group take turns."""
     return max(sum(map(step, group)) for group in groups)
 
 
