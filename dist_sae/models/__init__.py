@@ -24,7 +24,7 @@ def build_tokenizer(run: Run) -> Tokenizer:
 
             return load_tokenizer(run.model)
         case SyntheticModel():
-            assert isinstance(run.corpus, SyntheticCorpus)  # ensured by the validation of the run file
+            assert isinstance(run.corpus, SyntheticCorpus)  # `Run` has validated this
             return SyntheticTokenizer(run.corpus.document_rows)
         case _:
             assert_never(run.model)
