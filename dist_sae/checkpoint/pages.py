@@ -306,9 +306,9 @@ def _slices(x: Tensor, rows: int) -> Iterator[slice]:
 def _page_latents(config: SaeConfig, fitting: int) -> int:
     """Return the latents per page if `fitting` fit in memory.
 
-    It is a multiple of a chunk, or of the latents that must stay together (`config.together`).
+    It is a multiple of a chunk, or of the latents that must stay together (`config.group_size`).
     """
-    unit = config.together
+    unit = config.group_size
     if unit == 1 and fitting >= select.CHUNK_LATENTS:
         unit = select.CHUNK_LATENTS
     return max(1, fitting // unit) * unit

@@ -107,7 +107,7 @@ def _measure(
         if command == "export" and sae_lens.problem(run):
             continue
         ranks = run.tensor_parallel if command == "evaluate" else 1
-        ranks = ranks if run.sae.divides_over(ranks) else 1
+        ranks = ranks if run.sae.can_shard_over(ranks) else 1
         threads = _threads(run, ranks) if ranks > 1 else {}
         programs = [
             child(f"{command}-{rank}" if rank else command, command, "--json", **env, **threads)

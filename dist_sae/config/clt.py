@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import model_validator
 
 from dist_sae.config.data import layer_of
-from dist_sae.config.dictionary import DictionaryConfig, KeepsThresholdConfig
+from dist_sae.config.dictionary import BatchSelectionConfig, DictionaryConfig
 
 
 class CrossLayerConfig(DictionaryConfig):
@@ -34,7 +34,7 @@ class CrossLayerConfig(DictionaryConfig):
         return len(self.reads or (None,))
 
     @property
-    def together(self) -> int:
+    def group_size(self) -> int:
         return self.layers
 
     @property
@@ -46,7 +46,7 @@ class CrossLayerConfig(DictionaryConfig):
         return True
 
     def shards_problem(self, shards: int) -> tuple[str, str] | None:
-        if self.divides_over(shards):
+        if self.can_shard_over(shards):
             return None
         return (
             "n_latents",
@@ -69,7 +69,7 @@ class CrossLayerConfig(DictionaryConfig):
         return self
 
 
-class CLTConfig(CrossLayerConfig, KeepsThresholdConfig):
+class CLTConfig(CrossLayerConfig, BatchSelectionConfig):
     """Cross-layer transcoder with BatchTopK (Anthropic, March 2025; arXiv:2412.06410).
 
     It is a weakly causal crosscoder if `reads` and `writes` name the same sites.

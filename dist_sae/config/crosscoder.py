@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from dist_sae.config.dictionary import DictionaryConfig, KeepsThresholdConfig
+from dist_sae.config.dictionary import BatchSelectionConfig, DictionaryConfig
 
 
-class AcrossSitesConfig(DictionaryConfig):
+class CrosscoderBaseConfig(DictionaryConfig):
     """Settings shared by all crosscoders."""
 
     weighting: Literal["l2", "l1"] = "l2"
@@ -41,7 +41,7 @@ class AcrossSitesConfig(DictionaryConfig):
         )
 
 
-class CrosscoderConfig(AcrossSitesConfig, KeepsThresholdConfig):
+class CrosscoderConfig(CrosscoderBaseConfig, BatchSelectionConfig):
     """Crosscoder of several sites, with TopK or BatchTopK (Anthropic, October 2024)."""
 
     kind: Literal["crosscoder"] = "crosscoder"
@@ -50,5 +50,5 @@ class CrosscoderConfig(AcrossSitesConfig, KeepsThresholdConfig):
     global batch, `k` per row on average (BatchTopK). Only batch uses `threshold_decay`."""
 
     @property
-    def over_batch(self) -> bool:
+    def selects_over_batch(self) -> bool:
         return self.selection == "batch"

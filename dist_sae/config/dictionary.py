@@ -69,12 +69,12 @@ class DictionaryConfig(Section):
         return self.n_latents if self.init == "data" else 0
 
     @property
-    def latents_met(self) -> int:
+    def preacts_per_row(self) -> int:
         """Number of latents whose pre-activations are computed for a row."""
         return self.n_latents
 
     @property
-    def skips(self) -> bool:
+    def has_skip(self) -> bool:
         """True if a linear map from the inputs adds a part of the reconstruction."""
         return False
 
@@ -89,13 +89,13 @@ class DictionaryConfig(Section):
         return ()
 
     @property
-    def together(self) -> int:
+    def group_size(self) -> int:
         """Size of the groups of neighbouring latents that must share a shard and a page."""
         return self.n_latents // (self.n_experts or self.n_latents)
 
-    def divides_over(self, shards: int) -> bool:
+    def can_shard_over(self, shards: int) -> bool:
         """True if shards of equal size can hold the latents without splitting a group."""
-        return self.n_latents % (self.together * shards) == 0
+        return self.n_latents % (self.group_size * shards) == 0
 
     def shards_problem(self, shards: int) -> tuple[str, str] | None:  # noqa: ARG002
         """Return the setting that rules out this number of shards, and why, or None."""
@@ -110,7 +110,7 @@ class DictionaryConfig(Section):
         return None
 
 
-class CountsLatentsConfig(DictionaryConfig):
+class KSelectionConfig(DictionaryConfig):
     """Settings shared by the recipes that keep `k` latents per row."""
 
     k: PositiveInt
@@ -134,7 +134,7 @@ class CountsLatentsConfig(DictionaryConfig):
         return "k"
 
     @property
-    def over_batch(self) -> bool:
+    def selects_over_batch(self) -> bool:
         """True if `k` is an average over the batch instead of a number for each row."""
         return False
 
@@ -147,7 +147,7 @@ class CountsLatentsConfig(DictionaryConfig):
         return self
 
 
-class KeepsThresholdConfig(CountsLatentsConfig):
+class BatchSelectionConfig(KSelectionConfig):
     """Settings of recipes that can select over a batch and learn a threshold for inference."""
 
     threshold_decay: float = Field(0.99, ge=0, lt=1)
@@ -155,5 +155,5 @@ class KeepsThresholdConfig(CountsLatentsConfig):
     threshold at inference."""
 
     @property
-    def over_batch(self) -> bool:
+    def selects_over_batch(self) -> bool:
         return True

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from dist_sae.config.base import folder_of
 from dist_sae.config.messages import explain
-from dist_sae.config.renamed import RENAMED, say_renamed, with_new_names
+from dist_sae.config.renamed import RENAMED, warn_renamed, with_new_names
 from dist_sae.config.run import Run
 from dist_sae.errors import ConfigError
 
@@ -34,7 +34,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     data = _read_yaml(Path(path))
     for section, keys in data.items():
         for key in keys if isinstance(keys, Mapping) else ():
-            say_renamed(f"{section}.{key}", str(path))
+            warn_renamed(f"{section}.{key}", str(path))
     return resolve_run(data, overrides, str(path))
 
 
@@ -225,7 +225,7 @@ def parse_run(text: str, origin: str) -> dict[str, Any]:
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
-    say_renamed(dotted, f"--set {override}")
+    warn_renamed(dotted, f"--set {override}")
     keys = RENAMED.get(dotted, dotted).split(".")
     sections = _SECTIONS_OF_KEYS.get(tuple(keys[:2]))
     if sections and len(keys) > sections:

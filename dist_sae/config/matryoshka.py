@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from dist_sae.config.dictionary import KeepsThresholdConfig
+from dist_sae.config.dictionary import BatchSelectionConfig
 
 
-class MatryoshkaConfig(KeepsThresholdConfig):
+class MatryoshkaConfig(BatchSelectionConfig):
     """Matryoshka: BatchTopK with nested dictionaries (Bussmann et al. 2025, arXiv:2503.17547)."""
 
     kind: Literal["matryoshka"] = "matryoshka"

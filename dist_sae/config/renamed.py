@@ -49,7 +49,7 @@ def with_new_names(data: Mapping[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def say_renamed(old: str, origin: str) -> None:
+def warn_renamed(old: str, origin: str) -> None:
     """Warn, once per process, that a key has a new name.
 
     Args:

@@ -7,17 +7,17 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from dist_sae.config.clt import CLTConfig, CrossLayerConfig
-from dist_sae.config.crosscoder import AcrossSitesConfig, CrosscoderConfig
+from dist_sae.config.crosscoder import CrosscoderBaseConfig, CrosscoderConfig
 from dist_sae.config.dictionary import (
-    CountsLatentsConfig,
+    BatchSelectionConfig,
     DictionaryConfig,
-    KeepsThresholdConfig,
+    KSelectionConfig,
 )
 from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.transcoder import TranscoderConfig
 
 
-class TopKConfig(CountsLatentsConfig):
+class TopKConfig(KSelectionConfig):
     """TopK with AuxK (Gao et al. 2024, arXiv:2406.04093)."""
 
     kind: Literal["topk"] = "topk"
@@ -39,13 +39,13 @@ class TopKConfig(CountsLatentsConfig):
         return self
 
 
-class BatchTopKConfig(KeepsThresholdConfig):
+class BatchTopKConfig(BatchSelectionConfig):
     """BatchTopK with AuxK (Bussmann et al. 2024, arXiv:2412.06410)."""
 
     kind: Literal["batchtopk"] = "batchtopk"
 
 
-class RoutedConfig(KeepsThresholdConfig):
+class RoutedConfig(BatchSelectionConfig):
     """Routed experts: each row uses a few (Switch SAE, Mudide et al. 2024, arXiv:2410.08201)."""
 
     kind: Literal["routed"] = "routed"
@@ -77,7 +77,7 @@ class RoutedConfig(KeepsThresholdConfig):
     """
 
     @property
-    def over_batch(self) -> bool:
+    def selects_over_batch(self) -> bool:
         return self.selection == "batch"
 
     @property
@@ -86,7 +86,7 @@ class RoutedConfig(KeepsThresholdConfig):
         return self.n_latents + spare if self.init == "data" else 0
 
     @property
-    def latents_met(self) -> int:
+    def preacts_per_row(self) -> int:
         return self.n_latents // self.experts * self.experts_per_row
 
     @property
@@ -283,7 +283,7 @@ class CLTJumpReLUConfig(CrossLayerConfig, JumpReLUConfig):
     kind: Literal["clt_jumprelu"] = "clt_jumprelu"  # type: ignore[assignment]
 
 
-class CrosscoderReLUConfig(AcrossSitesConfig, ReLUConfig):
+class CrosscoderReLUConfig(CrosscoderBaseConfig, ReLUConfig):
     """Crosscoder of several sites, with ReLU and an L1 penalty (Anthropic, October 2024)."""
 
     kind: Literal["crosscoder_relu"] = "crosscoder_relu"  # type: ignore[assignment]

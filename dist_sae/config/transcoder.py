@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from dist_sae.config.dictionary import KeepsThresholdConfig
+from dist_sae.config.dictionary import BatchSelectionConfig
 
 
-class TranscoderConfig(KeepsThresholdConfig):
+class TranscoderConfig(BatchSelectionConfig):
     """Transcoder: reconstructs sites from other sites (Dunefsky et al. 2024, arXiv:2406.11944)."""
 
     kind: Literal["transcoder"] = "transcoder"
@@ -21,9 +21,9 @@ class TranscoderConfig(KeepsThresholdConfig):
         """Return None, since any sites can be read and written."""
 
     @property
-    def skips(self) -> bool:
+    def has_skip(self) -> bool:
         return self.skip
 
     @property
-    def over_batch(self) -> bool:
+    def selects_over_batch(self) -> bool:
         return self.selection == "batch"

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dist_sae.config.dictionary import CountsLatentsConfig
+from dist_sae.config.dictionary import KSelectionConfig
 from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.init import initialise_tied, least_squares_scale
@@ -62,7 +62,7 @@ class WithAuxK(Dictionary):
     By default, b_dec is subtracted from the inputs, and decoder rows have unit norm.
     """
 
-    config: CountsLatentsConfig
+    config: KSelectionConfig
     by_row: RowTopK
     """Selection of each row's dead latents for AuxK."""
 

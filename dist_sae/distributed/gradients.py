@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dist_sae.config.dictionary import CountsLatentsConfig, DictionaryConfig
+from dist_sae.config.dictionary import DictionaryConfig, KSelectionConfig
 from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.kernels import Entries, Kernels
 
@@ -61,7 +61,7 @@ def is_summed_by_entry(config: DictionaryConfig) -> bool:
     They do not with a penalty, which adds gradients of norms and of dense steps. With experts, the
     replicas' numbers of rows differ, so they cannot be gathered.
     """
-    return isinstance(config, CountsLatentsConfig) and not config.n_experts
+    return isinstance(config, KSelectionConfig) and not config.n_experts
 
 
 class ReplicaSums:

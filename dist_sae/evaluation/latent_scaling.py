@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dist_sae.checkpoint.pages import Coded
-from dist_sae.config.crosscoder import AcrossSitesConfig
+from dist_sae.config.crosscoder import CrosscoderBaseConfig
 from dist_sae.config.sae import SaeConfig
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
 from dist_sae.dictionaries.interface import Widths
@@ -37,7 +37,7 @@ NU_ERROR, NU_RECONSTRUCTION = 0.2, 0.5
 
 def applies(config: SaeConfig, widths: Widths) -> bool:
     """Return True for crosscoders of two sites of the same width."""
-    return isinstance(config, AcrossSitesConfig) and widths.writes == widths.writes[:1] * 2
+    return isinstance(config, CrosscoderBaseConfig) and widths.writes == widths.writes[:1] * 2
 
 
 class LatentScaling:

@@ -30,7 +30,7 @@ def evaluate_together(
         ConfigError: The dictionary or the model cannot be divided over this number of ranks.
         RankLostError: Another rank is lost or has failed.
     """
-    if not run.sae.divides_over(world):
+    if not run.sae.can_shard_over(world):
         experts = f" in {run.sae.n_experts} experts" if run.sae.n_experts else ""
         raise ConfigError(
             f"WORLD_SIZE is {world}, which does not divide the {run.sae.n_latents} latents"

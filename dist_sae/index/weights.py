@@ -88,7 +88,7 @@ def weight_columns(
 def _decoder(opened: Opened, latents: range) -> Iterator[Float[Tensor, "some d_out"]]:
     """Yield the decoder rows of some latents, part by part."""
     sae, checkpoint = opened.run.sae, opened.checkpoint
-    unit = 1 if sae.has_latent_rows else sae.together
+    unit = 1 if sae.has_latent_rows else sae.group_size
     first, stop = latents.start // unit * unit, -(-latents.stop // unit) * unit
     page = build_sae(sae, opened.normalisers.widths, PageAxis(page=range(first, stop)))
     load_weights(page, checkpoint, leave_out={"W_enc"})

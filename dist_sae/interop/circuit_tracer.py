@@ -45,7 +45,7 @@ def problem(run: Run) -> str | None:
     """Return why circuit-tracer cannot represent a run's dictionary, or None if it can."""
     sae = run.sae
     if isinstance(sae, TranscoderConfig):
-        if not sae.over_batch:
+        if not sae.selects_over_batch:
             return "sae.selection: row: circuit-tracer's files have thresholds alone, no k"
     elif not isinstance(sae, CrossLayerConfig):
         return f"sae.kind: {sae.kind}: circuit-tracer has transcoders and cross-layer ones"

@@ -27,7 +27,7 @@ from dist_sae.config import Run
 from dist_sae.config.clt import CLTConfig
 from dist_sae.config.crosscoder import CrosscoderConfig
 from dist_sae.config.data import HuggingFaceModel, layer_of
-from dist_sae.config.dictionary import CountsLatentsConfig
+from dist_sae.config.dictionary import KSelectionConfig
 from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
@@ -100,7 +100,7 @@ def config(run: Run, checkpoint: "Checkpoint") -> str:
         "dict_class": name,
         "activation_dim": normalisers_of(run, checkpoint).widths.d_in,
         "dict_size": run.sae.n_latents,
-        **({"k": run.sae.k} if isinstance(run.sae, CountsLatentsConfig) else {}),
+        **({"k": run.sae.k} if isinstance(run.sae, KSelectionConfig) else {}),
         "lm_name": model_name(run),
         "layer": layer_of(run.site.partition("@")[0]) if of_model else None,
         "submodule_name": run.site,
@@ -149,7 +149,7 @@ def _tensors(run: Run, checkpoint: "Checkpoint") -> "Iterator[PiecewiseTensor]":
             yield in_memory_tensor("gate_bias", b_enc + shift)
             yield in_memory_tensor("mag_bias", raw.per_latent["b_mag"] + r_mag.exp() * shift)
         case _:
-            assert isinstance(run.sae, CountsLatentsConfig)
+            assert isinstance(run.sae, KSelectionConfig)
             above = raw.per_latent.get("threshold", torch.tensor([-1.0]))  # -1: no threshold
             yield in_memory_tensor("encoder.bias", b_enc)
             yield in_memory_tensor("b_dec", b_dec)

@@ -29,7 +29,7 @@ from dist_sae.config import Run
 from dist_sae.config.clt import CLTConfig
 from dist_sae.config.crosscoder import CrosscoderConfig
 from dist_sae.config.data import HuggingFaceModel, ModelConfig
-from dist_sae.config.dictionary import CountsLatentsConfig
+from dist_sae.config.dictionary import KSelectionConfig
 from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
@@ -76,7 +76,7 @@ def architecture(sae: SaeConfig) -> str | None:
     match sae:
         case TranscoderConfig():
             name = "jumprelu_skip_transcoder" if sae.skip else "jumprelu_transcoder"
-            return name if sae.over_batch else None
+            return name if sae.selects_over_batch else None
         case (
             RoutedConfig()
             | CLTConfig()
@@ -99,7 +99,7 @@ def architecture(sae: SaeConfig) -> str | None:
 
 def problem(run: Run) -> str | None:
     """Return why SAELens cannot represent a run's dictionary, or None if it can."""
-    if isinstance(run.sae, TranscoderConfig) and not run.sae.over_batch:
+    if isinstance(run.sae, TranscoderConfig) and not run.sae.selects_over_batch:
         return "sae.selection: row: SAELens has transcoders of batch alone, as JumpReLU"
     if architecture(run.sae) is None:
         return f"sae.kind: {run.sae.kind}: SAELens has nothing like it"
@@ -138,7 +138,7 @@ def _config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
         **own,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": isinstance(sae, CountsLatentsConfig) and not transcodes,
+        "apply_b_dec_to_input": isinstance(sae, KSelectionConfig) and not transcodes,
         "normalize_activations": "none",
         "reshape_activations": "hook_z" if run.site.startswith("attn_z.") else "none",
         "metadata": {

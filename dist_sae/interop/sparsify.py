@@ -29,7 +29,7 @@ CONFIG = "cfg.json"
 def problem(run: Run) -> str | None:
     """Return why sparsify cannot represent a run's dictionary, or None if it can."""
     if isinstance(run.sae, TranscoderConfig):
-        if run.sae.over_batch:
+        if run.sae.selects_over_batch:
             return "sae.selection: batch: sparsify has no thresholds, it keeps k codes of each row"
     elif not isinstance(run.sae, TopKConfig):
         return f"sae.kind: {run.sae.kind}: sparsify has TopK alone"
@@ -58,7 +58,7 @@ def config(run: Run, checkpoint: "Checkpoint") -> str:
         "num_latents": run.sae.n_latents,
         "k": run.sae.k,
         "multi_topk": False,
-        "skip_connection": run.sae.skips,
+        "skip_connection": run.sae.has_skip,
         "transcode": transcodes,
         "d_in": d_in,
         "dist_sae": origin(run, checkpoint),

@@ -74,7 +74,7 @@ def _evaluation_ranks(run: Run) -> int:
     gpus = run.cluster.reporter.gpus if run.cluster.reporter else 0
     ranks = run.tensor_parallel if run.tensor_parallel > 1 else max(1, gpus)
     too_few = 0 < gpus < ranks
-    return 1 if too_few or not all(job.sae.divides_over(ranks) for job in jobs_of(run)) else ranks
+    return 1 if too_few or not all(job.sae.can_shard_over(ranks) for job in jobs_of(run)) else ranks
 
 
 def pods_of(run: Run, part: Part) -> PodsConfig:

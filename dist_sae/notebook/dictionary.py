@@ -172,7 +172,7 @@ class RawDictionary(nn.Module):
             ArgumentError: The width of the codes differs from n_latents, or x is missing.
         """
         offset: Tensor = self.sae.b_dec
-        if self.sae.config.skips:
+        if self.sae.config.has_skip:
             if x is None:
                 raise ArgumentError(
                     "the dictionary has a linear skip: give decode the activations as well"

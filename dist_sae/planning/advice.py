@@ -46,7 +46,7 @@ def _ranks(basis: Basis, device_bytes: float) -> Iterator[str]:
     world, now = run.processes.trainers, run.processes.latent_shards
 
     def holds(shards: int, ranks: int) -> bool:
-        return run.sae.divides_over(shards) and fits(basis, shards, ranks) <= room
+        return run.sae.can_shard_over(shards) and fits(basis, shards, ranks) <= room
 
     divisors = (shards for shards in range(1, world + 1) if world % shards == 0)
     fewest = next((shards for shards in divisors if holds(shards, world)), None)

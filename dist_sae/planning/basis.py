@@ -7,7 +7,7 @@ import numpy as np
 
 from dist_sae.config import Run, jobs_of
 from dist_sae.config.data import HuggingFaceModel, SyntheticModel, layer_of
-from dist_sae.config.dictionary import CountsLatentsConfig
+from dist_sae.config.dictionary import KSelectionConfig
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.deal import choose_layout
 from dist_sae.data.make_plan import LAYOUT_SETTINGS, make_plan
@@ -70,7 +70,7 @@ class Basis(NamedTuple):
     def active(self) -> float:
         """Active latents per row: k, or the initial number in a penalised recipe."""
         sae = self.run.sae
-        if isinstance(sae, CountsLatentsConfig):
+        if isinstance(sae, KSelectionConfig):
             return sae.k
         found: float = getattr(sae, "target_l0", None) or sae.l0_at_start(self.widths.d_in)
         return min(found, sae.n_latents / 2)

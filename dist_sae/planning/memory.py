@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from dist_sae.checkpoint.layout import PART_BYTES
-from dist_sae.config.dictionary import CountsLatentsConfig
+from dist_sae.config.dictionary import KSelectionConfig
 from dist_sae.data.shard import DTYPES, ORIGIN_BYTES, rows_of_block
 from dist_sae.dictionaries import PRODUCT_DTYPES
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
@@ -111,7 +111,7 @@ def _step(basis: Basis, device: torch.device) -> int:
     loaded = own * (d_in + (d_out if basis.run.writes != basis.run.reads else 0)) * _FP32
     read = rows * d_in * (_FP32 + (product if product < _FP32 else 0))
     written = rows * d_out * _FP32 + 3 * own * d_out * _FP32
-    if not isinstance(sae, CountsLatentsConfig):
+    if not isinstance(sae, KSelectionConfig):
         return loaded + read + written + _DENSE_CHUNKS * at_once(DENSE_BYTES, device)
     return loaded + read + written + rows * sae.k * _ENTRY_BYTES + _block(basis, device, rows)
 
@@ -119,7 +119,7 @@ def _step(basis: Basis, device: torch.device) -> int:
 def _auxk(basis: Basis) -> int:
     """Return the bytes of AuxK's codes."""
     sae = basis.run.sae
-    if not isinstance(sae, CountsLatentsConfig):
+    if not isinstance(sae, KSelectionConfig):
         return 0
     return basis.replica_rows * sae.auxk * _ENTRY_BYTES
 
@@ -131,7 +131,7 @@ def _new_start(basis: Basis, device: torch.device) -> int:
     memory, because malloc keeps both.
     """
     sae, rows = basis.run.sae, basis.replica_rows
-    if isinstance(sae, CountsLatentsConfig):
+    if isinstance(sae, KSelectionConfig):
         return 0
     products = rows * sae.n_latents // basis.axis.shards * _FP32
     return 2 * min(at_once(CHUNK_BYTES, device), products)
@@ -140,10 +140,12 @@ def _new_start(basis: Basis, device: torch.device) -> int:
 def _block(basis: Basis, device: torch.device, rows: int) -> int:
     """Return the bytes of a block of products, and of its encoder rows in the same precision."""
     sae, product = basis.run.sae, PRODUCT_DTYPES[basis.run.train.products].itemsize
-    part = sae.together if sae.n_experts else sae.n_latents // basis.axis.shards
+    part = sae.group_size if sae.n_experts else sae.n_latents // basis.axis.shards
     width = min(at_once(CHUNK_LATENTS, device), part)
     met = (
-        rows * sae.latents_met * width // (sae.n_latents * part) if sae.n_experts else rows * width
+        rows * sae.preacts_per_row * width // (sae.n_latents * part)
+        if sae.n_experts
+        else rows * width
     )
     cast = width * basis.widths.d_in * product if product < _FP32 else 0
     return min(at_once(CHUNK_BYTES, device), met * product) + cast

@@ -78,7 +78,7 @@ class Rates(NamedTuple):
 
 def step_flops(basis: Basis) -> float:
     """Return the FLOPs of a rank's encoder product in a step."""
-    met = basis.run.sae.latents_met / basis.axis.shards
+    met = basis.run.sae.preacts_per_row / basis.axis.shards
     return 2.0 * basis.replica_rows * met * basis.widths.d_in
 
 

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from dist_sae.checkpoint.layout import part_rows
 from dist_sae.checkpoint.lease import RENEW_SECONDS
-from dist_sae.config.dictionary import CountsLatentsConfig
+from dist_sae.config.dictionary import KSelectionConfig
 from dist_sae.data.backlog import LOOK_EVERY_SECONDS
 from dist_sae.data.shard import rows_of_block
 from dist_sae.planning.basis import Basis, sites_of
@@ -127,7 +127,7 @@ def _saves(basis: Basis) -> int:
 
 def _parts(basis: Basis) -> int:
     """Estimate the number of objects in a checkpoint. Every rank has a part of each tensor."""
-    extra = 1 if isinstance(basis.run.sae, CountsLatentsConfig) else 2
+    extra = 1 if isinstance(basis.run.sae, KSelectionConfig) else 2
     row_bytes = 4 * max(basis.widths.d_in, basis.widths.d_out)
     whole = math.ceil(checkpoint_bytes(basis) / (part_rows(row_bytes) * row_bytes))
     return whole + 3 * (3 + extra) * basis.run.processes.trainers

@@ -2,7 +2,7 @@
 
 import torch
 
-from dist_sae.config.dictionary import CountsLatentsConfig
+from dist_sae.config.dictionary import KSelectionConfig
 from dist_sae.config.sae import TopKConfig
 from dist_sae.dictionaries import build_sae
 from dist_sae.distributed.gradients import Exchange, is_summed_by_entry
@@ -28,15 +28,15 @@ def step_traffic(basis: Basis) -> dict[str, int]:
     within, across, all_ranks = (1 - 1 / n for n in (shards, replicas, shards * replicas))
     moved: dict[str, float] = {}
     if sae.n_experts:
-        chosen = own * round(sae.latents_met * sae.n_experts / sae.n_latents)
+        chosen = own * round(sae.preacts_per_row * sae.n_experts / sae.n_latents)
         moved["dispatch_rows"] = within * chosen * d_in * _FP32
         moved["combine_rows"] = 2 * within * chosen * d_out * _FP32  # gradients go back
     else:
         moved["gather_inputs"] = within * rows * d_in * _FP32
         moved["scatter_outputs"] = within * rows * d_out * _FP32
         moved["gather_gradients"] = within * rows * d_out * _FP32
-    if isinstance(sae, CountsLatentsConfig):
-        if sae.over_batch:
+    if isinstance(sae, KSelectionConfig):
+        if sae.selects_over_batch:
             moved["select"] = 2 * all_ranks * _DIGITS * _COUNTS * _INT64
         elif not sae.n_experts:
             moved["select"] = within * (rows * sae.k + rows) * _INT64
@@ -62,7 +62,7 @@ def _gradients_over_replicas(basis: Basis, weights: int) -> dict[str, float]:
     moved = {"gather_entries": 0.0, "sum_gradients": 2 * (1 - 1 / axis.replicas) * weights}
     if not is_summed_by_entry(sae):
         return moved
-    assert isinstance(sae, CountsLatentsConfig)
+    assert isinstance(sae, KSelectionConfig)
     with torch.device("meta"):
         shard = build_sae(sae, basis.widths, axis)
     multi = sae.multi_factor if isinstance(sae, TopKConfig) and sae.multi_factor else 1
@@ -84,7 +84,7 @@ def _gradients_over_replicas(basis: Basis, weights: int) -> dict[str, float]:
 def auxk_traffic(basis: Basis) -> int:
     """Return the bytes that a rank also sends while latents are dead, if the recipe has AuxK."""
     sae = basis.run.sae
-    if not isinstance(sae, CountsLatentsConfig) or not sae.auxk:
+    if not isinstance(sae, KSelectionConfig) or not sae.auxk:
         return 0
     within = 1 - 1 / basis.axis.shards
     select = 0 if sae.n_experts else basis.replica_rows * (sae.auxk + 1) * _INT64

@@ -18,7 +18,7 @@ from dist_sae.checkpoint.trained import (
 )
 from dist_sae.config import Run, dump_run
 from dist_sae.config.data import HuggingFaceModel, ModelConfig
-from dist_sae.config.dictionary import CountsLatentsConfig
+from dist_sae.config.dictionary import KSelectionConfig
 from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.environment import hardware, versions
@@ -182,7 +182,7 @@ def _facts(
     yield "Rows left out", _left_out(facts["excluded_rows"])
     yield "Dictionary", _recipe(own)
     yield "Dead after", f"{own.dead_after_rows:,} rows without firing"
-    if isinstance(own.sae, CountsLatentsConfig):
+    if isinstance(own.sae, KSelectionConfig):
         auxk, weight = own.sae.auxk, own.sae.auxk_coefficient
         yield "AuxK", f"{auxk:,} latents, weight {weight:.3g}" if auxk else "off"
     if checkpoint is None:

@@ -160,7 +160,7 @@ class ProductSamples:
         torch.mm(rows, weights.T, out=out)
         end = self._clock.mark()
         # this rank's rows are multiplied with the latents of all shards
-        whole = len(x) * sae.config.latents_met
+        whole = len(x) * sae.config.preacts_per_row
         self._under_way = start, end, whole / (len(rows) * n)
         self._read()
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from dist_sae.config import Run
-from dist_sae.config.dictionary import CountsLatentsConfig
+from dist_sae.config.dictionary import KSelectionConfig
 from dist_sae.data.plan import Plan
 
 _FEW_DOCUMENTS = 30  # from 30 samples on, a mean is roughly normally distributed
@@ -32,17 +32,17 @@ def _dictionary(run: Run) -> Iterator[tuple[str, str]]:
     # a child with its parent's state also continues the counts of rows
     begun = run.train.parent is not None and run.train.parent.state
     if window >= run.rows and not begun:
-        auxk = ", so AuxK never acts" if isinstance(sae, CountsLatentsConfig) and sae.auxk else ""
+        auxk = ", so AuxK never acts" if isinstance(sae, KSelectionConfig) and sae.auxk else ""
         yield (
             "sae.dead_after_rows",
             f"{window:,} rows, and the run has {run.rows:,}: no latent can be dead{auxk}, "
             f"and the dead share stays unknown; leave it out, or lower it",
         )
-    if isinstance(sae, CountsLatentsConfig):
+    if isinstance(sae, KSelectionConfig):
         yield from _selection(sae, run.steps)
 
 
-def _selection(sae: CountsLatentsConfig, steps: int) -> Iterator[tuple[str, str]]:
+def _selection(sae: KSelectionConfig, steps: int) -> Iterator[tuple[str, str]]:
     if sae.auxk and not sae.auxk_coefficient:
         yield "sae.auxk_coefficient", f"is 0, so sae.auxk ({sae.auxk}) never acts"
     if sae.k_start is not None and sae.k_anneal_share * steps <= 1:

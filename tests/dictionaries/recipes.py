@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dist_sae.config.clt import CLTConfig
-from dist_sae.config.crosscoder import AcrossSitesConfig, CrosscoderConfig
+from dist_sae.config.crosscoder import CrosscoderBaseConfig, CrosscoderConfig
 from dist_sae.config.dictionary import DictionaryConfig
 from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
@@ -164,7 +164,7 @@ def oracle(sae: Dictionary, x: Tensor, now: StepContext) -> LossTerms:
         CLTJumpReLUConfig: reference.clt_jumprelu_loss,
     }
     parameters: dict[str, Tensor] = dict(sae.named_parameters())
-    if isinstance(sae.config, AcrossSitesConfig):
+    if isinstance(sae.config, CrosscoderBaseConfig):
         parameters["W_dec"] = reference.constrained(sae.W_dec, sae.config)
     return losses[type(sae.config)](x, parameters, sae.config, now)
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dist_sae.config.clt import CLTConfig
-from dist_sae.config.crosscoder import AcrossSitesConfig, CrosscoderConfig
-from dist_sae.config.dictionary import CountsLatentsConfig
+from dist_sae.config.crosscoder import CrosscoderBaseConfig, CrosscoderConfig
+from dist_sae.config.dictionary import KSelectionConfig
 from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
@@ -210,7 +210,7 @@ def across_layers(p: Parameters, layers: int) -> Parameters:
     return {**p, "W_enc": encoder.flatten(1), "W_dec": decoder.flatten(1)}
 
 
-def constrained(W_dec: Tensor, config: AcrossSitesConfig) -> Tensor:
+def constrained(W_dec: Tensor, config: CrosscoderBaseConfig) -> Tensor:
     """Return a crosscoder's decoder that meets its constraints, as a function of free parameters.
 
     Parameters that meet the constraints are returned unchanged.
@@ -226,7 +226,7 @@ def constrained(W_dec: Tensor, config: AcrossSitesConfig) -> Tensor:
     return rows * (lengths / _weights(rows, config))[:, None]
 
 
-def _weights(rows: Tensor, config: AcrossSitesConfig) -> Tensor:
+def _weights(rows: Tensor, config: CrosscoderBaseConfig) -> Tensor:
     apart: Tensor = rows.reshape(len(rows), len(config.reads or (None,)), -1).norm(dim=2)
     weights: Tensor = apart.sum(1) if config.weighting == "l1" else apart.norm(dim=1)
     return weights
@@ -264,7 +264,7 @@ def _with_auxk(
     acts: Tensor,
     pre_acts: Tensor,
     p: Parameters,
-    config: CountsLatentsConfig,
+    config: KSelectionConfig,
     step: StepContext,
 ) -> LossTerms:
     x_hat = acts @ p["W_dec"] + p["b_dec"]

@@ -191,7 +191,7 @@ def test_latents_are_a_multiple_of_the_layers() -> None:
     ):
         CLTConfig(n_latents=10, k=2, auxk=2, reads=LAYERS)
     config = CLTConfig(n_latents=24, k=2, auxk=2, reads=LAYERS)
-    assert [n for n in range(1, 25) if config.divides_over(n)] == [1, 2, 3, 6]
+    assert [n for n in range(1, 25) if config.can_shard_over(n)] == [1, 2, 3, 6]
     key, problem = config.shards_problem(4) or ("", "")
     assert key == "n_latents"
     assert problem.startswith(

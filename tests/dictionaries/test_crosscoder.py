@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_sae.config.crosscoder import AcrossSitesConfig, CrosscoderConfig
+from dist_sae.config.crosscoder import CrosscoderBaseConfig, CrosscoderConfig
 from dist_sae.config.dictionary import DictionaryConfig
 from dist_sae.config.sae import BatchTopKConfig, CrosscoderReLUConfig, ReLUConfig, TopKConfig
 from dist_sae.dictionaries.axis import LatentAxis
@@ -69,7 +69,7 @@ def test_gradients_equal_the_dense_reference(selection: str, settings: dict[str,
     ids=["row", "batch", "relu"],
 )
 def test_one_site_is_the_recipe_without_sites(
-    own: AcrossSitesConfig, known: DictionaryConfig, weighting: str
+    own: CrosscoderBaseConfig, known: DictionaryConfig, weighting: str
 ) -> None:
     one = make(own.model_copy(update={"weighting": weighting}))
     other, now = make(known), step(some_dead())

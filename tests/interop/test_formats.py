@@ -206,7 +206,7 @@ def test_an_export_is_the_trained_dictionary_and_comes_back(
     np.testing.assert_allclose(y_hat, expected, rtol=1e-5, atol=1e-5)
     if run.sae.kind in UNIT_ROWS:  # a code is what it contributes
         np.testing.assert_allclose(features, codes / SCALES["mlp_in.0"], rtol=1e-5, atol=1e-5)
-    if run.sae.skips and library == "circuit-tracer":
+    if run.sae.has_skip and library == "circuit-tracer":
         with pytest.raises(ConfigError, match="has a skip connection and thresholds, for which"):
             sae_section(read_dictionary(folder), run, folder)
         return

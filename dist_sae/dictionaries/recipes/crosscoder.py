@@ -34,7 +34,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dist_sae.config.crosscoder import AcrossSitesConfig, CrosscoderConfig
+from dist_sae.config.crosscoder import CrosscoderBaseConfig, CrosscoderConfig
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.constraints import normalise_rows_
 from dist_sae.dictionaries.interface import Widths
@@ -52,10 +52,10 @@ class AcrossSites(Dictionary):
         ConfigError: There are shared latents, but the sites have different widths.
     """
 
-    config: AcrossSitesConfig
+    config: CrosscoderBaseConfig
 
     def __init__(
-        self, config: AcrossSitesConfig, widths: Widths | int, *place: Any, **precision: Any
+        self, config: CrosscoderBaseConfig, widths: Widths | int, *place: Any, **precision: Any
     ) -> None:
         super().__init__(config, widths, *place, **precision)
         if config.shared_latents and len(set(self.widths.writes)) > 1:

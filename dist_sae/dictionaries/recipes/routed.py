@@ -84,7 +84,7 @@ class Routed(WithAuxK):
         by_batch = BatchTopK(self, config.threshold_decay)
         chosen = config.experts_per_row
         self.by_row = RowTopK(self, config.k, WHOLE, parts=chosen, width=self.width)
-        self.selection = by_batch if config.over_batch else self.by_row
+        self.selection = by_batch if config.selects_over_batch else self.by_row
         router = nn.Parameter(self.b_dec.new_zeros(config.experts, self.widths.d_in))
         self.add_tensor("W_router", router, per_latent=False)
         bias = nn.Parameter(self.b_dec.new_zeros(config.experts))

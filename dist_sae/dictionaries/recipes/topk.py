@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dist_sae.config.dictionary import CountsLatentsConfig, KeepsThresholdConfig
+from dist_sae.config.dictionary import BatchSelectionConfig, KSelectionConfig
 from dist_sae.config.sae import TopKConfig
 from dist_sae.dictionaries.auxk import WithAuxK, auxk_loss
 from dist_sae.dictionaries.base import firings
@@ -53,15 +53,15 @@ class TopK(WithAuxK):
 
     def __init__(
         self,
-        config: CountsLatentsConfig,
+        config: KSelectionConfig,
         widths: Widths | int,
         *place: Any,
         **precision: Any,
     ) -> None:
         super().__init__(config, widths, *place, **precision)
         self.selection = self.by_row = RowTopK(self, config.k, self.axis)
-        if config.over_batch:
-            assert isinstance(config, KeepsThresholdConfig)
+        if config.selects_over_batch:
+            assert isinstance(config, BatchSelectionConfig)
             self.selection = BatchTopK(self, config.threshold_decay)
         elif isinstance(config, TopKConfig) and config.multi_factor:
             self._factors = (1, config.multi_factor)
