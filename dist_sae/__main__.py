@@ -7,12 +7,12 @@ from dist_sae import signals
 
 def main() -> int:
     """Run the command given by the arguments, and return the exit code."""
-    signals.heed()
-    signals.end_early()
+    signals.install_handlers()
+    signals.register_early_exit()
     from dist_sae.commands.cli import main as run_command
 
     code = run_command()
-    signals.heed_no_more(code)
+    signals.exit_on_signal(code)
     return code
 
 

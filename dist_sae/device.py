@@ -67,13 +67,13 @@ def why_no_gpu() -> str:
     return "no GPU is visible"
 
 
-def settle_device(wish: Literal["auto", "cpu", "cuda"]) -> str | None:
+def apply_device_setting(setting: Literal["auto", "cpu", "cuda"]) -> str | None:
     """Apply `processes.device`: hide the GPUs, or check that one can be used.
 
     Call this before CUDA is initialized.
 
     Args:
-        wish: The setting `processes.device`.
+        setting: Value of `processes.device`.
 
     Returns:
         A warning if the setting is `auto` and the machine has a GPU that cannot be used.
@@ -81,12 +81,12 @@ def settle_device(wish: Literal["auto", "cpu", "cuda"]) -> str | None:
     Raises:
         ConfigError: The setting is `cuda`, and no GPU can be used.
     """
-    if wish == "cpu":
+    if setting == "cpu":
         os.environ[_VISIBLE] = ""
-    if wish == "cpu" or n_gpus():
+    if setting == "cpu" or n_gpus():
         return None
     reason = why_no_gpu()
-    if wish == "cuda":
+    if setting == "cuda":
         raise ConfigError(f"processes.device: cuda: {reason}; correct that, {_REMEDY}")
     if os.environ.get(_VISIBLE) == "" or not _has_gpu():
         return None

@@ -47,7 +47,7 @@ class HubUnavailableError(ModelError, CorpusError):
     exit_code = EXIT_RESUMABLE
 
 
-class LacksWeightsError(ModelError):
+class MissingWeightsError(ModelError):
     """Some of a model's weights are missing from its files.
 
     Attributes:
@@ -94,7 +94,7 @@ class RankLostError(DistSaeError):
     exit_code = EXIT_RESUMABLE
 
 
-class LivesSpentError(DistSaeError):
+class RestartLimitError(DistSaeError):
     """A pod was restarted too many times in a row without making progress."""
 
 
@@ -106,7 +106,7 @@ class AbandonedError(DistSaeError):
     """No run has read the activation set for `store.consumer_expiry_hours`, so producers stop."""
 
 
-class RunTakenError(DistSaeError):
+class RunInUseError(DistSaeError):
     """Another process is training this run. A restart continues once that process has ended."""
 
     exit_code = EXIT_RESUMABLE

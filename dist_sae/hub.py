@@ -8,7 +8,7 @@ import huggingface_hub
 
 from dist_sae.errors import ConfigError, HubUnavailableError
 
-_OUT_OF_REACH = {  # class names, since not every program imports httpx or requests
+_UNAVAILABLE = {  # class names, since not every program imports httpx or requests
     "ConnectError",
     "ConnectTimeout",
     "ConnectionError",
@@ -95,7 +95,7 @@ def upload(folder: Path, repository: str, message: str, *, public: bool, replace
     except ConfigError:
         raise
     except Exception as exc:  # of several libraries, some with the hub's error as their cause
-        if is_out_of_reach(exc):
+        if is_unavailable(exc):
             raise HubUnavailableError(
                 f"{api.endpoint}: does not answer ({type(exc).__name__}); the same command sends "
                 f"it later"
@@ -116,14 +116,14 @@ def _log_in(repository: str) -> str:
     )
 
 
-def is_out_of_reach(error: BaseException) -> bool:
+def is_unavailable(error: BaseException) -> bool:
     """Return True if the hub was unreachable or failed, so that a later attempt may succeed."""
     return any(
-        type(cause).__name__ in _OUT_OF_REACH or _is_passing(cause) for cause in causes(error)
+        type(cause).__name__ in _UNAVAILABLE or _is_transient(cause) for cause in causes(error)
     )
 
 
-def _is_passing(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     status = getattr(getattr(error, "response", None), "status_code", 0)
     return isinstance(status, int) and (status == _TOO_MANY or status >= _SERVER_ERROR)
 

@@ -47,33 +47,33 @@ def progress(role: str, done: float, total: float, **numbers: Any) -> None:
         logger.info("%s %s/%s %s", role, f"{done:.0f}", f"{total:.0f}", shown)
 
 
-class PacedProgress:
+class RateLimitedProgress:
     """Progress reports with a rate limit: one per second to a supervisor, one per 30 s to a log.
 
     Args:
         role: Part of the run, for example `produce`.
-        speaks: False on ranks whose progress another rank reports.
+        enabled: False on ranks whose progress another rank reports.
     """
 
-    def __init__(self, role: str, *, speaks: bool = True) -> None:
+    def __init__(self, role: str, *, enabled: bool = True) -> None:
         self._role = role
-        self._speaks = speaks
-        self._pause = 1.0 if is_supervised() else 30.0
-        self._said = float("-inf")
+        self._enabled = enabled
+        self._interval = 1.0 if is_supervised() else 30.0
+        self._reported = float("-inf")
 
-    def is_due(self) -> bool:
+    def take_turn(self) -> bool:
         """Return True if a report is due, and then count it as sent."""
-        if time.monotonic() - self._said < self._pause:
+        if time.monotonic() - self._reported < self._interval:
             return False
-        self._said = time.monotonic()
+        self._reported = time.monotonic()
         return True
 
     def __call__(self, done: float, total: float, **numbers: Any) -> None:
         """Report progress if a report is due."""
-        if self._speaks and self.is_due():
+        if self._enabled and self.take_turn():
             progress(self._role, done, total, **numbers)
 
     def end(self, total: float) -> None:
         """Report that all work is done."""
-        if self._speaks:
+        if self._enabled:
             progress(self._role, total, total)

@@ -18,7 +18,7 @@ INTERRUPTED = "stopped: interrupted; start the same command again\n"
 _code: int | None = None
 
 
-def heed() -> None:
+def install_handlers() -> None:
     """Make both signals raise KeyboardInterrupt or, during an import, end the process.
 
     During an import there is nothing to save, and an interrupted library may raise a different
@@ -38,25 +38,26 @@ def stop_event() -> "threading.Event":
     return stopping
 
 
-def heed_no_more(code: int) -> None:
+def exit_on_signal(code: int) -> None:
     """Make signals end the process at once with this exit code. Called when the work is done."""
-    global _code  # noqa: PLW0603 - what `_end` is to exit with
+    global _code  # noqa: PLW0603 - what `_exit_early` is to exit with
     _code = code
     for number in SIGNALS:
         signal.signal(number, lambda *_: os._exit(code))
 
 
-def end_early() -> None:
-    """Make Python exit before it finalizes the interpreter, once `heed_no_more` has been called.
+def register_early_exit() -> None:
+    """Make Python exit before it finalizes the interpreter, once `exit_on_signal` has been called.
 
-    Call this first: exit functions run in reverse order, so `_end` then runs after all others.
-    Without it Python would restore the default signal handlers, so that a late SIGTERM ends the
-    process with 143. It would also stop daemon threads inside libraries, where C++ may abort (134).
+    Call this first: exit functions run in reverse order, so `_exit_early` then runs after all
+    others. Without it Python would restore the default signal handlers, so that a late SIGTERM ends
+    the process with 143. It would also stop daemon threads inside libraries, where C++ may abort
+    (134).
     """
-    atexit.register(_end)
+    atexit.register(_exit_early)
 
 
-def _end() -> None:
+def _exit_early() -> None:
     if _code is not None:
         with suppress(OSError, ValueError):  # the reader has closed the pipe
             sys.stdout.flush()

@@ -13,12 +13,12 @@ from dist_sae.commands.cli import main
 from dist_sae.commands.pipeline import run_locally
 from dist_sae.config import load_run
 from dist_sae.device import (
+    apply_device_setting,
     check_gpus,
     copied_to_cpu,
     device_of,
     in_tf32,
     own_device,
-    settle_device,
     share_gpus,
 )
 from dist_sae.errors import ConfigError
@@ -176,10 +176,10 @@ def test_the_reason_is_said_why_there_is_no_gpu(
     machine()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES is empty"):
-        settle_device("cuda")
+        apply_device_setting("cuda")
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(ConfigError, match="is built for the CPU alone"):
-        settle_device("cuda")
+        apply_device_setting("cuda")
 
 
 def test_a_gpu_that_lies_idle_is_warned_of(
@@ -188,11 +188,11 @@ def test_a_gpu_that_lies_idle_is_warned_of(
     there = [Path("/dev/nvidia0")]
     monkeypatch.setattr(Path, "glob", lambda *_: iter(there))
     machine(reason=OLD_DRIVER)
-    warning = settle_device("auto")
+    warning = apply_device_setting("auto")
     assert warning is not None
     assert warning.startswith("the GPU of this machine is not used: The NVIDIA driver on your")
     there.clear()
-    assert settle_device("auto") is None
+    assert apply_device_setting("auto") is None
 
 
 def test_no_gpu_is_used_where_none_is_wanted(
@@ -200,7 +200,7 @@ def test_no_gpu_is_used_where_none_is_wanted(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     machine(gpus=1)
-    assert settle_device("cpu") is None
+    assert apply_device_setting("cpu") is None
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 

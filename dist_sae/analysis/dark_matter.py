@@ -234,7 +234,7 @@ class _Measuring:
     ) -> Iterator[tuple[Rows, Inferred, Float[Tensor, "rows d_out"]]]:
         """Yield rows, their inferred codes and x_hat - targets; collect their documents."""
         self._documents = []
-        progress = logs.PacedProgress(what)
+        progress = logs.RateLimitedProgress(what)
         rows = 0
         for batch in self._pages.grouped(self._read(units, limit)):
             found = self._pages.infer(batch.inputs)

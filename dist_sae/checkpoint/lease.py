@@ -20,7 +20,7 @@ from typing import Literal
 from dist_sae.errors import (
     CorruptObjectError,
     ObjectNotFoundError,
-    RunTakenError,
+    RunInUseError,
     Stopped,
     StoreError,
 )
@@ -85,7 +85,7 @@ class TrainerLease:
         """Acquire the lease.
 
         Raises:
-            RunTakenError: Another trainer holds the run.
+            RunInUseError: Another trainer holds the run.
             Stopped: A stop was requested while waiting for the lease.
         """
         self._await_free()
@@ -150,8 +150,8 @@ class TrainerLease:
         except (ObjectNotFoundError, CorruptObjectError):  # a damaged lease has no holder
             return None
 
-    def _taken(self, holder: Holder) -> RunTakenError:
-        return RunTakenError(
+    def _taken(self, holder: Holder) -> RunInUseError:
+        return RunInUseError(
             f"{self._store.url}/{self._run}: is being trained by process {holder.pid} on "
             f"{holder.host}; stop that one first, or give this run another name"
         )

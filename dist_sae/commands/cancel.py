@@ -16,4 +16,4 @@ def main(options: argparse.Namespace) -> None:
     run, cluster = shared.open_cluster(options)
     from dist_sae.kubernetes.submit import cancel
 
-    shared.print_lines(options, cancel(run, cluster, shared.say(options)), [])
+    shared.print_lines(options, cancel(run, cluster, shared.line_writer(options)), [])

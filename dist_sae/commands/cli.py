@@ -40,7 +40,7 @@ from dist_sae.commands import (
     train,
 )
 from dist_sae.commands import logs as pod_logs
-from dist_sae.commands.shared import rank, tell_of_failure
+from dist_sae.commands.shared import notify_failure, rank
 from dist_sae.distributed.supervisor import follow_parent
 from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # large pages for torch's large buffers, since on a CPU most are allocated again at every step
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logs.configure(rank=rank())
-    signals.heed()
+    signals.install_handlers()
     follow_parent()
     try:
         code = options.command(options)
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DistSaeError as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"error: {line}\n")
-        tell_of_failure(options, error)
+        notify_failure(options, error)
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write(signals.INTERRUPTED)

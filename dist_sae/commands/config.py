@@ -18,7 +18,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    run = shared.load_whole(options)
+    run = shared.load_run_or_sweep(options)
     import yaml
 
     from dist_sae.config import dump_run

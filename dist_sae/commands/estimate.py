@@ -81,7 +81,7 @@ def add(commands: shared.Commands) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Print the forecast."""
-    run = shared.load_whole(options)
+    run = shared.load_run_or_sweep(options)
     _check(options)
     from dist_sae.config import groups_of
     from dist_sae.planning.basis import find_basis

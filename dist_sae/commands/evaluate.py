@@ -47,8 +47,8 @@ def main(options: argparse.Namespace) -> int | None:
                 await_end(run, stopping)
                 if run.index.workers:
                     await_index(run, stopping)
-            signals.heed()
-        with shared.short_lived(run, "evaluate") as telemetry:
+            signals.install_handlers()
+        with shared.pushed_telemetry(run, "evaluate") as telemetry:
             if world == 1:
                 return evaluate(run, telemetry, options.step, alone())
             result = evaluate_together(run, world, telemetry, options.step)

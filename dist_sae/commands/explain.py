@@ -98,9 +98,12 @@ def _explained(options: argparse.Namespace, run: "Run", index: "Index") -> dict[
     drawer = Drawer(index, texts, wanted, plan.seed)
     asked, judging = count(drawer, plan, latents, explainer)
     if judge is explainer:
-        may = shared.agree(options, explainer, asked + judging)
+        may = shared.confirm_requests(options, explainer, asked + judging)
     else:
-        mays = [shared.agree(options, explainer, asked), shared.agree(options, judge, judging)]
+        mays = [
+            shared.confirm_requests(options, explainer, asked),
+            shared.confirm_requests(options, judge, judging),
+        ]
         may = all(mays)
     if not may:
         return None

@@ -29,14 +29,14 @@ def add(commands: shared.Commands) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Export the checkpoint, and print where."""
-    whole = shared.load_whole(options)
+    whole = shared.load_run_or_sweep(options)
     if options.format in INDEX_FORMATS:
         from dist_sae.interop import delphi, neuronpedia
 
         write = {"delphi": delphi.export_cache, "neuronpedia": neuronpedia.export_pages}
 
         def of_index(run: "Run") -> dict[str, str]:
-            with shared.short_lived(run, "export") as telemetry:
+            with shared.pushed_telemetry(run, "export") as telemetry:
                 return {"export": write[options.format](run, telemetry, options.step)}
 
         shared.print_results(options, whole, of_index)
@@ -47,7 +47,7 @@ def main(options: argparse.Namespace) -> None:
         if whole.sweep and (reason := problem(run, options.format)):
             logger.warning("%s is not exported: %s", run.name, reason)
             return None
-        with shared.short_lived(run, "export") as telemetry:
+        with shared.pushed_telemetry(run, "export") as telemetry:
             return {"export": export(run, telemetry, options.step, options.format)}
 
     shared.print_results(options, whole, work)

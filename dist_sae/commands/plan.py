@@ -15,14 +15,14 @@ def add(commands: shared.Commands) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Write the plan, and print its numbers."""
-    run = shared.load_whole(options)
+    run = shared.load_run_or_sweep(options)
     from dist_sae.producing.planner import foresee
 
     ending = threading.Event()
     life = shared.this_life(run, "planner", ending)
     life.begin()
     try:
-        with shared.short_lived(run, "plan") as telemetry:
+        with shared.pushed_telemetry(run, "plan") as telemetry:
             _, told = foresee(run, telemetry)
     except (DistSaeError, KeyboardInterrupt) as exc:
         if getattr(exc, "exit_code", EXIT_RESUMABLE) == EXIT_RESUMABLE:

@@ -46,7 +46,7 @@ def main(options: argparse.Namespace) -> None:
     from dist_sae.interop import publishing
 
     licences = publishing.Licences(options.licence, options.model_licence, options.text_licence)
-    with shared.short_lived(run, "export") as telemetry:
+    with shared.pushed_telemetry(run, "export") as telemetry:
         export = {"meter": telemetry, "step": options.step, "format_name": options.format}
         if options.dry_run:
             written = publishing.write(run, options.repository, options.dry_run, licences, **export)

@@ -18,7 +18,7 @@ def add(commands: shared.Commands) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Print them as JSON, or as YAML for kubectl."""
-    run = shared.load_whole(options)
+    run = shared.load_run_or_sweep(options)
     from dist_sae.kubernetes.render import render, to_yaml
 
     found = render(run, options.only)

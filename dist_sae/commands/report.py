@@ -17,11 +17,11 @@ def add(commands: shared.Commands) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Write the report, and print where it is."""
-    whole = shared.load_whole(options)
+    whole = shared.load_run_or_sweep(options)
     from dist_sae.report.build import report
 
     def work(run: "Run") -> dict[str, str]:
-        with shared.short_lived(run, "report") as telemetry:
+        with shared.pushed_telemetry(run, "report") as telemetry:
             return {"report": report(run, telemetry, options.step)}
 
     shared.print_results(options, whole, work)

@@ -16,5 +16,5 @@ def main(options: argparse.Namespace) -> None:
     run, cluster = shared.open_cluster(options)
     from dist_sae.kubernetes.submit import resume
 
-    result = resume(run, cluster, shared.say(options), ignore_nodes=options.ignore_nodes)
+    result = resume(run, cluster, shared.line_writer(options), ignore_nodes=options.ignore_nodes)
     shared.print_lines(options, result, [])

@@ -115,7 +115,7 @@ def open_endpoint(options: argparse.Namespace, run: "Run", file: str | None = No
     return Endpoint(read_endpoint(file), store, f"{run.name}/answers")
 
 
-def agree(
+def confirm_requests(
     options: argparse.Namespace, endpoint: "Endpoint", questions: "Sequence[Question]"
 ) -> bool:
     """Return True if the questions may be sent: with `--yes`, or if all answers are cached.
@@ -154,7 +154,7 @@ def add_ignore_nodes(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_whole(options: argparse.Namespace) -> "Run":
+def load_run_or_sweep(options: argparse.Namespace) -> "Run":
     """Read the run or the sweep that the command line names.
 
     Raises:
@@ -180,7 +180,7 @@ def load(options: argparse.Namespace) -> "Run":
     Raises:
         ConfigError: The run file describes a sweep, and no job is named.
     """
-    run = load_whole(options)
+    run = load_run_or_sweep(options)
     if run.sweep:
         names = ", ".join(run.sweep.overrides())
         raise ConfigError(f"{options.run}: is a sweep; name a job with --job: {names}")
@@ -196,7 +196,7 @@ def load_several(options: argparse.Namespace) -> "tuple[str, list[Run]]":
     from dist_sae.checkpoint.folder import open_run
     from dist_sae.config import jobs_of
 
-    first = load_whole(options)
+    first = load_run_or_sweep(options)
     others = [open_run(place, options.set) for place in options.others]
     return first.name, [job for run in (first, *others) for job in jobs_of(run)]
 
@@ -207,23 +207,23 @@ def load_for_device(options: argparse.Namespace) -> "Run":
     Raises:
         ConfigError: The run requires a GPU, and none can be used.
     """
-    run = load_whole(options)
-    from dist_sae.device import settle_device
+    run = load_run_or_sweep(options)
+    from dist_sae.device import apply_device_setting
 
-    if warning := settle_device(run.processes.device):
+    if warning := apply_device_setting(run.processes.device):
         logger.warning("%s", warning)
     return run
 
 
 def open_cluster(options: argparse.Namespace) -> tuple["Run", "Cluster"]:
     """Read the run or the sweep, and open its namespace on the cluster."""
-    run = load_whole(options)
+    run = load_run_or_sweep(options)
     from dist_sae.kubernetes.cluster import Cluster
 
     return run, Cluster(run.cluster)
 
 
-def short_lived(run: "Run", role: str) -> "Telemetry":
+def pushed_telemetry(run: "Run", role: str) -> "Telemetry":
     """Return metrics that are pushed, for a program that may end before it is scraped."""
     from dist_sae.telemetry.exporter import Telemetry
 
@@ -245,13 +245,13 @@ def ending_with_others(run: "Run", stopping: threading.Event) -> AbstractContext
     return ending_with_others(run, stopping)
 
 
-def tell_of_failure(options: argparse.Namespace, error: DistSaeError) -> None:
+def notify_failure(options: argparse.Namespace, error: DistSaeError) -> None:
     """In a pod, notify the other parts of the run of an error that fails this part permanently."""
     from dist_sae.storage.failure import ATTEMPT, tell
 
     if ATTEMPT in os.environ and error.exit_code == EXIT_USER:
         with suppress(DistSaeError):  # of the run file, which the other parts cannot read either
-            tell(load_whole(options), error)
+            tell(load_run_or_sweep(options), error)
 
 
 def rank() -> int:
@@ -309,7 +309,7 @@ def run_local_ranks(
         return run_ranks(command, environments, stopping)
 
 
-def say(options: argparse.Namespace) -> Callable[[str], None]:
+def line_writer(options: argparse.Namespace) -> Callable[[str], None]:
     """Return a function that prints lines for people: to stderr with `--json`, else to stdout."""
     stream = sys.stderr if options.json else sys.stdout
 

@@ -31,7 +31,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    run = shared.load_whole(options)
+    run = shared.load_run_or_sweep(options)
     from dist_sae.producing.verify import verify
 
     found = verify(run, text=options.text)
@@ -45,7 +45,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _ls(options: argparse.Namespace) -> None:
-    run = shared.load_whole(options)
+    run = shared.load_run_or_sweep(options)
     from dist_sae.data.upkeep import ls
 
     found = ls(run)
@@ -59,7 +59,7 @@ def _ls(options: argparse.Namespace) -> None:
 
 
 def _urls(options: argparse.Namespace) -> None:
-    run = shared.load_whole(options)
+    run = shared.load_run_or_sweep(options)
     from dist_sae.data.upkeep import urls
 
     found = urls(run, options.site or run.site, heldout=options.heldout)
@@ -67,7 +67,7 @@ def _urls(options: argparse.Namespace) -> None:
 
 
 def _gc(options: argparse.Namespace) -> None:
-    run = shared.load_whole(options)
+    run = shared.load_run_or_sweep(options)
     from dist_sae.data.upkeep import gc
 
     shared.print_result(options, gc(run, hours=options.hours, delete=options.delete))

@@ -25,7 +25,7 @@ def main(options: argparse.Namespace) -> None:
     result = submit(
         run,
         cluster,
-        shared.say(options),
+        shared.line_writer(options),
         dry_run=options.dry_run,
         replace=options.replace,
         ignore_nodes=options.ignore_nodes,

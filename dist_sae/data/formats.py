@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 from dist_sae.config.data import DatasetCorpus
 from dist_sae.errors import CorpusError, HubUnavailableError
-from dist_sae.hub import causes, is_out_of_reach
+from dist_sae.hub import causes, is_unavailable
 
 FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _CHUNK_BYTES = 2**20  # read from a compressed file at a time
@@ -99,7 +99,7 @@ def open_dataset(config: DatasetCorpus) -> Texts:
     except Exception as exc:  # `datasets` raises dozens of types for this
         # the reason is only in the exceptions that caused this one
         reason = ": ".join(dict.fromkeys(" ".join(str(e).split()) for e in causes(exc)))
-        kind = HubUnavailableError if is_out_of_reach(exc) else CorpusError
+        kind = HubUnavailableError if is_unavailable(exc) else CorpusError
         raise kind(f"corpus.name {config.name}: cannot be loaded: {reason}") from exc
     if config.text_field not in rows.column_names:
         raise CorpusError(_no_field(config.name, config.text_field, rows.column_names))

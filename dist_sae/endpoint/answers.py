@@ -168,7 +168,7 @@ class Endpoint:
         new = [digest for digest in of if digest not in there]
         stopping = threading.Event()
         client = Client(self._settings, stopping)
-        progress = logs.PacedProgress(what)
+        progress = logs.RateLimitedProgress(what)
 
         def complete(digest: str) -> Answer:
             return self._keep(digest, client.complete(self._body(of[digest])))

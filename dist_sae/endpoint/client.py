@@ -14,7 +14,7 @@ from requests.adapters import HTTPAdapter
 
 from dist_sae.endpoint.settings import EndpointSettings
 from dist_sae.errors import DistSaeError, EndpointError, EndpointUnavailableError
-from dist_sae.patience import Patience
+from dist_sae.retry import Retrier
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Client:
         self._session.mount("http://", adapter)
         self._session.mount("https://", adapter)
         self._session.auth = self._authorise  # or requests would replace the key by one from .netrc
-        self._patiently = Patience(
+        self._patiently = Retrier(
             settings.patience_seconds, stopping, EndpointUnavailableError, logger
         )
         place = urlsplit(settings.url)

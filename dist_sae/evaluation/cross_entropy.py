@@ -100,7 +100,7 @@ def cross_entropies(
     plain: _Passes = {"clean": Splice.read, **_ablations(places, means)}
     live = causal and _are_read_first(names, normalisers)
     ours = _reconstructions(places, several=len(sites) > 1, live=live)
-    progress = logs.PacedProgress("losses", speaks=mesh.is_first)
+    progress = logs.RateLimitedProgress("losses", enabled=mesh.is_first)
     turns = len(plain) + len(ours)
     total = turns * sum(len(batch.tokens) for batch in batches)
 

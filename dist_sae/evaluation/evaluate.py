@@ -163,7 +163,7 @@ def _measure(
     fit = Fit.empty(own.sae.n_latents, columns.values(), device)
     scaled = applies(own.sae, normalisers.widths)
     scaling = LatentScaling(own.sae.n_latents, device) if scaled else None
-    progress = logs.PacedProgress("evaluate", speaks=mesh.is_first)
+    progress = logs.RateLimitedProgress("evaluate", enabled=mesh.is_first)
     there = min(run.evaluate.rows, sum(plan.rows_of_units[unit] for unit in plan.heldout_units))
     blocks = activations.heldout_rows(run.evaluate.rows)
     for rows in pages.grouped(normalisers.rows(block, device) for block in blocks):

@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.device import moved, own_device
-from dist_sae.errors import HubUnavailableError, LacksWeightsError, ModelError
-from dist_sae.hub import is_out_of_reach
+from dist_sae.errors import HubUnavailableError, MissingWeightsError, ModelError
+from dist_sae.hub import is_unavailable
 from dist_sae.models.sharding import Divider, choose_divider
 from dist_sae.models.sites import blocks
 from dist_sae.models.sites import place as place_at
@@ -183,7 +183,7 @@ def load(
     Raises:
         ModelError: The files are not safetensors. Pickles are refused, because reading one can run
             any code.
-        LacksWeightsError: The files lack some of the weights.
+        MissingWeightsError: The files lack some of the weights.
     """
     device = own_device()
     warn_if_emulated("model.dtype", config.dtype, device)
@@ -206,7 +206,7 @@ def load(
     # transformers gives missing weights random values. A pooler above the layers is not needed.
     missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
     if missing:
-        raise LacksWeightsError(config.path, missing)
+        raise MissingWeightsError(config.path, missing)
     return model.eval().to(device) if divider is None else model.eval()
 
 
@@ -264,7 +264,7 @@ def errors_of(config: HuggingFaceModel, what: str = "cannot be loaded") -> Itera
         if isinstance(exc, dist.DistError) or _OF_RANKS.search(str(exc)):
             raise  # a rank was lost; the model is fine
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
-        kind = HubUnavailableError if is_out_of_reach(exc) else ModelError
+        kind = HubUnavailableError if is_unavailable(exc) else ModelError
         if kind is ModelError and _NO_SAFETENSORS in reason:
             raise ModelError(
                 f"model.path {config.path}: has no weights in safetensors, and pickled ones can "

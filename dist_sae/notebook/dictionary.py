@@ -15,7 +15,7 @@ from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.errors import ArgumentError, LatentNotFoundError
 from dist_sae.kernels import Entries
 from dist_sae.notebook.codes import SparseCodes
-from dist_sae.notebook.steering import Positions, Where, editing
+from dist_sae.notebook.steering import Positions, TokenMask, edit_activations
 from dist_sae.notebook.texts import TextReader, TokenLatents, strongest
 
 RawRows = Float[Tensor, "*rows d"] | NDArray[Any]
@@ -252,8 +252,8 @@ class RawDictionary(nn.Module):
             ModelError: The model does not have the site.
         """
         row = self.decoder_rows(latent)
-        where, site = Where(positions, generated=generated), self.site
-        return editing(model, site, self._widths(site), lambda _: strength * row, where)
+        where, site = TokenMask(positions, generated=generated), self.site
+        return edit_activations(model, site, self._widths(site), lambda _: strength * row, where)
 
     def clamp(
         self,
@@ -294,8 +294,8 @@ class RawDictionary(nn.Module):
             acts[codes.rows[ours], column[ours]] = codes.acts[ours].to(acts.dtype)
             return (wanted - acts) @ directions
 
-        where, site = Where(positions, generated=generated), self.site
-        return editing(model, site, self._widths(site, *self.reads), change, where)
+        where, site = TokenMask(positions, generated=generated), self.site
+        return edit_activations(model, site, self._widths(site, *self.reads), change, where)
 
     def ablate(
         self,

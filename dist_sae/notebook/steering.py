@@ -19,7 +19,7 @@ Positions = Shaped[Tensor, "*batch seq"]
 """A mask of booleans. Integers are refused, since they could be token positions."""
 
 
-class Where:
+class TokenMask:
     """The tokens to change.
 
     Args:
@@ -40,7 +40,7 @@ class Where:
         self._generated = generated
         self._before = 0
 
-    def look(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def count_cached(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward pass, count the tokens that earlier passes have put into the cache.
 
         Raises:
@@ -72,12 +72,12 @@ class Where:
 
 
 @contextmanager
-def editing(
+def edit_activations(
     model: nn.Module,
     site: str,
     widths: Mapping[str, int],
     change: Change,
-    where: Where,
+    where: TokenMask,
 ) -> Iterator[None]:
     """Add `change(rows)` to a model's activations at a site, within a `with` block.
 
@@ -124,7 +124,9 @@ def editing(
 
     with ExitStack() as hooks:
         if where.positions is not None:
-            hooks.callback(model.register_forward_pre_hook(where.look, with_kwargs=True).remove)
+            hooks.callback(
+                model.register_forward_pre_hook(where.count_cached, with_kwargs=True).remove
+            )
         for each in widths:
             hooks.callback(attach(model, each, partial(edit, each)).remove)
         yield

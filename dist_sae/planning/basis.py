@@ -15,7 +15,7 @@ from dist_sae.data.plan import PLAN_KEY, Plan, check_rows, load_plan
 from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.dictionaries.interface import Widths
 from dist_sae.errors import ConfigError
-from dist_sae.logs import PacedProgress
+from dist_sae.logs import RateLimitedProgress
 from dist_sae.planning.simulate import plan_of
 from dist_sae.producing.planner import count_rows, row_bytes
 from dist_sae.storage import open_store
@@ -143,7 +143,7 @@ def find_basis(
         if store.size(PLAN_KEY) is not None:
             plan, source = load_plan(store, run), f"the plan at {store.url}"
         else:
-            corpus, pace = Corpus(run.corpus, run.store.s3), PacedProgress("estimate")
+            corpus, pace = Corpus(run.corpus, run.store.s3), RateLimitedProgress("estimate")
             index = corpus.index()
             plan = make_plan(run, index, count_rows(run, corpus, index, pace))
             source = "the corpus, which is not planned yet"

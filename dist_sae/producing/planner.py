@@ -57,7 +57,7 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
         known = _known_text(run, earlier)
     try:
         corpus = Corpus(run.corpus, run.store.s3)
-        pace = logs.PacedProgress("plan")
+        pace = logs.RateLimitedProgress("plan")
         pace(0, 1, doing="reads the text")
         index = known or corpus.index(
             lambda n: pace(0, 1, doing=f"reads the text: {n:,} documents")
@@ -180,7 +180,7 @@ def _warnings(told: dict[str, Any]) -> Iterator[str]:
 
 
 def count_rows(
-    run: Run, corpus: Corpus, index: CorpusIndex, pace: logs.PacedProgress
+    run: Run, corpus: Corpus, index: CorpusIndex, pace: logs.RateLimitedProgress
 ) -> NDArray[np.int64]:
     """Estimate the rows of each span."""
     if isinstance(run.corpus, SyntheticCorpus):

@@ -21,7 +21,7 @@ class Progress:
         self._queue = queue
         self._telemetry = telemetry
         self._in_hand: dict[int, int] = {}
-        self._pace = logs.PacedProgress("produce")
+        self._pace = logs.RateLimitedProgress("produce")
         self._began = 0.0
 
     def within(self, unit: int, n_rows: int, tokenize_seconds: float) -> None:
@@ -33,7 +33,7 @@ class Progress:
         if unit not in self._in_hand:
             self._began = time.monotonic()
         self._in_hand[unit] = min(n_rows, self._rows[unit])
-        if self._pace.is_due():
+        if self._pace.take_turn():
             seconds = time.monotonic() - self._began
             self.say(
                 **({"rows_per_second": round(n_rows / seconds)} if seconds > 1 else {}),

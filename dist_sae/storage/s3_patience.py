@@ -14,7 +14,7 @@ from botocore.exceptions import NoCredentialsError
 
 from dist_sae.config.data import S3Config
 from dist_sae.errors import DistSaeError, UnavailableError
-from dist_sae.patience import Patience
+from dist_sae.retry import Retrier
 from dist_sae.storage.base import Meter
 from dist_sae.storage.s3_errors import mapped
 
@@ -45,7 +45,7 @@ class S3Patience:
         self._meter = meter
         self._renew = renew
         logger = logging.getLogger(__name__)
-        self._patiently = Patience(config.deadline_seconds, stopping, UnavailableError, logger)
+        self._patiently = Retrier(config.deadline_seconds, stopping, UnavailableError, logger)
 
     def __call__(self, key: str | None, call: Callable[[], Result]) -> Result:
         """Repeat a call until it succeeds, and return its result.

@@ -377,9 +377,9 @@ class Late:
         kill(me, number)
 
 late = Late()
-signals.heed()
-signals.end_early()
-signals.heed_no_more(0)
+signals.install_handlers()
+signals.register_early_exit()
+signals.exit_on_signal(0)
 sys.exit(0)
 """
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -14,7 +14,7 @@ import torch
 
 import dist_sae.data.activation_set
 import dist_sae.data.work_queue
-import dist_sae.patience
+import dist_sae.retry
 from dist_sae.config import Run
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.consumers import Consumers, Registration
@@ -38,8 +38,8 @@ def quicken(credentials: Mapping[str, str]) -> None:
     dist_sae.data.work_queue.POLL_SECONDS = 0.05
     dist_sae.data.work_queue.LEASE_SECONDS = 2.0
     dist_sae.data.activation_set.POLL_SECONDS = (0.02, 0.1)
-    dist_sae.patience.FIRST_PAUSE_SECONDS = 0.02
-    dist_sae.patience.LONGEST_PAUSE_SECONDS = 0.2
+    dist_sae.retry.FIRST_PAUSE_SECONDS = 0.02
+    dist_sae.retry.LONGEST_PAUSE_SECONDS = 0.2
 
 
 def produce(settings: dict[str, Any], name: str, number: int, credentials: dict[str, str]) -> None:

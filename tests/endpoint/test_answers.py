@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dist_sae import patience
+from dist_sae import retry
 from dist_sae.endpoint.answers import Endpoint, Message, Question
 from dist_sae.endpoint.settings import EndpointSettings, read_endpoint
 from dist_sae.errors import (
@@ -25,8 +25,8 @@ from tests.endpoint.server import OpenAIServer, endpoint_file, serving, texts_of
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
     """Answers with the last word of the question; the program pauses for milliseconds."""
-    monkeypatch.setattr(patience, "FIRST_PAUSE_SECONDS", 0.002)
-    monkeypatch.setattr(patience, "LONGEST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.002)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE_SECONDS", 0.02)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with serving(lambda body: body["messages"][-1]["content"].split()[-1]) as found:
         yield found
@@ -155,7 +155,7 @@ def test_a_refusal_ends_the_wait_for_other_answers(
     server: OpenAIServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first question is put again and again for a minute, if nothing ends that."""
-    monkeypatch.setattr(patience, "LAST_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(retry, "STOPPING_RETRY_SECONDS", 0.05)
     waits = threading.Event()
 
     def reply(body: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from dist_sae import patience
+from dist_sae import retry
 from dist_sae.commands.cli import main
 from dist_sae.config import Run
 from dist_sae.explaining.explanations import explanations_of
@@ -63,7 +63,7 @@ class Asking:
 
 @pytest.fixture
 def asking(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(patience, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with serving(reply) as server:
         yield Asking(run, server, tmp_path)

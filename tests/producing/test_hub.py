@@ -6,7 +6,7 @@ import pytest
 from dist_sae.commands.cli import main
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.errors import HubUnavailableError, ModelError
-from dist_sae.hub import is_out_of_reach
+from dist_sae.hub import is_unavailable
 from dist_sae.models.loading import errors_of
 from dist_sae.producing import planner as planning
 from tests.runs import TINY, write_run
@@ -44,8 +44,8 @@ def caused_by(cause: Exception) -> Exception:
 def test_what_waiting_may_mend_is_told_from_what_the_user_must(
     cause: Exception, *, passing: bool
 ) -> None:
-    assert is_out_of_reach(cause) is passing
-    assert is_out_of_reach(caused_by(cause)) is passing
+    assert is_unavailable(cause) is passing
+    assert is_unavailable(caused_by(cause)) is passing
     config = HuggingFaceModel(path="org/name")
     with pytest.raises(ModelError) as raised, errors_of(config):
         raise caused_by(cause)

@@ -42,7 +42,7 @@ def test_progress_counts_rows_within_a_unit(
         "progress",
         lambda _role, done, total, **numbers: said.append({"done": done, "of": total} | numbers),
     )
-    monkeypatch.setattr(dist_sae.logs.PacedProgress, "is_due", lambda _: True)
+    monkeypatch.setattr(dist_sae.logs.RateLimitedProgress, "take_turn", lambda _: True)
     made = fill(make_run(tmp_path), RowNumbers(), monkeypatch)
     said = [record for record in said if "units" in record]
     assert {record["of"] for record in said} == {sum(made.rows_of_units)} == {128 * 16}

@@ -7,7 +7,6 @@ import botocore.loaders
 import pytest
 from botocore.retries.standard import ExponentialBackoff
 
-from dist_sae import patience
 from dist_sae.storage import ObjectStore
 from tests.conftest import Bucket
 from tests.storage.endpoints import SECONDS, make_store

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from dist_sae import patience
+from dist_sae import retry
 from dist_sae.storage import s3
 from dist_sae.storage.parts import in_parts, map_ahead
 from tests.conftest import Bucket
@@ -67,7 +67,7 @@ def test_no_call_runs_on_after_a_stream_broke_off() -> None:
 def test_an_upload_that_is_gone_begins_anew(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patience, "FIRST_PAUSE_SECONDS", 0.005)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.005)
     store = make_store(bucket)
     begun: list[int] = []
     client: Any = store.client  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ import pytest
 from botocore.exceptions import IncompleteReadError
 from botocore.response import StreamingBody
 
-from dist_sae import patience
+from dist_sae import retry
 from dist_sae.errors import UnavailableError
 from tests.conftest import Bucket
 from tests.faults import XML, FaultProxy
@@ -65,7 +65,7 @@ def test_endpoint_that_goes_down_in_the_middle_is_waited_for(
 def test_no_call_is_patient_any_more_when_the_program_is_to_stop(
     bucket: Bucket, nowhere: str, warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patience, "LAST_PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(retry, "STOPPING_RETRY_SECONDS", 1.0)
     stopping = threading.Event()
     store = make_store(bucket, nowhere, seconds=600, stopping=stopping)
     with ThreadPoolExecutor(1) as pool:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from dist_sae.bench.gpu_check.stage import Record, StageContext, comparison, measurement, seconds_of
-from dist_sae.device import copied_to_cpu, settle_device
+from dist_sae.device import apply_device_setting, copied_to_cpu
 from dist_sae.environment import hardware, versions
 
 _WIDTHS = (1024, 4096, 8192, 16_384, 65_536)  # latents per chunk
@@ -15,7 +15,7 @@ _WIDTHS = (1024, 4096, 8192, 16_384, 65_536)  # latents per chunk
 
 def machine(context: StageContext) -> Iterator[Record]:
     """Report versions, then rates of copies on, to and off the device, and of products."""
-    settle_device("cpu" if context.is_dry else "cuda")
+    apply_device_setting("cpu" if context.is_dry else "cuda")
     yield _versions(context)
     yield _copy(context)
     yield from _products(context)

@@ -148,7 +148,7 @@ def _ask_endpoint(
     subject = open_subject(run)
     drawn = draw_passages(subject.index, TokenTexts(subject.tokenizer(), []), sampling)
     asked = [question for text in texts for question in questions(text, drawn)]
-    if not shared.agree(options, endpoint, asked):
+    if not shared.confirm_requests(options, endpoint, asked):
         return None
     answers = endpoint.ask(asked, "judge")
     n = len(drawn)

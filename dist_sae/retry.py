@@ -15,18 +15,18 @@ FIRST_PAUSE_SECONDS = 0.2
 """Pause after the first failure. It doubles with each further failure."""
 LONGEST_PAUSE_SECONDS = 10.0
 """Maximum pause between attempts, unless the server asks for a longer one."""
-_SAY_EVERY_SECONDS = 30.0
-LAST_PATIENCE_SECONDS = 15.0
+_LOG_EVERY_SECONDS = 30.0
+STOPPING_RETRY_SECONDS = 15.0
 """Maximum time for retries of a call once the program has been asked to stop."""
 
 
-class Patience:
+class Retrier:
     """Retries calls until they succeed or a deadline passes.
 
     Args:
         seconds: Time from a call's first attempt to its deadline.
         stopping: Event that shortens all retries to a few seconds once it is set.
-        passing: Class of temporary errors, after which a later attempt may succeed.
+        transient: Class of temporary errors, after which a later attempt may succeed.
         logger: Logger of the calling module.
     """
 
@@ -34,12 +34,12 @@ class Patience:
         self,
         seconds: float,
         stopping: threading.Event,
-        passing: type[DistSaeError],
+        transient: type[DistSaeError],
         logger: logging.Logger,
     ) -> None:
         self._seconds = seconds
         self._stopping = stopping
-        self._passing = passing
+        self._transient = transient
         self._logger = logger
 
     def __call__(
@@ -55,25 +55,25 @@ class Patience:
         Raises:
             DistSaeError: A temporary error: no attempt succeeded before the deadline.
         """
-        since = said = time.monotonic()
+        since = logged = time.monotonic()
         pause = FIRST_PAUSE_SECONDS
         while True:
             try:
                 return attempt()
-            except self._passing as exc:
+            except self._transient as exc:
                 now = time.monotonic()
-                patience = self._seconds
+                limit = self._seconds
                 if self._stopping.is_set():
-                    patience = min(patience, LAST_PATIENCE_SECONDS)
-                if now - since >= patience:
+                    limit = min(limit, STOPPING_RETRY_SECONDS)
+                if now - since >= limit:
                     raise
-                if said == since or now - said > _SAY_EVERY_SECONDS:
-                    said = now
+                if logged == since or now - logged > _LOG_EVERY_SECONDS:
+                    logged = now
                     self._logger.warning(
-                        "%s; asking again for up to %.0f s", exc, patience - (now - since)
+                        "%s; asking again for up to %.0f s", exc, limit - (now - since)
                     )
                 least = on_failure(exc)
-            rest = since + patience - time.monotonic()
+            rest = since + limit - time.monotonic()
             length = max(random.uniform(pause / 2, pause), least)
             self._pause(min(length, max(rest, 0.0)))
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
