@@ -7,6 +7,7 @@ import botocore.loaders
 import pytest
 from botocore.retries.standard import ExponentialBackoff
 
+from dist_sae import retry
 from dist_sae.storage import ObjectStore
 from tests.conftest import Bucket
 from tests.storage.endpoints import SECONDS, make_store
@@ -26,8 +27,8 @@ def shared_service_model(loader: botocore.loaders.Loader, monkeypatch: pytest.Mo
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retry after milliseconds. The number of attempts and the deadline are unchanged."""
-    monkeypatch.setattr(patience, "FIRST_PAUSE_SECONDS", 0.005)
-    monkeypatch.setattr(patience, "LONGEST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.005)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE_SECONDS", 0.05)
     monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.002)
 
 
