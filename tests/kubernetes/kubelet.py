@@ -98,8 +98,9 @@ class Pod:
 
     def kill(self) -> None:
         """Send SIGKILL to all processes."""
-        if self._container is not None:
-            self._container.signal(SIGKILL)
+        with self._lock:  # a container may log before the pod knows that it has started
+            if self._container is not None:
+                self._container.signal(SIGKILL)
 
     def lose(self) -> None:
         """Lose the pod together with its node."""
@@ -110,8 +111,9 @@ class Pod:
 
     def processes(self) -> Iterator[tuple[int, list[str]]]:
         """Yield the processes of the running container as (process id, command)."""
-        assert self._container is not None
-        return self._container.processes()
+        with self._lock:
+            assert self._container is not None
+            return self._container.processes()
 
     def log(self) -> str:
         """Return the output of the pod's containers."""
