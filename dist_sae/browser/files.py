@@ -51,7 +51,5 @@ def write_pages(
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
     except OSError as exc:
-        raise ConfigError(
-            f"--static: {folder}: {exc.strerror}; name a folder that can be written"
-        ) from exc
+        raise ConfigError(f"--static: {folder}: {exc.strerror}; choose a writable folder") from exc
     return {"pages": len(files), "browse": str(folder / "index.html")}

@@ -15,8 +15,8 @@ from dist_sae.index.query import Index
 from dist_sae.index.search import TopTokens
 
 SORTS = {  # key: label on the page
-    "density": "density, falling",
-    "rarity": "density, rising",
+    "density": "density, descending",
+    "rarity": "density, ascending",
     "max": "largest activation",
     "effect": "largest effect on a logit",
     "norm": "length of the decoder row",
@@ -48,7 +48,7 @@ class Choice(NamedTuple):
         """Read a choice from a query string. Raises `ArgumentError` for an invalid value."""
         sort = query.get("sort", "density")
         if sort not in SORTS:
-            raise ArgumentError(f"sort: {sort}: is none of {', '.join(SORTS)}")
+            raise ArgumentError(f"sort: {sort}: must be one of {', '.join(SORTS)}")
         least, effect = _real(query, "least", 0.0), _real(query, "effect", 0.0)
         most, cluster = _real(query, "most", 100.0), query.get("cluster", "")
         return cls(sort, least, most, effect, cluster, number(query, "page"))

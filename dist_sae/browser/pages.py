@@ -29,7 +29,7 @@ _KINDS = {
     "latent": "latent number",
     "token": "token",
     "regex": "tokens by regular expression",
-    "text": "text: what fires on it",
+    "text": "text: latents that fire on it",
 }
 
 
@@ -106,7 +106,7 @@ class Pages:
         """Render the list of the map's clusters at the `level` of the query."""
         map_ = self._lists.map
         if map_ is None:
-            raise ArgumentError("clusters: there is no map; run `dist-sae analyse map`")
+            raise ArgumentError("clusters: there is no map yet; run `dist-sae analyse map`")
         level, page = number(query, "level"), number(query, "page")
         if level >= len(map_.clusters):
             raise ArgumentError(f"level: {level}: there are levels 0 to {len(map_.clusters) - 1}")
@@ -129,7 +129,7 @@ class Pages:
     def map(self) -> str:
         """Return the page with the map of all latents."""
         if self._lists.map is None:
-            raise ArgumentError("map: there is none; run `dist-sae analyse map`")
+            raise ArgumentError("map: there is no map yet; run `dist-sae analyse map`")
         return self._lists.map.page()
 
     def latent(self, latent: int, choice: Choice | None = None) -> str:
@@ -188,7 +188,7 @@ class Pages:
         }
         kind, asked = said.values()
         if kind not in _KINDS:
-            raise ArgumentError(f"kind: {kind}: is none of {', '.join(_KINDS)}")
+            raise ArgumentError(f"kind: {kind}: must be one of {', '.join(_KINDS)}")
         if kind == "latent":
             return self.latent(number({"latent": asked}, "latent"))
         place = f"/search?{urlencode(said)}"

@@ -88,7 +88,9 @@ class _Handler(BaseHTTPRequestHandler):
         place = urlsplit(self.path)
         query = dict(parse_qsl(place.query, keep_blank_values=True))
         if not self._may_ask(query):
-            self._answer(HTTPStatus.FORBIDDEN, "text/plain", "open the URL that was printed\n")
+            self._answer(
+                HTTPStatus.FORBIDDEN, "text/plain", "open the URL that dist-sae browse printed\n"
+            )
         elif self.token and "token" in query:
             # people share URLs, so the token moves from the URL to a cookie
             # SameSite=Lax keeps links from other sites working

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _TOKEN_BYTES = 4  # assumed bytes of UTF-8 per token if no tokenizer is set
 _LIMITS = ("max_completion_tokens", "max_tokens")
 _READERS = 16
-_REMEDY = "delete it, and it is asked again"
+_REMEDY = "delete it, and rerun the command"
 
 
 class Message(NamedTuple):
@@ -66,13 +66,13 @@ class Estimate(NamedTuple):
     def sentence(self, url: str) -> str:
         """Return the estimate as a sentence."""
         if not self.requests:
-            return f"{url}: all {self.kept:,} answers are kept; nothing has to be asked"
+            return f"{url}: all {self.kept:,} answers are cached; no requests needed"
         about = "" if self.is_exact else "about "
-        price = "no price is stated in the endpoint's file"
+        price = "the endpoint file has no prices"
         if self.most_price is not None:
             price = f"at most {about}{self.most_price:,.4g} {self.currency}"
         return (
-            f"{url}: {self.requests:,} requests ({self.kept:,} answers are kept), "
+            f"{url}: {self.requests:,} requests ({self.kept:,} answers are cached), "
             f"{about}{self.input_tokens:,} input tokens, at most {self.most_output_tokens:,} "
             f"output tokens; {price}"
         )
@@ -228,8 +228,8 @@ class Endpoint:
             raise ConfigError(f"--endpoint: tokenizer {name}: cannot be read: {exc}") from exc
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError(
-                f"--endpoint: tokenizer {name}: has no chat template; leave tokenizer out, and "
-                f"tokens are estimated"
+                f"--endpoint: tokenizer {name}: has no chat template; remove the tokenizer "
+                f"setting to estimate tokens instead"
             )
 
         def count(messages: Sequence[Message]) -> int:
@@ -268,7 +268,7 @@ class Endpoint:
         }
         known = {kind: [n for n in of if n is not None] for kind, of in counts.items()}
         if any(len(of) < len(answers) for of in known.values()):
-            logger.info("%s: %d answers; it does not say how many tokens", self.url, len(answers))
+            logger.info("%s: %d answers; token usage not reported", self.url, len(answers))
             return
         spent = {kind: sum(of) for kind, of in known.items()}
         price = self._price(spent["input"], spent["output"])

@@ -62,7 +62,7 @@ class Client:
         place = urlsplit(settings.url)
         if self._key and place.scheme == "http" and place.hostname not in _LOOPBACK:
             logger.warning(
-                "%s: the key of %s goes there unencrypted", settings.url, settings.key_variable
+                "%s: the key in %s is sent unencrypted", settings.url, settings.key_variable
             )
 
     def complete(self, body: Mapping[str, Any]) -> Completion:
@@ -95,23 +95,24 @@ class Client:
             )
         except requests.ReadTimeout as exc:
             raise EndpointUnavailableError(
-                f"{url}: no answer within {self._settings.timeout_seconds:g} s; a slow model needs "
-                f"more timeout_seconds, or less concurrency; the same command goes on later"
+                f"{url}: no response within {self._settings.timeout_seconds:g} s; raise "
+                f"timeout_seconds or lower concurrency; rerun the same command to continue"
             ) from exc
         except (requests.ConnectionError, requests.Timeout) as exc:
             raise EndpointUnavailableError(
-                f"{url}: does not answer ({type(exc).__name__}); the same command goes on later"
+                f"{url}: does not respond ({type(exc).__name__}); rerun the same command to "
+                f"continue"
             ) from exc
         except (requests.RequestException, ValueError) as exc:
-            raise EndpointError(f"{url}: cannot be asked: {exc}") from exc
+            raise EndpointError(f"{url}: the request failed: {exc}") from exc
         if answer.status_code != _OK:
             self._fail(answer)
         try:
             return _completion(answer.json())
         except (ValueError, TypeError, LookupError, AttributeError) as exc:
             raise EndpointError(
-                f"{url}: its answer is no chat completion ({type(exc).__name__}: {exc}); is it the "
-                f"base URL of an OpenAI-compatible endpoint?"
+                f"{url}: the response is not a chat completion ({type(exc).__name__}: {exc}); is "
+                f"it the base URL of an OpenAI-compatible endpoint?"
             ) from exc
 
     def _fail(self, answer: requests.Response) -> NoReturn:
@@ -119,13 +120,13 @@ class Client:
         code, said = _said(answer)
         about = f"{url}: HTTP {status}" + (f" ({said})" if said else "")
         if code in _SPENT:
-            raise EndpointError(f"{about}: the account has nothing left; kept answers stay")
+            raise EndpointError(f"{about}: the account has no credit left; cached answers are kept")
         if status in _TRY_AGAIN or status >= _SERVER_ERROR:
             raise EndpointUnavailableError(
-                f"{about}; the same command goes on later", _retry_after(answer)
+                f"{about}; rerun the same command to continue", _retry_after(answer)
             )
         if status in _REFUSED:
-            of = "refuses the key of" if self._key else "asks for a key; set"
+            of = "rejects the key in" if self._key else "requires a key; set"
             raise EndpointError(f"{about}: {of} {self._settings.key_variable}")
         if status == _NOT_FOUND:
             raise EndpointError(

@@ -14,9 +14,11 @@ from dist_sae.errors import ConfigError
 def _check_url(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("is no http(s) URL; for example http://127.0.0.1:8000/v1")
+        raise ValueError("is not an http(s) URL; for example http://127.0.0.1:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError("may have no user, password, query or fragment: keys are in no file")
+        raise ValueError(
+            "must not have a user, password, query or fragment; keys do not belong in this file"
+        )
     return url.rstrip("/")
 
 
@@ -60,7 +62,7 @@ def read_endpoint(path: str) -> EndpointSettings:
     except OSError as exc:
         raise ConfigError(f"--endpoint: {path}: {exc.strerror}; name a readable file") from exc
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"--endpoint: {path}: is no YAML; write `url:` and `model:`") from exc
+        raise ConfigError(f"--endpoint: {path}: is not YAML; write `url:` and `model:`") from exc
     except ValidationError as exc:
         error = exc.errors(include_input=False)[0]
         key = ".".join(map(str, error["loc"])) or "the file"
@@ -70,5 +72,5 @@ def read_endpoint(path: str) -> EndpointSettings:
     if fixed := sorted({"model", "messages", "stream", "n"} & set(settings.parameters)):
         raise ConfigError(f"--endpoint: {path}: parameters.{fixed[0]}: cannot be set here")
     if (settings.input_price is None) != (settings.output_price is None):
-        raise ConfigError(f"--endpoint: {path}: give input_price and output_price, or neither")
+        raise ConfigError(f"--endpoint: {path}: set both input_price and output_price, or neither")
     return settings

@@ -157,7 +157,7 @@ def explain(
 def _warn(of_what: str, unread: Sequence[Answer]) -> None:
     if unread:
         logger.warning(
-            "%s in %d answers, %d of them cut at --most-tokens; the first begins %r",
+            "%s in %d answers, %d of them truncated at --most-tokens; the first starts with %r",
             of_what,
             len(unread),
             sum(not answer.is_whole for answer in unread),

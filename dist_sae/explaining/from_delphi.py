@@ -59,8 +59,8 @@ def read_delphi(folder: Path, index: Index) -> list[Explained]:
         )
     if (most := max(files)) >= index.n_latents:
         raise ConfigError(
-            f"{files[most]}: the index has latents 0 to {index.n_latents - 1}; is it of another "
-            f"dictionary?"
+            f"{files[most]}: the index has latents 0 to {index.n_latents - 1}; does it "
+            f"belong to another dictionary?"
         )
     return [_explained(latent, files[latent], folder) for latent in sorted(files)]
 
@@ -68,13 +68,13 @@ def read_delphi(folder: Path, index: Index) -> list[Explained]:
 def _explained(latent: int, file: Path, folder: Path) -> Explained:
     text = _json(file)
     if not isinstance(text, str):
-        raise ConfigError(f"{file}: is no JSON string")
+        raise ConfigError(f"{file}: is not a JSON string")
     if text in _UNREAD:
         return Explained(latent, None, text, ())
     scores = folder / "scores" / "detection" / file.name
     examples = _json(scores) if scores.exists() else []
     if not isinstance(examples, list):
-        raise ConfigError(f"{scores}: is no JSON list")
+        raise ConfigError(f"{scores}: is not a JSON list")
     return Explained(latent, text, "", [_judged(scores, each) for each in examples])
 
 

@@ -206,8 +206,8 @@ class Drawer:
             ids = self._texts.tokens(document)
             if position >= len(ids) or ids[position] != token:
                 raise CorpusError(
-                    f"corpus: document {document} is not the text that the activations were made "
-                    f"from; restore the files that the plan names"
+                    f"corpus: document {document} is not the text that the activations were "
+                    f"computed from; restore the files that the plan names"
                 )
 
     def _passage(self, cell: _Cell, acts: dict[int, float]) -> Passage:

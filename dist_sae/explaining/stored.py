@@ -113,8 +113,8 @@ class ExplanationSet:
             was, now = getattr(there.made, field), getattr(made, field)
             if was != now:
                 raise ConfigError(
-                    f"{self.place}: was made with {field} {_shown(was)}, not {_shown(now)}; give "
-                    f"this one a name of its own (--name)"
+                    f"{self.place}: was created with {field} {_shown(was)}, not {_shown(now)}; "
+                    f"choose another --name"
                 )
 
     def add(self, made: Made, explained: Iterable[Explained]) -> None:

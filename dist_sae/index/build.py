@@ -360,7 +360,7 @@ class _Worker:
             if record.origin and record.origin.key == exc.key:
                 store.delete(record.origin.key)
         if damaged:  # every unit of a complete index, because its codes are deleted
-            logger.warning("units to be encoded again: %d, for %s", len(damaged), exc)
+            logger.warning("encoding %d units again: %s", len(damaged), exc)
         for unit in sorted(damaged):
             store.delete(folder.units.key(unit))
         return bool(damaged)

@@ -127,7 +127,7 @@ def stored_cells(
     except ObjectNotFoundError:
         pass
     except CorruptObjectError as exc:
-        logger.warning("%s; the cells are made anew", exc)
+        logger.warning("%s; recomputing the cells", exc)
         damaged = True
     cells = make_cells(checkpoint, device, alive)
     data = safetensors.torch.save(cells._asdict())
@@ -143,7 +143,7 @@ def stored_cells(
 def _load(store: ObjectStore, key: str, checkpoint: Checkpoint) -> Cells:
     record = read_record(CellsRecord, store, key, within=key.rpartition("/")[0])
     if record.checkpoint != checkpoint.digest:
-        raise CorruptObjectError("is of another checkpoint", url=store.url, key=key)
+        raise CorruptObjectError("belongs to another checkpoint", url=store.url, key=key)
     return Cells(**safetensors.torch.load(read_stored(store, record.data)))
 
 

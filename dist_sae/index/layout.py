@@ -242,7 +242,7 @@ def read_manifest(runs: ObjectStore, folder: IndexFolder) -> IndexManifest:
         CorruptObjectError: The manifest is damaged, or its schema is of another version of
             dist-sae.
     """
-    remedy = f"delete {runs.url}/{folder.prefix} and index again, or under another index.name"
+    remedy = f"delete {runs.url}/{folder.prefix} and index again, or use another index.name"
     return read_record(IndexManifest, runs, folder.manifest, remedy)
 
 

@@ -117,8 +117,9 @@ def _manifest(
         rows += plan.rows_of_units[unit]
     if not units:
         raise ConfigError(
-            f"{store.url}: all {len(plan.units)} units were deleted (store.retention) and none is "
-            f"held out, so there are no rows to index; set activations.heldout_share or retention"
+            f"{store.url}: all {len(plan.units)} units were deleted (store.retention) and none "
+            f"is held out, so there are no rows to index; change "
+            f"activations.heldout_share or store.retention"
         )
     return IndexManifest(
         name=name,
@@ -144,15 +145,15 @@ def _manifest(
 def _check_same(there: IndexManifest, here: IndexManifest, place: str) -> None:
     if there.checkpoint != here.checkpoint:
         raise ConfigError(
-            f"{place}: is of step {there.step}, not {here.step}; give this one a name of its own "
-            f"(index.name), or --step {there.step}"
+            f"{place}: belongs to step {there.step}, not {here.step}; set a different index.name, "
+            f"or use --step {there.step}"
         )
     changed = [key for key in here.settings if there.settings.get(key) != here.settings[key]]
     if changed:
         key = changed[0]
         raise ConfigError(
-            f"{place}: was begun with index.{key} {there.settings.get(key)}, not "
-            f"{here.settings[key]}; restore it, or give this one a name of its own (index.name)"
+            f"{place}: was created with index.{key} = {there.settings.get(key)}, not "
+            f"{here.settings[key]}; change it back, or set a different index.name"
         )
 
 

@@ -108,11 +108,11 @@ def open_outputs(
     head, parts = _load(model, manifest, normalisers)
     found = "" if isinstance(head, str) else head.digest
     if manifest.head is not None and found != manifest.head:
-        why = head if isinstance(head, str) else "its weights are not those of the model at hand"
+        why = head if isinstance(head, str) else "the weights differ"
         raise ConfigError(
-            f"index {manifest.name}: was begun with output tokens of another head than this worker "
-            f"has: {why}; give it the same model (model.path, model.dtype), or make an index of "
-            f"another name (index.name)"
+            f"index {manifest.name}: was created with a different output head than this worker's "
+            f"model: {why}; use the same model (model.path, model.dtype), or set a different "
+            f"index.name"
         )
     return Outputs(None if isinstance(head, str) else head, n, parts)
 
@@ -138,8 +138,8 @@ def _load(
         return str(error), ()
     for site in (sites[name] for name in names):
         if (width := len(of[site].mean)) != len(head.gain):
-            there = f"the head of {model.path} is {len(head.gain)}"
-            return f"decoder rows are {width} wide, {there}", ()
+            there = f"the head of {model.path} is {len(head.gain)} wide"
+            return f"decoder rows are {width} wide, but {there}", ()
     scale = of[sites[names[0]]].scale
     return head, [(columns[sites[name]], scale / of[sites[name]].scale) for name in names]
 

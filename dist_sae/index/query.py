@@ -245,8 +245,8 @@ class Index:
         record = self._record(bucket)
         if record.pairs is None:
             raise ConfigError(
-                f"{self.place}: counts no coactive latents (index.pairs: 0); make an index that "
-                f"does, under a name of its own (index.name)"
+                f"{self.place}: has no coactive latents (index.pairs: 0); build an index with "
+                f"index.pairs above 0 under another index.name"
             )
         return read_table(self._store, record.pairs)
 
@@ -301,8 +301,8 @@ class Index:
         """
         if not self.manifest.postings_share:
             raise ConfigError(
-                f"{self.place}: keeps no postings (index.postings: none); make an index that does, "
-                f"under a name of its own (index.name)"
+                f"{self.place}: has no postings (index.postings: none); build an index with "
+                f"postings under another index.name"
             )
 
     def check_all_postings(self, who: str) -> None:
@@ -318,9 +318,9 @@ class Index:
         self.check_postings()
         if self.manifest.postings_share < 1:
             raise ConfigError(
-                f"{self.place}: keeps a share of the postings (index.postings), and {who} takes "
-                f"what is missing as 0; make an index with all, under a name of its own "
-                f"(index.name)"
+                f"{self.place}: has only a share of the postings (index.postings), and {who} would "
+                f"count missing postings as 0; build an index with all postings under another "
+                f"index.name"
             )
 
     def _bucket_of(self, latent: int) -> BucketRecord:
@@ -346,7 +346,9 @@ def index_of(runs: ObjectStore, run: str, checkpoint: Checkpoint) -> Index:
     """
     index = Index(runs, run, step=checkpoint.step)
     if index.manifest.checkpoint != checkpoint.digest:
-        raise NoIndexError(f"{index.place}: is of another checkpoint; set a new index.name")
+        raise NoIndexError(
+            f"{index.place}: belongs to another checkpoint; set a different index.name"
+        )
     return index
 
 
@@ -376,7 +378,7 @@ def _find(
         done = manifest.n_buckets - len(missing)
         incomplete.append(
             f"{runs.url}/{folder.prefix.rstrip('/')}: is not complete, {done} of "
-            f"{manifest.n_buckets} buckets are there; run `dist-sae index` to continue"
+            f"{manifest.n_buckets} buckets are done; run `dist-sae index` to continue"
         )
     raise NoIndexError(incomplete[0])
 

@@ -56,7 +56,7 @@ def drop_damaged(
                 needed |= {number} if kind is UnitRecord else set(manifest.units)
     check_not_retired(store, folder, needed, retired, faults)
     for fault in faults:
-        logger.warning("to be made again: %s", fault)
+        logger.warning("rebuilding: %s", fault)
     for key in doomed:
         store.delete(key)
     return faults
@@ -85,9 +85,9 @@ def check_not_retired(
             had_rows = True
         if had_rows:
             raise CorruptObjectError(
-                f"cannot be made again, as unit {unit} was deleted since (store.retention): "
-                f"{faults[0]}; the index stays as it is, and another one (index.name) can be made "
-                f"of the units that are left",
+                f"cannot be rebuilt because unit {unit} has been deleted (store.retention): "
+                f"{faults[0]}; the index was not changed, and another one (index.name) can be "
+                f"built from the remaining units",
                 url=store.url,
                 key=key,
             )

@@ -56,9 +56,12 @@ def left_out(manifest: IndexManifest) -> list[str]:
         f"{part} (index.{key}: 0)" for key, part in _PARTS.items() if not manifest.settings[key]
     ]
     if manifest.settings["neighbours"] and not manifest.compared:
-        found.append("nearest latents (what latents of this kind write is not the same sites)")
+        found.append(
+            "nearest latents (latents of this kind write different sites, so they cannot be "
+            "compared)"
+        )
     if manifest.settings["output_tokens"] and manifest.head == "":
-        found.append("output tokens (no head of a language model was at hand for the site)")
+        found.append("output tokens (no language-model head is available for the site)")
     if not manifest.postings_share:
         found.append("postings (index.postings: none)")
     return found

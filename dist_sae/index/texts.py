@@ -99,7 +99,7 @@ def build_example(
     ids = texts.tokens(document)
     if position >= len(ids) or ids[position] != token:
         raise CorpusError(
-            f"corpus: document {document} is not the text that the activations were made from; "
+            f"corpus: document {document} is not the text that the activations were computed from; "
             f"restore the files that the plan names"
         )
     start = max(0, position - reach)

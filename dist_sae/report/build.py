@@ -48,7 +48,7 @@ from dist_sae.training.void import void_settings
 logger = logging.getLogger(__name__)
 
 _RUN_FILE = "RUN.yaml"
-_AGAIN = "then make the report again."
+_AGAIN = "then run dist-sae report again."
 _HEAD_BYTES = 1000  # at the start of the page, which contain the digest of its inputs
 
 
@@ -98,7 +98,7 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
     )
     key = report_key(run, name_suffix)
     if _is_there(runs, key, made_from):
-        logger.info("the report says this already: %s/%s", runs.url, key)
+        logger.info("the report is up to date: %s/%s", runs.url, key)
         return f"{runs.url}/{key}"
     # after the checks above, which must not compare settings that the run file leaves open
     resolved = plan.resolve(run)
@@ -191,21 +191,21 @@ def _facts(
         passes = f", {facts['passes']:.3g} passes" if "passes" in facts else ""
         yield "Activation width", f"{normalisers_of(own, checkpoint).widths.d_in:,}"
         again = facts.get("repeated_rows")
-        repeated = f"; {again:,} were read again, for streams had ended early" if again else ""
+        repeated = f"; {again:,} were reread because some streams ended early" if again else ""
         yield "Rows trained", f"{facts['trained_rows']:,} of {own.rows:,}{passes}{repeated}"
         yield "Checkpoint", f"step {checkpoint.step:,} of {own.steps:,}"
         if (lineage := Lineage.from_scalars(checkpoint.scalars)).ancestors:
             rows = lineage.rows + facts["trained_rows"]
-            yield "Goes on from", lineage.describe()
-            yield "Rows with those before", f"{rows:,}"
-        yield "Time in training", duration(training_seconds(history, checkpoint.step))
+            yield "Continued from", lineage.describe()
+            yield "Rows including earlier runs", f"{rows:,}"
+        yield "Training time", duration(training_seconds(history, checkpoint.step))
     yield "Batch", f"{own.train.batch_rows:,} rows, peak learning rate {own.lr:.3g}"
     yield "Seeds", f"{own.train.seed} (dictionary), {own.activations.seed} (order of rows)"
     yield "Plan", facts["plan"][:16]
     yield "Run file", facts["run_file"]
     yield "Hardware of the report", hardware()
     yield "Versions", ", ".join(f"{name}\u00a0{v}" for name, v in versions().items())
-    yield "Report made", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    yield "Report created", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _model(model: ModelConfig) -> str:

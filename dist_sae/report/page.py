@@ -30,24 +30,24 @@ if TYPE_CHECKING:
 _OTHER_RESULTS = {
     "ce_recovered_mean": (
         "CE recovered, against the mean",
-        "The same share, of the harm of mean ablation.",
+        "The same share, with mean ablation in place of zero ablation.",
     ),
-    "ce_clean": ("Cross-entropy, model alone", "Nats per token; the site is left alone."),
+    "ce_clean": ("Cross-entropy, model alone", "Nats per token; the site is not replaced."),
     "ce_spliced": (
         "Cross-entropy, spliced",
         "Nats per token; the site is replaced by the reconstruction.",
     ),
     "ce_recovered_replacement": (
         "CE recovered, replacement model",
-        "Share of the harm of zero ablation that is undone if layers read what those before wrote.",
+        "Share of zero ablation's harm that is avoided if layers read earlier replacements.",
     ),
     "ce_recovered_mean_replacement": (
         "CE recovered, replacement model, against the mean",
-        "The same share, of the harm of mean ablation.",
+        "The same share, with mean ablation in place of zero ablation.",
     ),
     "ce_replacement": (
         "Cross-entropy, replacement model",
-        "Nats per token; every layer is read after the replacements in those before it.",
+        "Nats per token; each layer reads the replacements of the layers before it.",
     ),
     "ce_mean": (
         "Cross-entropy, mean ablation",
@@ -55,8 +55,8 @@ _OTHER_RESULTS = {
     ),
     "ce_zero": ("Cross-entropy, zero ablation", "Nats per token; the site is replaced by zero."),
     "shared_share": (
-        "Of both sites",
-        "Share of the latents that fire that are no site's alone, by the norms of their decoder.",
+        "Shared by both sites",
+        "Share of firing latents that write both sites, by the norms of their decoder rows.",
     ),
     "never_fired": ("Never fired", "Latents that fired on none of the held-out rows."),
     "tokens": ("Tokens", "Held-out tokens behind the cross-entropies."),
@@ -69,8 +69,8 @@ _BY_SITE = {
     "ce_spliced": "CE, spliced",
     "ce_mean": "CE, mean",
     "ce_zero": "CE, zero",
-    "exclusive_share": "its alone, by norms",
-    "flagged_share": "of these, by latent scaling in both",
+    "exclusive_share": "exclusive, by norms",
+    "flagged_share": "of these, in both by latent scaling",
 }
 """Name of each result per written site, by key."""
 _CHARTS = (

@@ -57,7 +57,7 @@ def render_profiles(profiles: Profiles) -> str:
             "Decoder norms of latents that fire",
             edges.tolist(),
             counts.tolist(),
-            x_label=f"share of {sites[1]} in the sum with {sites[0]}",
+            x_label=f"share of {sites[1]} in the sum over both sites",
             log10=False,
         )
     peaks = shares.argmax(1)
@@ -66,5 +66,5 @@ def render_profiles(profiles: Profiles) -> str:
         for i, site in enumerate(sites)
         if (peaks == i).any()
     ]
-    title = "Mean profile of latents by the site of the peak, and their number"
-    return render_shares(title, rows, sites, x_label="share of the sum of decoder norms at")
+    title = "Mean profile by peak site, with the number of latents"
+    return render_shares(title, rows, sites, x_label="share of the sum of decoder norms, by site")

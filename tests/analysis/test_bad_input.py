@@ -43,7 +43,7 @@ def test_an_index_without_postings(
     without_postings: Run, capsys: pytest.CaptureFixture[str], what: str, options: list[str]
 ) -> None:
     said = refused(capsys, without_postings, what, *options)
-    assert "keeps no postings (index.postings: none); make an index that does" in said
+    assert "has no postings (index.postings: none); build an index with postings" in said
 
 
 @pytest.mark.parametrize(

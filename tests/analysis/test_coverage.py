@@ -107,4 +107,4 @@ def test_an_index_without_postings_is_one_line(
     make_index(run)
     code, _, errors = asked(capsys, place(run))
     assert code == 2
-    assert "keeps no postings (index.postings: none)" in errors
+    assert "has no postings (index.postings: none)" in errors

@@ -275,8 +275,8 @@ def test_groups_are_no_larger_than_allowed(world: Indexed) -> None:
     ("settings", "rows", "message"),
     [
         ({"neighbours": 0}, 1000, "no nearest latents"),
-        ({"postings": "none"}, 1000, "keeps no postings"),
-        ({"pairs": 0}, 1000, "counts no coactive latents"),
+        ({"postings": "none"}, 1000, "has no postings"),
+        ({"pairs": 0}, 1000, "has no coactive latents"),
         ({}, LEAST_ROWS - 1, f"has {LEAST_ROWS - 1} rows"),
     ],
 )

@@ -231,7 +231,7 @@ def test_clustering_keeps_four_copies_of_the_links_at_most() -> None:
     ("settings", "rows", "message"),
     [
         ({"neighbours": 0}, 2000, "no nearest latents"),
-        ({"pairs": 0}, 2000, "counts no coactive latents"),
+        ({"pairs": 0}, 2000, "has no coactive latents"),
         ({}, LEAST_ROWS - 1, f"on {LEAST_ROWS - 1} rows"),
     ],
 )

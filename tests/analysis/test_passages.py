@@ -217,4 +217,4 @@ def test_an_index_with_a_part_of_the_postings_is_refused(
     make_index(run)
     code, _, errors = asked(capsys, run, "--ask", "3=re:7")
     assert code == 2
-    assert "keeps a share of the postings (index.postings), and sensitivity takes" in errors
+    assert "has only a share of the postings (index.postings), and sensitivity would" in errors

@@ -167,7 +167,7 @@ def test_a_pasted_text_shows_which_latents_fire_where(page: Page, url: str, run:
     found = OpenedRun(run).active_on(TEXT, top=64)
     words = page.locator(".tokens td:first-child").all_inner_texts()
     assert [word.replace("\u21b5", "\n") for word in words] == list(TEXT)
-    page.click("text=colour the text >> nth=2")
+    page.click("text=color the text >> nth=2")
     latent = int(page.locator(".latents .now td:first-child").inner_text())
     marked = page.locator(".passage mark").all_inner_texts()
     assert marked == [
@@ -181,7 +181,7 @@ def test_a_text_that_is_too_long_for_an_address_is_refused(page: Page, url: str)
     page.fill("[name=asked]", "x" * 60_001)
     page.press("[name=asked]", "Enter")
     said = page.locator("[name=asked]").evaluate("asked => asked.validationMessage")
-    assert said == "This is too long for an address. Search for a part of it."
+    assert said == "This text is too long for a URL. Search for a part of it."
     assert page.url == f"{url}/"
     page.fill("[name=asked]", "x")
     page.press("[name=asked]", "Enter")

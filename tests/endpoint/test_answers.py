@@ -73,7 +73,9 @@ def test_the_estimate_is_exact_in_requests_and_bounds_the_price(
     assert not server.bodies
     assert estimate[:5] == (2, 0, 6, False, 10)
     assert estimate.most_price == pytest.approx((6 * 2 + 10 * 10) / 1e6)
-    assert "2 requests (0 answers are kept), about 6 input tokens" in estimate.sentence("http://x")
+    assert "2 requests (0 answers are cached), about 6 input tokens" in estimate.sentence(
+        "http://x"
+    )
     assert opened(server, tmp_path).estimate([question("abcd")]).most_price is None
     limited = opened(server, tmp_path, parameters={"max_tokens": None, "max_completion_tokens": 9})
     assert limited.estimate([question("abcd")]).most_output_tokens == 9
@@ -132,12 +134,12 @@ def test_its_patience_ends_and_answers_stay(server: OpenAIServer, tmp_path: Path
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ((401, {}, {"error": {"message": "who?"}}), "asks for a key; set OPENAI_API_KEY"),
+        ((401, {}, {"error": {"message": "who?"}}), "requires a key; set OPENAI_API_KEY"),
         ((404, {}, {"error": {"message": "no model"}}), "has no tests at http"),
         ((400, {}, {"message": "too long"}), r"HTTP 400 \(too long\): refuses the request"),
-        ((429, {}, {"error": {"code": "insufficient_quota"}}), "the account has nothing left"),
-        ((200, {}, b"<html>"), "its answer is no chat completion"),
-        ((200, {}, {"choices": []}), "its answer is no chat completion"),
+        ((429, {}, {"error": {"code": "insufficient_quota"}}), "the account has no credit left"),
+        ((200, {}, b"<html>"), "the response is not a chat completion"),
+        ((200, {}, {"choices": []}), "the response is not a chat completion"),
         ((302, {"Location": "http://127.0.0.1:1/"}, b""), "HTTP 302"),
     ],
 )
@@ -196,7 +198,7 @@ def test_the_key_comes_from_the_environment_and_is_in_no_message(
     (answer,) = opened(server, tmp_path, key_variable="OTHER").ask([question("a b")])
     assert answer.text == "b"
     monkeypatch.setenv("OPENAI_API_KEY", "wrong")
-    with pytest.raises(EndpointError, match="refuses the key of OPENAI_API_KEY") as raised:
+    with pytest.raises(EndpointError, match="rejects the key in OPENAI_API_KEY") as raised:
         opened(server, tmp_path).ask([question("a c")])
     assert "wrong" not in str(raised.value)
     assert not any("secret" in path.read_text() for path in tmp_path.rglob("*.json"))
@@ -226,7 +228,7 @@ def test_a_damaged_answer_is_refused(server: OpenAIServer, tmp_path: Path) -> No
     endpoint.ask([question("a b")])
     (path,) = tmp_path.rglob("*.json")
     path.write_text(path.read_text().replace('"b"', '"c"'))
-    with pytest.raises(CorruptObjectError, match="delete it, and it is asked again"):
+    with pytest.raises(CorruptObjectError, match="delete it, and rerun the command"):
         endpoint.ask([question("a b")])
 
 
@@ -234,13 +236,13 @@ def test_a_damaged_answer_is_refused(server: OpenAIServer, tmp_path: Path) -> No
     ("content", "said"),
     [
         ("", "the file: Input should be"),
-        ("url: ftp://x/v1\nmodel: m", "url: is no http"),
-        ("url: http://user:pw@x/v1\nmodel: m", "keys are in no file"),
+        ("url: ftp://x/v1\nmodel: m", "url: is not an http"),
+        ("url: http://user:pw@x/v1\nmodel: m", "keys do not belong in this file"),
         ("url: http://x/v1", "model: Field required"),
         ("url: http://x/v1\nmodel: m\napi_key: abc", "api_key: Extra inputs are not permitted"),
-        ("url: http://x/v1\nmodel: m\ninput_price: 1", "give input_price and output_price"),
+        ("url: http://x/v1\nmodel: m\ninput_price: 1", "set both input_price and output_price"),
         ("url: http://x/v1\nmodel: m\nparameters: {n: 2}", "parameters.n: cannot be set"),
-        ("{", "is no YAML"),
+        ("{", "is not YAML"),
     ],
 )
 def test_mistakes_of_the_file_are_told(tmp_path: Path, content: str, said: str) -> None:

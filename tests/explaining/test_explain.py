@@ -76,7 +76,7 @@ def test_nothing_is_sent_without_the_word(
     assert asking("--latents", "0", "1", "3", "4") == 0
     said = capsys.readouterr().out
     assert not asking.server.bodies
-    assert f"{2 * REQUESTS} requests (0 answers are kept)" in said
+    assert f"{2 * REQUESTS} requests (0 answers are cached)" in said
     assert "nothing was sent; add --yes to send the requests" in said
     assert sets(Index(open_store(asking.run.store.runs), "words")) == []
 
@@ -137,7 +137,7 @@ def test_the_same_command_asks_only_what_is_left(
     server.bodies.clear()
     assert asking("--latents", "1", "2") == 0
     left = 2 * REQUESTS - answered
-    assert f"{left} requests ({answered} answers are kept)" in capsys.readouterr().out
+    assert f"{left} requests ({answered} answers are cached)" in capsys.readouterr().out
     assert asking("--latents", "1", "2", "--yes") == 0
     assert len(server.bodies) == left
     server.bodies.clear()
@@ -157,8 +157,8 @@ def _away(server: OpenAIServer, after: int, body: Any) -> str:
 @pytest.mark.parametrize(
     ("fault", "code", "said"),
     [
-        ((401, {}, {"error": {"message": "who?"}}), 2, "asks for a key; set OPENAI_API_KEY"),
-        ((200, {}, b"{"), 2, "its answer is no chat completion"),
+        ((401, {}, {"error": {"message": "who?"}}), 2, "requires a key; set OPENAI_API_KEY"),
+        ((200, {}, b"{"), 2, "the response is not a chat completion"),
         ((400, {}, {"error": {"message": "too long"}}), 2, "HTTP 400 (too long)"),
     ],
 )
@@ -206,8 +206,8 @@ def test_answers_that_cannot_be_read_are_counted(
     found = json.loads(out)
     assert (found["unreadable"], found["unanswered_passages"]) == (1, 10)
     assert found["judged_passages"] == 60
-    assert "vague: no explanation in 1 answers, 0 of them cut" in said
-    assert "no list of verdicts in 1 answers, 0 of them cut at --most-tokens" in said
+    assert "vague: no explanation in 1 answers, 0 of them truncated" in said
+    assert "no list of verdicts in 1 answers, 0 of them truncated at --most-tokens" in said
     assert "the first begins 'yes to all'" in said
     assert asking("--latents", "1", "--yes") == 0
     assert "mean_balanced_accuracy none: no explanation was judged\n" in capsys.readouterr().out
@@ -223,8 +223,8 @@ def test_another_way_of_making_a_set_is_refused(
     assert asking("--latents", "1", "--yes") == 0
     assert asking("--latents", "1", "--yes", "--shown", "10") == 2
     said = capsys.readouterr().err
-    assert "was made with settings at_once=10 per_decile=2 shown=20 " in said
-    assert "give this one a name of its own (--name)" in said
+    assert "was created with settings at_once=10 per_decile=2 shown=20 " in said
+    assert "choose another --name" in said
     assert asking("--latents", "1", "--yes", "--shown", "10", "--name", "ten") == 0
     assert asking.told(1, "ten").explanation
     assert asking("--latents", "99", "--name", "none") == 2

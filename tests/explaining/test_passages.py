@@ -123,5 +123,7 @@ def test_pieces_of_documents_are_passages_of_their_own(run: Run) -> None:
 def test_another_text_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = drawer(run)
     monkeypatch.setattr(Texts, "tokens", lambda *_: [5] * LENGTH)
-    with pytest.raises(CorpusError, match="is not the text that the activations were made from"):
+    with pytest.raises(
+        CorpusError, match="is not the text that the activations were computed from"
+    ):
         made.draw(0)

@@ -214,6 +214,4 @@ def test_as_many_nearest_latents_are_kept_as_are_asked_for(tmp_path: Path) -> No
     nearest = tables(make_index(run)["index"], "latents")["nearest"].to_pylist()
     result = make_index(few)
     assert tables(result["index"], "latents")["nearest"].to_pylist() == [n[:3] for n in nearest]
-    assert (
-        result["left_out"] == "output tokens (no head of a language model was at hand for the site)"
-    )
+    assert result["left_out"] == "output tokens (no language-model head is available for the site)"

@@ -190,7 +190,7 @@ def test_cells_are_made_once(
     with caplog.at_level(logging.WARNING):
         assert same_cells(first, stored_cells(store, "cells/", given))
     assert "does not match its checksum" in caplog.text
-    assert "the cells are made anew" in caplog.text
+    assert "recomputing the cells" in caplog.text
     store.delete(data)
     assert same_cells(first, stored_cells(store, "cells/", given))
     other = checkpoint(tmp_path / "other", planted(seed=1))

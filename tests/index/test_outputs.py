@@ -115,7 +115,7 @@ def test_what_is_left_out_is_said_once(
         assert record.getMessage().startswith(why)
         monkeypatch.setattr("dist_sae.models.head.load_head", lambda *_: head(centres=False))
         assert opened(HuggingFaceModel(path="m"), 3 * WIDTH) == NONE
-        assert "decoder rows are 36 wide, the head of m is 12" in caplog.text
+        assert "decoder rows are 36 wide, but the head of m is 12 wide" in caplog.text
     assert len(opened(HuggingFaceModel(path="m"), WIDTH)["top"][0]) == 10
 
 
@@ -124,12 +124,12 @@ def test_a_worker_makes_the_output_tokens_that_the_index_was_begun_with(
 ) -> None:
     """Or says in one line that it cannot; where none are made, it makes none."""
     gone, there = HuggingFaceModel(path="/nowhere/model"), HuggingFaceModel(path="m")
-    wrong = "index i: was begun with output tokens of another head than this worker has: "
-    with pytest.raises(ConfigError, match=f"^{wrong}model.path /nowhere.*(index.name)") as caught:
+    wrong = "index i: was created with a different output head than this worker's model: "
+    with pytest.raises(ConfigError, match=f"^{wrong}model.path /nowhere.*index.name") as caught:
         opened(gone, WIDTH, begun="of this head")
     assert "\n" not in str(caught.value)
     monkeypatch.setattr("dist_sae.models.head.load_head", lambda *_: head(centres=False))
     assert len(opened(there, WIDTH, begun="of this head")["top"][0]) == 10
-    with pytest.raises(ConfigError, match=f"^{wrong}its weights are not those"):
+    with pytest.raises(ConfigError, match=f"^{wrong}the weights differ"):
         opened(there, WIDTH, begun="of that head")
     assert opened(there, WIDTH, begun="") == NONE

@@ -201,12 +201,12 @@ def test_what_is_not_there_gets_one_line(tmp_path: Path) -> None:
     index = open_()
     fails(LatentNotFoundError, r"latent 64: .* has latents 0 to 63", lambda: index.latent(64))
     fails(LatentNotFoundError, "latent -1: ", lambda: index.examples(-1))
-    fails(ConfigError, "keeps no postings", lambda: list(index.postings(0)))
-    fails(ConfigError, "keeps no postings", lambda: list(index.bucket_postings(0)))
+    fails(ConfigError, "has no postings", lambda: list(index.postings(0)))
+    fails(ConfigError, "has no postings", lambda: list(index.bucket_postings(0)))
     assert index.latent(0).coactive == ()
     assert index.latent(0).examples
     runs.delete(IndexFolder(run.name, "step-00000003").buckets.key(0))
-    fails(NoIndexError, "is not complete, 0 of 1 buckets are there; run", open_)
+    fails(NoIndexError, "is not complete, 0 of 1 buckets are done; run", open_)
     manifest = read_record(IndexManifest, runs, IndexFolder(run.name, "step-00000003").manifest)
     newer = seal(manifest).replace(b'"schema_version":1', b'"schema_version":2')
     runs.put(IndexFolder(run.name, "step-00000003").manifest, newer)
@@ -239,7 +239,9 @@ def test_an_index_of_another_checkpoint_of_the_step_is_not_taken(tmp_path: Path)
     assert index_of(store_of(run), run.name, checkpoints.open(3)).manifest.step == 3
     checkpoints.delete(3)
     add_checkpoint(run, seed=1)
-    with pytest.raises(NoIndexError, match="step-00000003: is of another checkpoint; set a new"):
+    with pytest.raises(
+        NoIndexError, match="step-00000003: belongs to another checkpoint; set a different"
+    ):
         index_of(store_of(run), run.name, checkpoints.open(3))
 
 

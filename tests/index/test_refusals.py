@@ -50,13 +50,13 @@ def test_an_index_keeps_its_checkpoint_and_its_settings(tmp_path: Path) -> None:
     add_checkpoint(run, step=5, seed=1)
     fails(
         ConfigError,
-        r"mine/: is of step 3, not 5; .*\(index.name\), or --step 3",
+        r"mine/: belongs to step 3, not 5; .*index.name, or use --step 3",
         lambda: make_index(run),
     )
     assert make_index(run, step=3) == first
     fails(
         ConfigError,
-        r"was begun with index.examples 6, not 7; restore it, or .*index.name",
+        r"was created with index.examples = 6, not 7; change it back, or .*index.name",
         lambda: make_index(with_index(run, examples=7), step=3),
     )
     other = make_index(with_index(run, name=None))
@@ -94,7 +94,7 @@ def test_an_index_that_is_older_than_a_setting_has_its_default(tmp_path: Path) -
     del settings["neighbours"]
     path.write_bytes(changed(path.read_bytes(), settings=settings))
     assert make_index(run) == first
-    text = "was begun with index.neighbours 16, not 3"
+    text = "was created with index.neighbours = 16, not 3"
     fails(ConfigError, text, lambda: make_index(with_index(run, neighbours=3)))
 
 
@@ -106,7 +106,7 @@ def test_a_damaged_manifest_says_what_to_do(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for damaged in (whole[:-9], whole.replace(b"world", b"wurld")):
         path.write_bytes(damaged)
-        text = rf"index.json: .*; delete {place}/ and index again, or under another index.name$"
+        text = rf"index.json: .*; delete {place}/ and index again, or use another index.name$"
         fails(CorruptObjectError, text, lambda: make_index(run))
         fails(CorruptObjectError, text, lambda: Index(open_store(run.store.runs), run.name))
 

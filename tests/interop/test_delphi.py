@@ -115,5 +115,5 @@ def test_a_share_of_the_postings_and_other_text_are_refused(
             export_cache(indexed)
     assert not config.exists()
     monkeypatch.setattr(layout.IndexManifest, "postings_share", 0.5)
-    with pytest.raises(ConfigError, match="keeps a share of the postings"):
+    with pytest.raises(ConfigError, match="has only a share of the postings"):
         export_cache(indexed)

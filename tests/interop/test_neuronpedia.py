@@ -245,6 +245,6 @@ def test_a_share_of_the_postings_is_refused(run: Run, capsys: pytest.CaptureFixt
     settings = {"postings": 0.5, "name": "half"}
     make_index(run.model_copy(update={"index": run.index.model_copy(update=settings)}))
     assert main(command(run)) == 2
-    assert "keeps a share of the postings (index.postings), and Neuronpedia" in (
+    assert "has only a share of the postings (index.postings), and Neuronpedia" in (
         capsys.readouterr().err
     )

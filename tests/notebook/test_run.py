@@ -239,7 +239,9 @@ def test_the_text_around_a_row_is_the_documents(language: Run) -> None:
         assert found.after == text[at + 1 : at + 25]
         assert str(found) == f"{found.before}[{found.token}]{found.after}"
     wrong = batch._replace(tokens=batch.tokens + 1)
-    with pytest.raises(DistSaeError, match=r"is not the text that the activations were made from"):
+    with pytest.raises(
+        DistSaeError, match=r"is not the text that the activations were computed from"
+    ):
         opened.text(wrong, 0)
 
 

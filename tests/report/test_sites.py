@@ -117,7 +117,7 @@ def test_report_and_terminal_show_the_profile(world: tuple[Run, Dictionary]) -> 
     evaluate(run)
     page = Path(report(run)).read_text()
     assert "Decoder norms" in page
-    assert "share of resid_post.1 in the sum with attn_out.0" in page
+    assert "share of resid_post.1 in the sum over both sites" in page
     assert page.count("<th>FVU</th>") == 1
     assert "spans" in page
     lines = Explorer(run, None, Style()).latents([2]).lines
@@ -155,7 +155,7 @@ def test_a_crosscoder_of_two_sites_shows_whose_its_latents_are(
         assert 0 <= by_site[site]["flagged_share"] <= by_site[site]["exclusive_share"]
     page = Path(report(run)).read_text()
     assert f"<td>{100 * by_site[SITES[0]]['exclusive_share']:.2f} %</td>" in page
-    assert "of these, by latent scaling in both" in page
+    assert "of these, in both by latent scaling" in page
     assert f">{100 * found['shared_share']:.2f} %</data>" in page
 
 

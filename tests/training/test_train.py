@@ -332,7 +332,7 @@ def test_a_run_gets_the_rows_that_its_plan_promised(tmp_path: Path) -> None:
     again = sum(1440 - n for n in rows)
     assert 0 < again < 0.05 * sum(rows)
     assert subject(run_, made, produced(store, made), final(tmp_path))["repeated_rows"] == again
-    assert f"{again} were read again" in Path(report(run_)).read_text()
+    assert f"{again} were reread" in Path(report(run_)).read_text()
     train(path)  # nothing is left to do
     Checkpoints(open_store(run_.store.runs), "world", 2).delete(36)
     train(path)  # the last step, after 35 of which some have repeated rows
