@@ -300,7 +300,7 @@ def test_what_is_not_there_is_said(run: Run, other: Run, tmp_path: Path) -> None
         for where, message in (
             ("/?sort=cluster", "cluster: there is no map"),
             ("/?cluster=0.0", "cluster: 0.0: the map has no such cluster"),
-            ("/clusters", "there is no map; run `dist-sae analyse map`"),
+            ("/clusters", "there is no map yet; run `dist-sae analyse map`"),
             ("/map", "there is no map yet; run `dist-sae analyse map`"),
             ("/compare?latent=1", "start `dist-sae browse` with --compare RUN"),
             ("/search?kind=token&asked=a", "tokens cannot be read: "),

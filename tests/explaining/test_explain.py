@@ -208,7 +208,7 @@ def test_answers_that_cannot_be_read_are_counted(
     assert found["judged_passages"] == 60
     assert "vague: no explanation in 1 answers, 0 of them truncated" in said
     assert "no list of verdicts in 1 answers, 0 of them truncated at --most-tokens" in said
-    assert "the first begins 'yes to all'" in said
+    assert "the first starts with 'yes to all'" in said
     assert asking("--latents", "1", "--yes") == 0
     assert "mean_balanced_accuracy none: no explanation was judged\n" in capsys.readouterr().out
     told = asking.told(2, "vague").score

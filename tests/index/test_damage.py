@@ -36,7 +36,7 @@ def test_repair_keeps_what_follows_from_deleted_units(tmp_path: Path, damaged: s
     path = min(folder.glob(f"{damaged}/*"))
     path.write_bytes(path.read_bytes()[:-9])
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(CorruptObjectError, match=r"unit 0 was deleted since \(store.retention\)"):
+    with pytest.raises(CorruptObjectError, match=r"unit 0 has been deleted \(store.retention\)"):
         make_index(run, repair=True)
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
