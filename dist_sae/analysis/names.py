@@ -39,9 +39,12 @@ def frequent_tokens(index: Index, n: int) -> tuple[NDArray[np.int32], NDArray[np
 
 
 def distinct(texts: Sequence[str]) -> list[str]:
-    """Strip texts, and remove those that repeat another one except for case."""
-    named = [text.strip() or repr(text) for text in texts]
-    return list({text.lower(): text for text in reversed(named)}.values())[::-1]
+    """Strip texts, and remove those that repeat an earlier one except for case."""
+    first: dict[str, str] = {}
+    for text in texts:
+        stripped = text.strip() or repr(text)
+        first.setdefault(stripped.lower(), stripped)
+    return list(first.values())
 
 
 def token_names(tokenizer: Tokenizer | None) -> Callable[[Iterable[int]], list[str]]:
