@@ -20,8 +20,8 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
+from dist_sae.analysis.indexed_run import IndexedRun
 from dist_sae.analysis.matching import Matched, Postings, match_words
-from dist_sae.analysis.subject import Subject
 from dist_sae.analysis.words import WordRows
 from dist_sae.checkpoint.state import load_weights
 from dist_sae.checkpoint.trained import normalisers_of
@@ -87,7 +87,7 @@ def beyond(
 
 
 def match_turned(
-    subject: Subject, words: WordRows, n_concepts: int, matched: Matched, seed: int = 0
+    indexed: IndexedRun, words: WordRows, n_concepts: int, matched: Matched, seed: int = 0
 ) -> tuple[int, Matched, Matched]:
     """Match words with the latents of a dictionary and of its rotated copy, on the same rows.
 
@@ -95,7 +95,7 @@ def match_turned(
     and the codes of these rows (see `CHANCE_ROWS`) are in memory.
 
     Args:
-        subject: The dictionary, with its index.
+        indexed: The dictionary, with its index.
         words: Rows of the words.
         n_concepts: Number of words.
         matched: Matches of the words on all rows.
@@ -107,7 +107,7 @@ def match_turned(
     Raises:
         ConfigError: The activations of the rows cannot be read.
     """
-    starts, units = words.starts, subject.index.manifest.units
+    starts, units = words.starts, indexed.index.manifest.units
     n_units = max(int(np.searchsorted(starts, CHANCE_ROWS, side="right")) - 1, min(2, len(units)))
     n_rows = int(starts[n_units])
     within = words.rows < n_rows
@@ -115,13 +115,13 @@ def match_turned(
         words.rows[within], words.concept[within], words.is_last[within], starts[: n_units + 1]
     )
     whole = n_units == len(units)
-    manifest = subject.index.manifest.model_copy(update={"units": units[:n_units]})
-    own = matched if whole else match_words(_Part(subject.index, manifest), part, n_concepts)
+    manifest = indexed.index.manifest.model_copy(update={"units": units[:n_units]})
+    own = matched if whole else match_words(_Part(indexed.index, manifest), part, n_concepts)
     try:
-        turned = _turn(subject, manifest, seed)
+        turned = _turn(indexed, manifest, seed)
     except (StoreError, PlanMismatchError) as exc:
         raise ConfigError(
-            f"{subject.run.name}: the activations of the index's rows cannot be read ({exc}), so "
+            f"{indexed.run.name}: the activations of the index's rows cannot be read ({exc}), so "
             f"it is not known what chance would find"
         ) from exc
     return n_rows, own, match_words(turned, part, n_concepts)
@@ -177,13 +177,13 @@ class _Turned:
 
 
 @torch.no_grad()
-def _turn(subject: Subject, manifest: IndexManifest, seed: int) -> _Turned:
-    run, index = subject.run, subject.index
+def _turn(indexed: IndexedRun, manifest: IndexManifest, seed: int) -> _Turned:
+    run, index = indexed.run, indexed.index
     store = open_store(run.store.activations, run.store.s3)
     plan = load_plan(store, run)
-    normalisers = normalisers_of(run, subject.checkpoint)
+    normalisers = normalisers_of(run, indexed.checkpoint)
     sae = build_sae(run.sae, normalisers.widths, WHOLE, choose_kernels("auto", torch.device("cpu")))
-    load_weights(sae, subject.checkpoint)
+    load_weights(sae, indexed.checkpoint)
     d = sae.W_enc.shape[1]
     rotation, _ = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(seed)))
     for part in torch.split(sae.W_enc.data, _TURN_ROWS):

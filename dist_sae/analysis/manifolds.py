@@ -14,10 +14,10 @@ import pyarrow as pa
 
 from dist_sae.analysis.coplanar import coplanar_groups
 from dist_sae.analysis.graph import find_groups, nearest_edges, together
+from dist_sae.analysis.indexed_run import IndexedDictionary
 from dist_sae.analysis.links import coactive_pairs
 from dist_sae.analysis.measure import LEAST_ROWS, PERSPECTIVE, Measured, Shape, measure
 from dist_sae.analysis.names import frequent_tokens
-from dist_sae.analysis.opened import Indexed
 from dist_sae.analysis.reconstructed import reconstruct
 from dist_sae.errors import ConfigError
 from dist_sae.index.query import Index
@@ -43,18 +43,18 @@ class Settings(NamedTuple):
     """Most rows of a group that are used."""
 
 
-def find_manifolds(indexed: Indexed, settings: Settings) -> Findings:
+def find_manifolds(dictionary: IndexedDictionary, settings: Settings) -> Findings:
     """Search an index for multidimensional features.
 
     Args:
-        indexed: Dictionary whose index has nearest latents, coactive pairs and postings.
+        dictionary: Dictionary whose index has nearest latents, coactive pairs and postings.
         settings: Limits of the search.
 
     Raises:
         ConfigError: The index has no nearest latents, no coactive pairs, no postings, or too few
             rows.
     """
-    index, decoder, name = indexed
+    index, decoder = dictionary.index, dictionary.decoder
     index.check_postings()
     near = nearest_edges(index, min(settings.cosine, COACTIVE_COSINE))
     if index.rows < LEAST_ROWS:
@@ -87,7 +87,9 @@ def find_manifolds(indexed: Indexed, settings: Settings) -> Findings:
     n_measured = len(found)
     found = _without_repeats(sorted(found, key=lambda each: (-each.strength, each.group)))
     tokens, _ = frequent_tokens(index, 1)
-    names = {latent: name(tokens[latent]) for each in found for latent in each.latents}
+    names = {
+        latent: dictionary.name_tokens(tokens[latent]) for each in found for latent in each.latents
+    }
     labels = {latent: texts[0] if texts else "" for latent, texts in names.items()}
     kept = {each.group for each in found}
     shapes = [shape for *_, shape in rings if shape.measured.group in kept][:_DRAWN]

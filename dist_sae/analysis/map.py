@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from dist_sae.analysis.communities import STABLE, Level, find_level, resolutions
 from dist_sae.analysis.inclusion import Absorbed, Parents, find_absorbed, find_parents
+from dist_sae.analysis.indexed_run import IndexedDictionary
 from dist_sae.analysis.links import GraphBuilder, by_chance, find_links
 from dist_sae.analysis.names import distinct, frequent_tokens
-from dist_sae.analysis.opened import Indexed
 from dist_sae.analysis.positions import Places, place
 from dist_sae.errors import ConfigError
 from dist_sae.index.coactive import MOST_PAIRS
@@ -42,20 +42,20 @@ class _Named(NamedTuple):
     """Tokens of each cluster, by level."""
 
 
-def make_map(run: str, indexed: Indexed, settings: Settings) -> Findings:
+def make_map(run: str, dictionary: IndexedDictionary, settings: Settings) -> Findings:
     """Compute the map of a dictionary.
 
     Args:
         run: Name of the run, for the page.
-        indexed: Dictionary whose index has nearest latents and coactive pairs.
+        dictionary: Dictionary whose index has nearest latents and coactive pairs.
         settings: Settings of the map.
 
     Raises:
         ConfigError: The index has no nearest latents, no coactive pairs, or too few rows; or
             scikit-network is not installed.
     """
-    index = indexed.latents
-    n, chance = index.n_latents, by_chance(index.n_latents, indexed.decoder.d_out)
+    index = dictionary.index
+    n, chance = index.n_latents, by_chance(index.n_latents, dictionary.decoder.d_out)
     index.bucket_pairs(0)  # raises if there are no pairs, before the check of their rows
     if index.pair_rows < LEAST_ROWS:
         raise ConfigError(
@@ -84,10 +84,10 @@ def make_map(run: str, indexed: Indexed, settings: Settings) -> Findings:
     places = place(graph, [level.of for level in levels], settings.seed)
     tokens, _ = frequent_tokens(index, _LATENT_TOKENS)
     present = np.unique(tokens[tokens >= 0])
-    texts = dict(zip(present.tolist(), indexed.name(present), strict=True))
+    texts = dict(zip(present.tolist(), dictionary.name_tokens(present), strict=True))
     named = _Named(
         _lists(tokens, texts),
-        [[indexed.name(t) for t in _cluster_tokens(level, tokens)] for level in levels],
+        [[dictionary.name_tokens(t) for t in _cluster_tokens(level, tokens)] for level in levels],
     )
     numbers = {
         "latents": n,

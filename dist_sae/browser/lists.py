@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_sae.analysis.mapped import Map
+from dist_sae.analysis.stored_map import Map
 from dist_sae.errors import ArgumentError
 from dist_sae.index.query import Index
 from dist_sae.index.search import TopTokens

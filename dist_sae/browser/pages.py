@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import urlencode
 
-from dist_sae.analysis.mapped import open_map
+from dist_sae.analysis.stored_map import open_map
 from dist_sae.browser.lists import PAGE_LATENTS, Choice, Lists, number, numbered
 from dist_sae.browser.reading import TOP, Reading
 from dist_sae.comparison.nearest import Other

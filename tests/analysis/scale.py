@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dist_sae.analysis.indexed_run import IndexedDictionary
 from dist_sae.analysis.manifolds import Settings as ManifoldSettings
 from dist_sae.analysis.manifolds import find_manifolds
 from dist_sae.analysis.map import Settings as MapSettings
 from dist_sae.analysis.map import make_map
 from dist_sae.analysis.names import token_names
-from dist_sae.analysis.opened import Indexed
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.index.decoder import Decoder
 from dist_sae.index.neighbours import Neighbours
@@ -52,11 +52,11 @@ def make(folder: Path, n: int) -> None:
     simulate(folder, cast(Any, directions.reshape(n, D)), codes, n_rows=n)  # in fp32
 
 
-def opened(folder: Path) -> Indexed:
+def opened(folder: Path) -> IndexedDictionary:
     """Open the index that `make` wrote."""
     store = open_store(str(folder))
     decoder = Decoder(Checkpoints(store, "world", 1).open(1))
-    return Indexed(Index(store, "world", "made-up"), decoder, token_names(None))
+    return IndexedDictionary(Index(store, "world", "made-up"), decoder, token_names(None))
 
 
 def _of_families(directions: NDArray[np.float32]) -> Any:
@@ -82,12 +82,12 @@ def main(what: str, n: int) -> None:
         )
         process.start()
         process.join()
-        indexed = opened(Path(folder))
+        dictionary = opened(Path(folder))
         began = time.process_time()
         if what == "map":
-            found = make_map("made-up", indexed, MapSettings(resamples=1))
+            found = make_map("made-up", dictionary, MapSettings(resamples=1))
         else:
-            found = find_manifolds(indexed, ManifoldSettings())
+            found = find_manifolds(dictionary, ManifoldSettings())
         seconds = time.process_time() - began
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         numbers = {k: v for k, v in found.numbers.items() if isinstance(v, int)}

@@ -9,8 +9,8 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from dist_sae.analysis.indexed_run import IndexedDictionary
 from dist_sae.analysis.names import token_names
-from dist_sae.analysis.opened import Indexed
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.config.index import IndexConfig
 from dist_sae.index.coactive import Sample
@@ -49,7 +49,7 @@ def simulate(
     n_rows: int,
     tokens: NDArray[np.int32] | None = None,
     **settings: Any,
-) -> Indexed:
+) -> IndexedDictionary:
     """Write an index as `dist-sae index` does, from a decoder and codes, and open it.
 
     Args:
@@ -117,7 +117,9 @@ def simulate(
         made = (records, bucket, columns, Origins(store, records), sample)
         record = make_bucket(store, index_folder, manifest, *made)
         store.put(index_folder.buckets.key(bucket), seal(record))
-    return Indexed(Index(store, "world", "made-up"), Decoder(checkpoint), token_names(None))
+    return IndexedDictionary(
+        Index(store, "world", "made-up"), Decoder(checkpoint), token_names(None)
+    )
 
 
 def _columns(span: range, directions: NDArray[np.float64]) -> dict[str, pa.Array]:

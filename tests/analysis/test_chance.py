@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from dist_sae.analysis import chance
 from dist_sae.analysis.chance import Beyond, beyond, match_turned
 from dist_sae.analysis.coverage import cover_words, coverage
+from dist_sae.analysis.indexed_run import IndexedRun, open_indexed_run
 from dist_sae.analysis.matching import Matched, match_words
-from dist_sae.analysis.subject import Subject, open_subject
 from dist_sae.analysis.words import Concept, WordRows
 from dist_sae.config import Run
 from dist_sae.config.data import SyntheticModel
@@ -33,12 +33,12 @@ class World(NamedTuple):
     """Rows whose strongest feature is their word."""
 
     words: WordRows
-    ideal: Subject
-    random: Subject
+    ideal: IndexedRun
+    random: IndexedRun
     activations: Path
 
 
-def indexed(run: Run, name: str, directions: torch.Tensor) -> Subject:
+def indexed(run: Run, name: str, directions: torch.Tensor) -> IndexedRun:
     """A dictionary of these directions, with its index."""
     named = run.model_copy(update={"name": name})
 
@@ -52,7 +52,7 @@ def indexed(run: Run, name: str, directions: torch.Tensor) -> Subject:
 
     add_checkpoint(named, change=plant)
     make_index(named)
-    return open_subject(named)
+    return open_indexed_run(named)
 
 
 def random_directions(seed: int) -> torch.Tensor:
@@ -90,12 +90,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(words, ideal, random, Path(run.store.activations.removeprefix("file://")))
 
 
-def matched(world: World, subject: Subject) -> Matched:
-    return match_words(subject.index, world.words, FEATURES)
+def matched(world: World, dictionary: IndexedRun) -> Matched:
+    return match_words(dictionary.index, world.words, FEATURES)
 
 
-def compared(world: World, subject: Subject, seed: int = 0) -> Beyond:
-    n, own, turned = match_turned(subject, world.words, FEATURES, matched(world, subject), seed)
+def compared(world: World, dictionary: IndexedRun, seed: int = 0) -> Beyond:
+    n, own, turned = match_turned(
+        dictionary, world.words, FEATURES, matched(world, dictionary), seed
+    )
     return beyond("chance", n, own.judged, own.recovered(F1), turned.recovered(F1))
 
 
@@ -120,10 +122,10 @@ def test_the_answer_for_an_untrained_dictionary_is_nothing(world: World) -> None
     concepts = [Concept(str(number), "features") for number in range(FEATURES)]
     frequency = np.bincount(world.words.concept, minlength=FEATURES) / world.words.starts[-1]
     answers = []
-    for subject in (world.ideal, world.random):
-        others = [compared(world, subject)]
-        table = concepts, frequency, matched(world, subject), F1, others
-        covered = cover_words("made", subject.index.firings, 10**9, *table)
+    for dictionary in (world.ideal, world.random):
+        others = [compared(world, dictionary)]
+        table = concepts, frequency, matched(world, dictionary), F1, others
+        covered = cover_words("made", dictionary.index.firings, 10**9, *table)
         answers.append(coverage([covered], []))
     told = [answer.numbers["runs"]["made"]["nothing"] for answer in answers]
     assert told == [False, True]

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from dist_sae.analysis.coplanar import coplanar_groups
 from dist_sae.analysis.graph import find_groups, nearest_edges
+from dist_sae.analysis.indexed_run import IndexedDictionary
 from dist_sae.analysis.links import coactive_pairs
 from dist_sae.analysis.manifolds import Settings, find_manifolds
 from dist_sae.analysis.measure import LEAST_ROWS, PERSPECTIVE, measure
-from dist_sae.analysis.opened import Indexed
 from dist_sae.analysis.reconstructed import Reconstructed
 from dist_sae.errors import ConfigError
 from tests.analysis.circles import moved
@@ -87,13 +87,13 @@ def planted(seed: int = 0) -> tuple[NDArray[np.float64], list[Codes]]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Indexed:
+def world(tmp_path_factory: pytest.TempPathFactory) -> IndexedDictionary:
     directions, codes = planted()
     folder = tmp_path_factory.mktemp("circles")
     return simulate(folder, directions, joined(codes), n_rows=ROWS)
 
 
-def test_planted_circles_are_ranked_first(world: Indexed) -> None:
+def test_planted_circles_are_ranked_first(world: IndexedDictionary) -> None:
     found = find_manifolds(world, Settings())
     table = found.tables["groups"].to_pylist()
     circles = [set(range(TILES * i, TILES * (i + 1))) for i in range(CIRCLES)]
@@ -217,7 +217,8 @@ def test_latents_in_a_plane_are_grouped_and_may_be_in_two_planes(tmp_path: Path)
     pairs = [pair for pair in pairs if pair not in ((0, 2), (1, 3), (4, 5))] + [(0, 6), (1, 6)]
     which = np.array(pairs)[rows % len(pairs)]
     codes = Codes(np.tile(rows, 2), which.T.ravel(), np.ones(2 * len(rows)))
-    index, decoder, _ = simulate(tmp_path, directions, codes, n_rows=5 * len(rows))
+    world = simulate(tmp_path, directions, codes, n_rows=5 * len(rows))
+    index, decoder = world.index, world.decoder
     firings = index.firings.astype(np.float64)
     groups = coplanar_groups(decoder, coactive_pairs(index, firings), 3, 10)
     found = np.split(groups.latents, groups.sizes.cumsum()[:-1])
@@ -233,7 +234,8 @@ def test_a_group_in_a_plane_is_also_given_with_what_is_mostly_in_it(tmp_path: Pa
     rows, pairs = np.arange(4000), [(0, 1), (1, 2), (0, 3), (2, 3), (0, 4), (2, 4)]
     which = np.array(pairs)[rows % len(pairs)]
     codes = Codes(np.tile(rows, 2), which.T.ravel(), np.ones(2 * len(rows)))
-    index, decoder, _ = simulate(tmp_path, directions, codes, n_rows=5 * len(rows))
+    world = simulate(tmp_path, directions, codes, n_rows=5 * len(rows))
+    index, decoder = world.index, world.decoder
     pairs_found = coactive_pairs(index, index.firings.astype(np.float64))
     groups = coplanar_groups(decoder, pairs_found, 3, 10)
     found = np.split(groups.latents, groups.sizes.cumsum()[:-1])
@@ -254,9 +256,9 @@ def test_a_random_dictionary_has_no_manifolds(tmp_path: Path) -> None:
     assert "nothing multidimensional" in " ".join(found.summary)
 
 
-def test_groups_are_no_larger_than_allowed(world: Indexed) -> None:
-    edges = nearest_edges(world.latents, 0.3)
-    n = world.latents.n_latents
+def test_groups_are_no_larger_than_allowed(world: IndexedDictionary) -> None:
+    edges = nearest_edges(world.index, 0.3)
+    n = world.index.n_latents
     groups = find_groups(edges, n, 3, 12)
     assert len(np.unique(groups.latents)) == len(groups.latents)
     assert groups.sizes.min() >= 3

@@ -3,9 +3,9 @@
 from typing import Any
 
 from dist_sae.commands import shared
-from dist_sae.commands.analyse import coverage, dark_matter, manifolds, mapped, sensitivity
+from dist_sae.commands.analyse import coverage, dark_matter, latent_map, manifolds, sensitivity
 
-_QUESTIONS: tuple[Any, ...] = (coverage, dark_matter, manifolds, mapped, sensitivity)
+_QUESTIONS: tuple[Any, ...] = (coverage, dark_matter, manifolds, latent_map, sensitivity)
 
 
 def add(commands: shared.Commands) -> None:

@@ -96,43 +96,43 @@ def _find(options: argparse.Namespace, runs: "Sequence[Run]") -> "Findings":
 def _words(options: argparse.Namespace, runs: "Sequence[Run]") -> "Iterator[Covered]":
     from dist_sae.analysis.chance import beyond, match_turned
     from dist_sae.analysis.coverage import cover_words, frequencies, judged_words
+    from dist_sae.analysis.indexed_run import IndexedRun, open_indexed_run
     from dist_sae.analysis.matching import LEAST_OCCURRENCES, Matched, match_words
-    from dist_sae.analysis.subject import Subject, open_subject
     from dist_sae.analysis.words import CORPUS, WordRows, corpus_words, find_words, read_lists
 
     concepts = read_lists(name for name in options.concepts if name != CORPUS)
-    subjects = [open_subject(run) for run in runs]
+    indexed_runs = [open_indexed_run(run) for run in runs]
     control = None
     if options.control is not None:
         from dist_sae.checkpoint.folder import open_run
 
-        control = open_subject(open_run(options.control))
-    for subject in [*subjects, *([control] if control else [])]:
-        subject.index.check_postings()
+        control = open_indexed_run(open_run(options.control))
+    for indexed in [*indexed_runs, *([control] if control else [])]:
+        indexed.index.check_postings()
     if CORPUS in options.concepts:
-        tokenizer, words = subjects[0].tokenizer(), {concept.word for concept in concepts}
+        tokenizer, words = indexed_runs[0].tokenizer(), {concept.word for concept in concepts}
         least = 4 * LEAST_OCCURRENCES  # so that few words are too rare in one of the halves
-        chosen = corpus_words(subjects[0].index, tokenizer, _CORPUS_WORDS, least)
+        chosen = corpus_words(indexed_runs[0].index, tokenizer, _CORPUS_WORDS, least)
         concepts += [concept for concept in chosen if concept.word not in words]
     known: dict[tuple[str, tuple[int, ...], float], WordRows] = {}
 
-    def match(subject: Subject) -> tuple[WordRows, Matched]:
-        manifest = subject.index.manifest
+    def match(indexed: IndexedRun) -> tuple[WordRows, Matched]:
+        manifest = indexed.index.manifest
         rows = manifest.plan, manifest.units, manifest.postings_share
         if rows not in known:  # the jobs of a sweep share their rows
-            known[rows] = find_words(subject.index, subject.tokenizer(), concepts)
-        return known[rows], match_words(subject.index, known[rows], len(concepts))
+            known[rows] = find_words(indexed.index, indexed.tokenizer(), concepts)
+        return known[rows], match_words(indexed.index, known[rows], len(concepts))
 
     controls = match(control)[1] if control else None
-    for subject in subjects:
-        index, (words_at, matched) = subject.index, match(subject)
+    for indexed in indexed_runs:
+        index, (words_at, matched) = indexed.index, match(indexed)
         frequency = frequencies(concepts, words_at, index.manifest.postings_share)
         judged_words(frequency, matched)  # before the slow part: raises if too few
-        name, trained = subject.run.name, subject.trained_rows
+        name, trained = indexed.run.name, indexed.trained_rows
         others, caveat = [], f"{name}: what chance would find was not asked"
         if options.chance:
             try:
-                n_rows, own, turned = match_turned(subject, words_at, len(concepts), matched)
+                n_rows, own, turned = match_turned(indexed, words_at, len(concepts), matched)
             except ConfigError as exc:  # rows that were deleted after use
                 caveat = str(exc)
             else:
@@ -149,7 +149,7 @@ def _words(options: argparse.Namespace, runs: "Sequence[Run]") -> "Iterator[Cove
 
 def _features(runs: "Sequence[Run]") -> "list[Covered]":
     from dist_sae.analysis.coverage import cover_features
-    from dist_sae.analysis.subject import open_subject
+    from dist_sae.analysis.indexed_run import open_indexed_run
     from dist_sae.analysis.truth import match_features
     from dist_sae.config.data import SyntheticModel
     from dist_sae.index.decoder import Decoder
@@ -165,12 +165,12 @@ def _features(runs: "Sequence[Run]") -> "list[Covered]":
             raise ArgumentError(f"--truth: {run.name} has no decoder row for each latent")
     if len({run.model.model_dump_json() for run in runs}) > 1:
         raise ArgumentError("--truth: the runs are of several worlds; ask of one at a time")
-    for subject in map(open_subject, runs):
-        assert isinstance(subject.run.model, SyntheticModel)
-        world = SyntheticSource(subject.run.model)
-        parts = Decoder(subject.checkpoint).directions()
+    for indexed in map(open_indexed_run, runs):
+        assert isinstance(indexed.run.model, SyntheticModel)
+        world = SyntheticSource(indexed.run.model)
+        parts = Decoder(indexed.checkpoint).directions()
         latent_of = match_features(world.directions, parts)
         p = world.probabilities.double().numpy()
-        name, trained = subject.run.name, subject.trained_rows
-        covered.append(cover_features(name, subject.index.firings, trained, p, latent_of))
+        name, trained = indexed.run.name, indexed.trained_rows
+        covered.append(cover_features(name, indexed.index.firings, trained, p, latent_of))
     return covered

@@ -48,8 +48,8 @@ def main(options: argparse.Namespace) -> None:
     settings = Settings(options.cosine, options.least, options.most, options.rows)
 
     def find() -> "Findings":
-        from dist_sae.analysis.opened import open_indexed
+        from dist_sae.analysis.indexed_run import open_indexed_dictionary
 
-        return find_manifolds(open_indexed(run), settings)
+        return find_manifolds(open_indexed_dictionary(run), settings)
 
     answer(options, run.name, [run], "Multidimensional features", settings._asdict(), find)

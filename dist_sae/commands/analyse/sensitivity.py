@@ -97,13 +97,13 @@ def _sampling(options: argparse.Namespace) -> "Sampling":
         )
     if options.share is not None and not 0 < options.share <= 1:
         raise ArgumentError(f"--share {options.share:g}: must lie above 0 and be 1 at most")
-    from dist_sae.analysis.asked import is_asked
     from dist_sae.analysis.judges import open_judge
+    from dist_sae.analysis.llm_judge import is_llm_judge
     from dist_sae.analysis.passages import Sampling
 
     if options.filter is None:
         return Sampling(options.passage)
-    if is_asked(options.filter):
+    if is_llm_judge(options.filter):
         raise ArgumentError("--filter: sees every passage; name re:PATTERN, words:LIST or model:")
     judge = open_judge(options.filter)
     if judge.labels is not None:
@@ -115,8 +115,8 @@ def _asks(
     options: argparse.Namespace, run: "Run", sampling: "Sampling"
 ) -> "list[tuple[int, Judge]] | None":
     """Return latents with their judges, or None if the user has not agreed to send requests."""
-    from dist_sae.analysis.asked import is_asked
     from dist_sae.analysis.judges import open_judge
+    from dist_sae.analysis.llm_judge import is_llm_judge
 
     if not options.ask:
         raise ArgumentError('--ask: name a latent and a judge: --ask "683=re:\\bother\\b"')
@@ -126,8 +126,8 @@ def _asks(
         if not separator or not latent.strip().isdigit():
             raise ArgumentError(f"--ask {text}: is no LATENT=JUDGE")
         named.append((int(latent), judge))
-    judges = {judge: open_judge(judge) for _, judge in named if not is_asked(judge)}
-    if asked := list(dict.fromkeys(judge for _, judge in named if is_asked(judge))):
+    judges = {judge: open_judge(judge) for _, judge in named if not is_llm_judge(judge)}
+    if asked := list(dict.fromkeys(judge for _, judge in named if is_llm_judge(judge))):
         found = _ask_endpoint(options, run, sampling, asked)
         if found is None:
             return None
@@ -139,21 +139,21 @@ def _ask_endpoint(
     options: argparse.Namespace, run: "Run", sampling: "Sampling", texts: "Sequence[str]"
 ) -> "dict[str, Judge] | None":
     """Return judges that ask a language model, or None if the user has not agreed to that."""
-    from dist_sae.analysis.asked import judge_of, questions
+    from dist_sae.analysis.indexed_run import open_indexed_run
+    from dist_sae.analysis.llm_judge import judge_from_answers, questions
     from dist_sae.analysis.passages import draw_passages
-    from dist_sae.analysis.subject import open_subject
     from dist_sae.analysis.words import TokenTexts
 
     endpoint = shared.open_endpoint(options, run)
-    subject = open_subject(run)
-    drawn = draw_passages(subject.index, TokenTexts(subject.tokenizer(), []), sampling)
+    indexed = open_indexed_run(run)
+    drawn = draw_passages(indexed.index, TokenTexts(indexed.tokenizer(), []), sampling)
     asked = [question for text in texts for question in questions(text, drawn)]
     if not shared.confirm_requests(options, endpoint, asked):
         return None
     answers = endpoint.ask(asked, "judge")
     n = len(drawn)
     return {
-        text: judge_of(text, drawn, answers[place * n : place * n + n])
+        text: judge_from_answers(text, drawn, answers[place * n : place * n + n])
         for place, text in enumerate(texts)
     }
 
@@ -161,16 +161,16 @@ def _ask_endpoint(
 def _find(run: "Run", asks: "list[tuple[int, Judge]]", sampling: "Sampling") -> "Findings":
     import numpy as np
 
+    from dist_sae.analysis.indexed_run import open_indexed_run
     from dist_sae.analysis.passages import PEERS, judge_passages
     from dist_sae.analysis.sensitivity import measure, sensitivity
-    from dist_sae.analysis.subject import open_subject
     from dist_sae.analysis.words import TokenTexts
 
-    subject = open_subject(run)
-    index = subject.index
+    indexed = open_indexed_run(run)
+    index = indexed.index
     index.check_all_postings("sensitivity")
     largest = [index.latent(latent).max for latent, _ in asks]  # raises for an unknown latent
-    tokens = TokenTexts(subject.tokenizer(), [])
+    tokens = TokenTexts(indexed.tokenizer(), [])
     others = np.setdiff1d(np.flatnonzero(index.firings), [latent for latent, _ in asks])
     peers = np.random.default_rng(0).permutation(others)[:PEERS].tolist()
     judged = judge_passages(index, tokens, asks, sampling, peers)
@@ -184,14 +184,14 @@ def _find(run: "Run", asks: "list[tuple[int, Judge]]", sampling: "Sampling") -> 
 
 
 def _draw(options: argparse.Namespace, run: "Run", sampling: "Sampling") -> None:
+    from dist_sae.analysis.indexed_run import open_indexed_run
     from dist_sae.analysis.judges import write_sample
     from dist_sae.analysis.passages import draw_passages
-    from dist_sae.analysis.subject import open_subject
     from dist_sae.analysis.words import TokenTexts
 
-    subject = open_subject(run)
-    tokens = TokenTexts(subject.tokenizer(), [])
-    drawn = draw_passages(subject.index, tokens, sampling)
+    indexed = open_indexed_run(run)
+    tokens = TokenTexts(indexed.tokenizer(), [])
+    drawn = draw_passages(indexed.index, tokens, sampling)
     write_sample(options.draw, drawn)
     inside = sum(label.in_filter for _, label, _ in drawn)
     shared.print_lines(

@@ -31,11 +31,11 @@ def main(options: argparse.Namespace) -> None:
     run = shared.load(options)
 
     def find() -> "Findings":
+        from dist_sae.analysis.indexed_run import open_indexed_dictionary
         from dist_sae.analysis.map import Settings, make_map
-        from dist_sae.analysis.opened import open_indexed
 
         settings = Settings(options.resamples, run.train.seed)
-        return make_map(run.name, open_indexed(run), settings)
+        return make_map(run.name, open_indexed_dictionary(run), settings)
 
     settings = {"resamples": options.resamples, "seed": run.train.seed}
     answer(options, run.name, [run], "Map of the latents", settings, find)

@@ -20,7 +20,7 @@ Drawn = Sequence[tuple[Key, Label, str]]
 """Passages, as `passages.draw_passages` returns them."""
 
 
-def is_asked(text: str) -> bool:
+def is_llm_judge(text: str) -> bool:
     """Return whether a judge, as the user names it, is `llm:DESCRIPTION`.
 
     Raises:
@@ -51,7 +51,7 @@ def questions(text: str, drawn: Drawn) -> list[Question]:
     ]
 
 
-def judge_of(text: str, drawn: Drawn, answers: Sequence[Answer]) -> Judge:
+def judge_from_answers(text: str, drawn: Drawn, answers: Sequence[Answer]) -> Judge:
     """Build a judge whose labels are the levels in these answers.
 
     A passage whose answer does not have exactly one level gets no label. The labeled passages of
