@@ -40,10 +40,10 @@ CHANCE_ROWS = 262_144
 LEVEL = 0.01
 """Significance level: with a lower p-value, a dictionary finds more than its rotated copy."""
 _LARGE = 1000  # words from which the binomial is taken as normal, because 2^-1075 underflows
-_TURN_ROWS = 65_536  # rows of W_enc that are rotated at a time
+_ROTATED_ROWS = 65_536  # rows of W_enc that are rotated at a time
 
 
-class Beyond(NamedTuple):
+class WordComparison(NamedTuple):
     """A comparison of the words that two dictionaries have latents for, on the same rows."""
 
     of: str
@@ -70,9 +70,9 @@ class Beyond(NamedTuple):
         return self.p_value < LEVEL
 
 
-def beyond(
+def compare_words(
     of: str, rows: int, judged: NDArray[np.bool_], own: NDArray[np.bool_], other: NDArray[np.bool_]
-) -> Beyond:
+) -> WordComparison:
     """Count the words that the dictionary, the other one, and both have.
 
     Args:
@@ -83,10 +83,10 @@ def beyond(
         other: Words that the other dictionary has.
     """
     counts = [int((judged & each).sum()) for each in (own, other, own & other)]
-    return Beyond(of, rows, int(judged.sum()), *counts)
+    return WordComparison(of, rows, int(judged.sum()), *counts)
 
 
-def match_turned(
+def match_rotated(
     indexed: IndexedRun, words: WordRows, n_concepts: int, matched: Matched, seed: int = 0
 ) -> tuple[int, Matched, Matched]:
     """Match words with the latents of a dictionary and of its rotated copy, on the same rows.
@@ -118,13 +118,13 @@ def match_turned(
     manifest = indexed.index.manifest.model_copy(update={"units": units[:n_units]})
     own = matched if whole else match_words(_Part(indexed.index, manifest), part, n_concepts)
     try:
-        turned = _turn(indexed, manifest, seed)
+        rotated = _rotate(indexed, manifest, seed)
     except (StoreError, PlanMismatchError) as exc:
         raise ConfigError(
             f"{indexed.run.name}: the activations of the index's rows cannot be read ({exc}), so "
             f"it is not known what chance would find"
         ) from exc
-    return n_rows, own, match_words(turned, part, n_concepts)
+    return n_rows, own, match_words(rotated, part, n_concepts)
 
 
 class _Part:
@@ -152,7 +152,7 @@ class _Part:
         return piece.filter(pc.is_in(piece["unit"], value_set=self._units))
 
 
-class _Turned:
+class _Rotated:
     """Codes of the rotated copy, in memory and in the order of an index: latent, unit, row."""
 
     def __init__(self, index: Postings, manifest: IndexManifest, table: pa.Table) -> None:
@@ -177,7 +177,7 @@ class _Turned:
 
 
 @torch.no_grad()
-def _turn(indexed: IndexedRun, manifest: IndexManifest, seed: int) -> _Turned:
+def _rotate(indexed: IndexedRun, manifest: IndexManifest, seed: int) -> _Rotated:
     run, index = indexed.run, indexed.index
     store = open_store(run.store.activations, run.store.s3)
     plan = load_plan(store, run)
@@ -186,7 +186,7 @@ def _turn(indexed: IndexedRun, manifest: IndexManifest, seed: int) -> _Turned:
     load_weights(sae, indexed.checkpoint)
     d = sae.W_enc.shape[1]
     rotation, _ = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(seed)))
-    for part in torch.split(sae.W_enc.data, _TURN_ROWS):
+    for part in torch.split(sae.W_enc.data, _ROTATED_ROWS):
         part.copy_(part @ rotation)
     patience = float(run.timeouts.missing_seconds)
     activations = ActivationSet(store, plan, run.sites, patience_seconds=patience)
@@ -202,4 +202,4 @@ def _turn(indexed: IndexedRun, manifest: IndexManifest, seed: int) -> _Turned:
     latents, units, rows, acts = (np.concatenate(each) for each in zip(*parts, strict=True))
     order = np.lexsort((rows, units, latents))
     sorted_ = [pa.array(each[order]) for each in (latents, units, rows, acts)]
-    return _Turned(index, manifest, pa.Table.from_arrays(sorted_, schema=POSTINGS))
+    return _Rotated(index, manifest, pa.Table.from_arrays(sorted_, schema=POSTINGS))

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from dist_sae.analysis.chance import Beyond
+from dist_sae.analysis.chance import WordComparison
 from dist_sae.analysis.coverage_figures import figures
 from dist_sae.analysis.law import (
     ENOUGH_FIRINGS,
@@ -39,15 +39,15 @@ class Covered(NamedTuple):
     """Columns by name, with a value for each concept."""
     zipf: float | None
     """Exponent of the rank-frequency curve of the alive latents. None if too few are alive."""
-    beyond: Sequence[Beyond] = ()
+    comparisons: Sequence[WordComparison] = ()
     """Comparisons with the rotated copy, and with the dictionary of `--control`."""
     caveat: str = ""
     """Why the dictionary is not compared with chance. Empty if it is."""
 
     @property
-    def is_nothing(self) -> bool:
+    def fails_control(self) -> bool:
         """Whether in any comparison the dictionary does not have significantly more words."""
-        return any(not each.is_more for each in self.beyond)
+        return any(not each.is_more for each in self.comparisons)
 
 
 def frequencies(concepts: Sequence[Concept], words: WordRows, share: float) -> NDArray[np.float64]:
@@ -102,7 +102,7 @@ def cover_words(
     frequency: NDArray[np.float64],
     matched: Matched,
     least_f1: float,
-    beyond: Sequence[Beyond] = (),
+    comparisons: Sequence[WordComparison] = (),
     caveat: str = "",
 ) -> Covered:
     """Find the words of a list that have a latent in one dictionary.
@@ -115,7 +115,7 @@ def cover_words(
         frequency: Frequency of each word.
         matched: Latents that match the words.
         least_f1: Lowest F1 at which a word counts as having its own latent.
-        beyond: Comparisons with other dictionaries.
+        comparisons: Comparisons with other dictionaries.
         caveat: Why the dictionary is not compared with chance.
 
     Raises:
@@ -140,7 +140,7 @@ def cover_words(
     }
     alive = int((firings > 0).sum())
     width = Width(name, len(firings), alive, trained_rows, frequency, judged, recovered)
-    return Covered(width, table, exponent_of(firings), beyond, caveat)
+    return Covered(width, table, exponent_of(firings), comparisons, caveat)
 
 
 def cover_features(
@@ -185,14 +185,14 @@ def coverage(covered: Sequence[Covered], forecast: Sequence[float]) -> Findings:
     """
     widths = [each.width for each in covered]
     fitted = fit(widths, forecast)
-    known = not any(each.is_nothing for each in covered)
-    law = fitted.law if known and fitted.law and _falls(fitted.law) else None
+    known = not any(each.fails_control for each in covered)
+    law = fitted.law if known and fitted.law and _f50_falls(fitted.law) else None
     summary = [
         line
         for each, curve in zip(covered, fitted.curves, strict=True)
-        for line in _of_width(each, curve)
+        for line in _width_sentences(each, curve)
     ]
-    summary += _of_law(law) if law else []
+    summary += _law_sentences(law) if law else []
     tables = {"concepts": pa.concat_tables([_concepts(each) for each in covered])}
     return Findings(
         numbers={
@@ -222,24 +222,24 @@ def check_widths(names: Sequence[str]) -> None:
         )
 
 
-def _falls(law: Law) -> bool:
+def _f50_falls(law: Law) -> bool:
     """Return whether f50 falls with width: the exponent's interval is below zero."""
     return law.exponent.high is not None and law.exponent.high < 0
 
 
-def _of_width(covered: Covered, curve: Curve) -> list[str]:
+def _width_sentences(covered: Covered, curve: Curve) -> list[str]:
     width = covered.width
     n, has = int(width.judged.sum()), int((width.recovered & width.judged).sum())
     lines = [
         f"{width.name}: {has} of {n} concepts ({has / n:.0%}) have a latent of their own; "
         f"{width.alive:,} of {width.n_latents:,} latents are alive"
     ]
-    lines += [_beside(width.name, each) for each in covered.beyond]
+    lines += [_comparison_sentence(width.name, each) for each in covered.comparisons]
     if not has:
         lines.append(f"{width.name}: nothing is found, so there is no curve")
-    elif covered.is_nothing:
+    elif covered.fails_control:
         lines.append(f"{width.name}: so there is no curve")
-    elif curve.f50.value is None or not _told(curve):
+    elif curve.f50.value is None or not _slope_is_positive(curve):
         lines.append(f"{width.name}: how often a concept occurs does not tell whether it has one")
     else:
         lines.append(
@@ -257,7 +257,7 @@ def _of_width(covered: Covered, curve: Curve) -> list[str]:
     return lines
 
 
-def _beside(name: str, found: Beyond) -> str:
+def _comparison_sentence(name: str, found: WordComparison) -> str:
     counts = (
         f"on {found.rows:,} rows it has {found.found} of {found.words} words, and {found.of} "
         f"{found.by_other}"
@@ -267,12 +267,12 @@ def _beside(name: str, found: Beyond) -> str:
     return f"{name}: nothing beyond that: {counts} (p = {found.p_value:.2g})"
 
 
-def _told(curve: Curve) -> bool:
+def _slope_is_positive(curve: Curve) -> bool:
     """Return whether frequent words are recovered more often: the slope's interval is above 0."""
     return curve.slope.low is not None and curve.slope.low > 0
 
 
-def _of_law(law: Law) -> list[str]:
+def _law_sentences(law: Law) -> list[str]:
     lines = [
         f"over the widths, f50 falls as alive latents to the power {shown(law.exponent)}",
         f"forecast: with ten times the alive latents of the widest f50 is {shown(law.ten_times)}",
@@ -329,9 +329,9 @@ def _numbers(covered: Covered, curve: Curve) -> dict[str, Any]:
         "recovered_share": float(has.sum() / width.judged.sum()),
         "beyond": [
             {**each._asdict(), "p_value": each.p_value, "is_more": each.is_more}
-            for each in covered.beyond
+            for each in covered.comparisons
         ],
-        "nothing": covered.is_nothing or not has.any(),
+        "nothing": covered.fails_control or not has.any(),
         "recovered_by_category": {
             category: [
                 int(has[names == category].sum()),

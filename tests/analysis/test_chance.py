@@ -1,4 +1,4 @@
-"""What a dictionary finds by chance: an untrained one finds no more than its turned copy."""
+"""What a dictionary finds by chance: an untrained one finds no more than its rotated copy."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from dist_sae.analysis import chance
-from dist_sae.analysis.chance import Beyond, beyond, match_turned
+from dist_sae.analysis.chance import WordComparison, compare_words, match_rotated
 from dist_sae.analysis.coverage import cover_words, coverage
 from dist_sae.analysis.indexed_run import IndexedRun, open_indexed_run
 from dist_sae.analysis.matching import Matched, match_words
@@ -94,11 +94,11 @@ def matched(world: World, dictionary: IndexedRun) -> Matched:
     return match_words(dictionary.index, world.words, FEATURES)
 
 
-def compared(world: World, dictionary: IndexedRun, seed: int = 0) -> Beyond:
-    n, own, turned = match_turned(
+def compared(world: World, dictionary: IndexedRun, seed: int = 0) -> WordComparison:
+    n, own, rotated = match_rotated(
         dictionary, world.words, FEATURES, matched(world, dictionary), seed
     )
-    return beyond("chance", n, own.judged, own.recovered(F1), turned.recovered(F1))
+    return compare_words("chance", n, own.judged, own.recovered(F1), rotated.recovered(F1))
 
 
 def test_a_dictionary_of_the_features_has_words_that_chance_has_not(world: World) -> None:
@@ -139,9 +139,9 @@ def test_a_copy_turned_by_nothing_is_the_dictionary(
 ) -> None:
     monkeypatch.setattr(torch.linalg, "qr", lambda x: (torch.eye(len(x)), None))
     own = matched(world, world.ideal)
-    _, same, turned = match_turned(world.ideal, world.words, FEATURES, own)
+    _, same, rotated = match_rotated(world.ideal, world.words, FEATURES, own)
     assert same is own
-    assert turned.matches == own.matches
+    assert rotated.matches == own.matches
 
 
 def test_few_rows_are_compared_on_the_same_rows(
@@ -149,11 +149,11 @@ def test_few_rows_are_compared_on_the_same_rows(
 ) -> None:
     monkeypatch.setattr(torch.linalg, "qr", lambda x: (torch.eye(len(x)), None))
     monkeypatch.setattr(chance, "CHANCE_ROWS", 1000)
-    n, own, turned = match_turned(world.ideal, world.words, FEATURES, matched(world, world.ideal))
+    n, own, rotated = match_rotated(world.ideal, world.words, FEATURES, matched(world, world.ideal))
     assert 350 < n <= 1000
     assert n in world.words.starts
     assert own.occurrences.sum() == np.searchsorted(world.words.rows, n)
-    assert own.matches == turned.matches
+    assert own.matches == rotated.matches
 
 
 def test_without_the_rows_chance_is_unknown(world: World) -> None:
@@ -173,9 +173,9 @@ def flags(*counts: int) -> NDArray[np.bool_]:
 def test_p_values_are_those_of_the_sign_test() -> None:
     """5 of 6 words that one alone has: (6 + 1) / 64. Of 1,100 of 2,000: 4.5 deviations."""
     own, other = flags(15, 6), np.concatenate([flags(10, 5), flags(1, 5)])
-    found = beyond("x", 1, np.ones(21, np.bool_), own, other)
+    found = compare_words("x", 1, np.ones(21, np.bool_), own, other)
     assert (found.found, found.by_other, found.both) == (15, 11, 10)
     assert found.p_value == pytest.approx(7 / 64)
-    assert Beyond("x", 1, 50, 0, 0, 0).p_value == 1
-    large = Beyond("x", 1, 3000, 1100, 900, 0)
+    assert WordComparison("x", 1, 50, 0, 0, 0).p_value == 1
+    large = WordComparison("x", 1, 3000, 1100, 900, 0)
     assert large.p_value == pytest.approx(4.2e-6, rel=0.1)  # exact, by another program

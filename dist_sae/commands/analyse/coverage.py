@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dist_sae.report.outcome import Findings
 
 _CORPUS_WORDS = 400
-_TURNED = "the dictionary turned at random"
+_ROTATED_COPY = "its randomly rotated copy"
 
 
 def add(questions: shared.Commands) -> None:
@@ -94,7 +94,7 @@ def _find(options: argparse.Namespace, runs: "Sequence[Run]") -> "Findings":
 
 
 def _words(options: argparse.Namespace, runs: "Sequence[Run]") -> "Iterator[Covered]":
-    from dist_sae.analysis.chance import beyond, match_turned
+    from dist_sae.analysis.chance import compare_words, match_rotated
     from dist_sae.analysis.coverage import cover_words, frequencies, judged_words
     from dist_sae.analysis.indexed_run import IndexedRun, open_indexed_run
     from dist_sae.analysis.matching import LEAST_OCCURRENCES, Matched, match_words
@@ -132,17 +132,17 @@ def _words(options: argparse.Namespace, runs: "Sequence[Run]") -> "Iterator[Cove
         others, caveat = [], f"{name}: what chance would find was not asked"
         if options.chance:
             try:
-                n_rows, own, turned = match_turned(indexed, words_at, len(concepts), matched)
+                n_rows, own, rotated = match_rotated(indexed, words_at, len(concepts), matched)
             except ConfigError as exc:  # rows that were deleted after use
                 caveat = str(exc)
             else:
                 caveat = ""
-                found = [each.recovered(options.f1) for each in (own, turned)]
-                others.append(beyond(_TURNED, n_rows, own.judged, *found))
+                found = [each.recovered(options.f1) for each in (own, rotated)]
+                others.append(compare_words(_ROTATED_COPY, n_rows, own.judged, *found))
         if control and controls:
             found = [each.recovered(options.f1) for each in (matched, controls)]
             judged, n_rows = matched.judged & controls.judged, int(words_at.starts[-1])
-            others.append(beyond(control.run.name, n_rows, judged, *found))
+            others.append(compare_words(control.run.name, n_rows, judged, *found))
         found_of = concepts, frequency, matched, options.f1, others, caveat
         yield cover_words(name, index.firings, trained, *found_of)
 
