@@ -21,7 +21,7 @@ class Level(NamedTuple):
     """Clusters at one resolution."""
 
     resolution: float
-    of: NDArray[np.int32]
+    cluster_of: NDArray[np.int32]
     """Cluster of each latent; -1 if it is in none. Cluster 0 is the largest."""
     sizes: NDArray[np.int64]
     stability: NDArray[np.float64]
@@ -46,8 +46,8 @@ def find_level(graph: Graph, resolution: float, resamples: int, seed: int) -> Le
         ConfigError: scikit-network is not installed.
     """
     own = _numbered(_leiden(graph, resolution, seed, None))
-    of = np.full(graph.n, -1, np.int32)
-    of[graph.nodes] = own
+    cluster_of = np.full(graph.n, -1, np.int32)
+    cluster_of[graph.nodes] = own
     sizes = np.bincount(own[own >= 0])
     sums, times = np.zeros(len(sizes)), np.zeros(len(sizes))
     for draw in range(resamples):
@@ -57,7 +57,7 @@ def find_level(graph: Graph, resolution: float, resamples: int, seed: int) -> Le
         sums[seen] += found[seen]
         times += seen
     stability = np.divide(sums, times, out=np.full(len(sizes), np.nan), where=times > 0)
-    return Level(resolution, of, sizes, stability)
+    return Level(resolution, cluster_of, sizes, stability)
 
 
 def _leiden(
@@ -132,22 +132,24 @@ def _numbered(labels: NDArray[np.int64]) -> NDArray[np.int32]:
 
 
 def _jaccard(
-    of: NDArray[np.int32], labels: NDArray[np.int64], kept: NDArray[np.bool_], n: int
+    cluster_of: NDArray[np.int32], labels: NDArray[np.int64], kept: NDArray[np.bool_], n: int
 ) -> NDArray[np.float64]:
     """Return the Jaccard index of each of `n` clusters with its best match in a resample.
 
     Args:
-        of: Cluster of each node; -1 if it is in none.
+        cluster_of: Cluster of each node; -1 if it is in none.
         labels: Community of each node in the resample.
         kept: Nodes of the resample.
         n: Number of clusters.
     """
-    here = kept & (of >= 0)
+    here = kept & (cluster_of >= 0)
     _, matched = np.unique(labels, return_inverse=True)
-    mine = np.bincount(of[here], minlength=n)
+    mine = np.bincount(cluster_of[here], minlength=n)
     theirs = np.bincount(matched[kept])
     width = len(theirs) if len(theirs) else 1
-    pairs, common = np.unique(of[here].astype(np.int64) * width + matched[here], return_counts=True)
+    pairs, common = np.unique(
+        cluster_of[here].astype(np.int64) * width + matched[here], return_counts=True
+    )
     cluster, match = pairs // width, pairs % width
     best = np.zeros(n)
     np.maximum.at(best, cluster, common / (mine[cluster] + theirs[match] - common))

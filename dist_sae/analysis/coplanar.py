@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import normalize
 
-from dist_sae.analysis.graph import Groups, components, together
+from dist_sae.analysis.graph import Groups, components, merge_groups
 from dist_sae.analysis.links import Pairs
 from dist_sae.index.decoder import Decoder
 
@@ -59,9 +59,9 @@ def coplanar_groups(decoder: Decoder, pairs: Pairs, least: int, most: int) -> Gr
     group, latents = members // n, members % n
     sizes = np.bincount(group, minlength=n_groups)
     kept = (sizes >= least) & (sizes <= most)
-    too_many = len(np.unique(latents[(sizes > most)[group]]))
-    flat = Groups(latents[kept[group]], sizes[kept], too_many)
-    return together([flat, _with_mixed(flat, sketches, pairs, most)])
+    n_left_out = len(np.unique(latents[(sizes > most)[group]]))
+    flat = Groups(latents[kept[group]], sizes[kept], n_left_out)
+    return merge_groups([flat, _with_mixed(flat, sketches, pairs, most)])
 
 
 def _with_mixed(flat: Groups, sketches: NDArray[np.float16], pairs: Pairs, most: int) -> Groups:

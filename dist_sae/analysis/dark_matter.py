@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_sae import logs
-from dist_sae.analysis.error_parts import ENOUGH_ROWS, Judge, LinearPart, Moments, Parts
+from dist_sae.analysis.error_parts import ENOUGH_ROWS, LinearPart, Moments, Parts, PartsEvaluator
 from dist_sae.analysis.pursuit import affordable_rows, most_latents, pursue
 from dist_sae.analysis.tail import COLUMNS, LEAST_ALIVE, Floats, Law, Span, energies, fit_law
 from dist_sae.checkpoint.pages import PagedDictionary
@@ -40,7 +40,7 @@ _RESAMPLES = 1000
 class Tail(NamedTuple):
     """Results of a sparse solver on some judged rows, as shares of their variance."""
 
-    left: Span
+    residual: Span
     """Share that no sparse sum of decoder rows describes. The interval runs from the lowest to the
     highest end of the 95 % intervals (bootstrap over documents) at .9, 1 and 1.1 times the
     threshold of `pursuit`."""
@@ -64,7 +64,7 @@ class Tail(NamedTuple):
     @property
     def interference(self) -> float:
         """Error of the encoder beyond the tail: wrong codes, and the limit on active latents."""
-        return self.fvu - self.left.value
+        return self.fvu - self.residual.value
 
 
 class Study(NamedTuple):
@@ -167,12 +167,12 @@ class _Measuring:
         store = open_store(run.store.runs, run.store.s3)
         index = index_of(store, run.name, self._trained.checkpoint)
         linear = self._fit(fitted, fit_rows or ENOUGH_ROWS * normalisers.widths.d_in)
-        judge = Judge(linear, self._mean)
+        evaluator = PartsEvaluator(linear, self._mean)
         limit = run.evaluate.rows
         every = max(1, limit // PURSUED_ROWS)
         active, rows, sample = 0, 0, []
         for batch, found, error in self._errors(judged, limit, "judge the parts of the error"):
-            judge.add(batch.inputs, batch.targets, error)
+            evaluator.add(batch.inputs, batch.targets, error)
             active += int(found.firings.sum())
             places = torch.arange(len(error))[-rows % every :: every]
             sample.append((batch.targets[places], error[places].double().square().sum(1)))
@@ -188,7 +188,7 @@ class _Measuring:
         if autoencoder:
             targets, squares = (torch.cat(column) for column in zip(*sample, strict=True))
             tail = self._tail(targets, squares, documents[::every], l0, energy, alive)
-            energy = energy * (1 - tail.left.value) / max(float(energy.sum()), 1e-300)
+            energy = energy * (1 - tail.residual.value) / max(float(energy.sum()), 1e-300)
         else:
             left_out.append(
                 f"no tail: sae.kind {run.sae.kind} does not reconstruct what it reads, so a solver "
@@ -207,7 +207,7 @@ class _Measuring:
             alive=int(alive.sum()),
             indexed_rows=index.rows,
             l0=l0,
-            parts=judge.result(documents),
+            parts=evaluator.result(documents),
             judged_rows=rows,
             judged_documents=len(set(documents.tolist())),
             linear=linear,
@@ -273,7 +273,7 @@ class _Measuring:
         y = targets - self._offset(targets)
         parts = partial(pages.parts, "W_dec")
         usable = torch.from_numpy(alive)
-        left = pursue(y, parts, usable, most)
+        residuals = pursue(y, parts, usable, most)
         ordered = np.argsort(np.where(alive, -energy, np.inf), kind="stable")
         half = np.zeros_like(alive)
         half[ordered[: int(alive.sum()) // 2]] = True
@@ -283,20 +283,20 @@ class _Measuring:
         y_control = y[:_CONTROL_ROWS] @ turned
         control = pursue(y_control, parts, usable, most)
         total = (targets.double() - self._mean).square().sum(1)
-        middle = len(left.squares) // 2
+        middle = len(residuals.squares) // 2
         shares, by_half_shares = (
-            each.squares.double().sum(1) / total.sum() for each in (left, by_half)
+            each.squares.double().sum(1) / total.sum() for each in (residuals, by_half)
         )
         rarer = 1 - float(energy[half].sum() / max(energy[alive].sum(), 1e-300))
         unique = unique_share(shares, by_half_shares, rarer)
         return Tail(
-            left=left_over(left.squares.double(), total, documents),
+            residual=residual_share(residuals.squares.double(), total, documents),
             unique=unique,
             fvu=float(squares.sum() / total.sum()),
-            explained=1 - float(left.squares[middle].sum() / y.square().sum()),
+            explained=1 - float(residuals.squares[middle].sum() / y.square().sum()),
             chance=1 - float(control.squares[middle].sum() / y_control.square().sum()),
-            latents=float(left.latents[middle].mean()),
-            capped=float((left.latents[middle] >= most).float().mean()),
+            latents=float(residuals.latents[middle].mean()),
+            capped=float((residuals.latents[middle] >= most).float().mean()),
             rows=len(y),
         )
 
@@ -350,25 +350,25 @@ class _Linear:
 
 
 def unique_share(
-    left: Float[Tensor, " strictness"], by_half: Float[Tensor, " strictness"], rarer: float
+    residual: Float[Tensor, " strictness"], by_half: Float[Tensor, " strictness"], rarer: float
 ) -> Span:
     """Return the share of unique energy, from 0 to 1: see `Tail.unique`.
 
     Args:
-        left: The solver's error, as a share of the variance.
+        residual: The solver's error, as a share of the variance.
         by_half: The solver's error without the half of the latents with the least energy.
         rarer: That half's share of the energy of all latents.
     """
-    found = ((by_half - left) / ((1 - left) * max(rarer, 1e-300))).clamp(0, 1)
+    found = ((by_half - residual) / ((1 - residual) * max(rarer, 1e-300))).clamp(0, 1)
     return Span(float(found[len(found) // 2]), float(found.min()), float(found.max()))
 
 
-def left_over(
+def residual_share(
     squares: Float[Tensor, "strictness rows"],
     total: Float[Tensor, " rows"],
     documents: Tensor,
 ) -> Span:
-    """Return the share of the variance that a pursuit cannot explain: see `Tail.left`.
+    """Return the share of the variance that a pursuit cannot explain: see `Tail.residual`.
 
     Args:
         squares: Squared error of each row, for each threshold.

@@ -93,7 +93,7 @@ def figures(
         wide = [math.log10(study.alive) for study in measured]
         lines = [
             Line("FVU", wide, [study.parts.numbers["fvu"] for study in measured]),
-            Line("tail", wide, [study.tail.left.value for study in measured if study.tail]),
+            Line("tail", wide, [study.tail.residual.value for study in measured if study.tail]),
         ]
         for one in measured[:-1]:
             own = [
@@ -101,7 +101,7 @@ def figures(
             ]
             if own and one.tail:
                 x = [math.log10(s.alive) for s in (one, *(check.wider for check in own))]
-                y = [one.tail.left.value, *(check.predicted.value for check in own)]
+                y = [one.tail.residual.value, *(check.predicted.value for check in own)]
                 lines.append(Line(f"floor from {one.name}", x, y))
         title = "FVU, tail and predicted floor by width"
         yield render_lines(title, lines, x_label="log10 of the alive latents", from_zero=True)

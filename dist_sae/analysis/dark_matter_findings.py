@@ -93,28 +93,28 @@ def findings(
     )
 
 
-def says_nothing(study: Study) -> bool:
+def is_at_chance(study: Study) -> bool:
     """Return whether the decoder explains no more than directions unrelated to the rows do."""
     return study.tail is not None and study.tail.explained - study.tail.chance < _EXPLAINS
 
 
 def _checks(studies: Sequence[Study]) -> Iterator[Check]:
     """Yield predictions for each dictionary, from one or two narrower ones on the same rows."""
-    ordered = sorted((s for s in studies if s.tail and not says_nothing(s)), key=_alive)
+    ordered = sorted((s for s in studies if s.tail and not is_at_chance(s)), key=_alive)
     for place, one in enumerate(ordered):
         for other in ordered[place + 1 :]:
             law = one.energy_law
             if law and one.tail and other.tail and _is_wider(other, one):
-                predicted = floor(one.tail.left, one.tail.unique, law, one.alive, other.alive)
-                yield Check((one,), other, predicted, other.tail.left)
+                predicted = floor(one.tail.residual, one.tail.unique, law, one.alive, other.alive)
+                yield Check((one,), other, predicted, other.tail.residual)
     for one, two, other in combinations(ordered, 3):
         law = two.energy_law
         if law and one.tail and two.tail and other.tail and _is_wider(two, one):
             if not _is_wider(other, two):
                 continue
             alive = (one.alive, two.alive, other.alive)
-            predicted = forecast((one.tail.left, two.tail.left), law, alive)
-            yield Check((one, two), other, predicted, other.tail.left)
+            predicted = forecast((one.tail.residual, two.tail.residual), law, alive)
+            yield Check((one, two), other, predicted, other.tail.residual)
 
 
 def _alive(study: Study) -> int:
@@ -156,7 +156,7 @@ def _numbers(study: Study) -> dict[str, Any]:
     if (tail := study.tail) is None:
         return found
     found |= {
-        "tail": tail.left.numbers(),
+        "tail": tail.residual.numbers(),
         "interference": tail.interference,
         "unique_energy": tail.unique.numbers(),
         "pursued_rows": tail.rows,
@@ -165,10 +165,10 @@ def _numbers(study: Study) -> dict[str, Any]:
         "pursued_capped": tail.capped,
         "explained": tail.explained,
         "explained_by_chance": tail.chance,
-        "nothing": says_nothing(study),
+        "nothing": is_at_chance(study),
     }
     law, frequencies = study.energy_law, study.frequency_law
-    if law and frequencies and not says_nothing(study):
+    if law and frequencies and not is_at_chance(study):
         found |= {
             "frequency_exponent": frequencies.exponent.numbers(),
             "energy_exponent": law.exponent.numbers(),
@@ -176,8 +176,8 @@ def _numbers(study: Study) -> dict[str, Any]:
                 str(times): span.numbers() for times in _WIDER if (span := _floor(study, times))
             },
         }
-        if _tells_features(study):
-            end = law.rank_of(study.alive, tail.left)
+        if _has_distinct_latents(study):
+            end = law.rank_of(study.alive, tail.residual)
             found["tail_ends_at_rank"] = list(map(_finite, end))
     return found
 
@@ -187,7 +187,7 @@ def _sentences(study: Study) -> Iterator[str]:
     name = f"{study.name} ({study.alive:,} of {study.n_latents:,} latents alive)"
     if tail is None:
         yield f"{name}: FVU {parts['fvu']:.3f} on {study.judged_rows:,} held-out rows."
-    elif says_nothing(study):
+    elif is_at_chance(study):
         yield (
             f"{name}: nothing. Its decoder explains {_percent(tail.explained)} of the rows, and "
             f"{_percent(tail.chance)} after a random rotation of them: it has found no features, "
@@ -202,7 +202,7 @@ def _sentences(study: Study) -> Iterator[str]:
         )
         yield (
             f"{name}: FVU {tail.fvu:.3f}. The tail, which the decoder lacks, is "
-            f"{_shown(tail.left)}; {rest}. FVU alone is not the tail."
+            f"{_shown(tail.residual)}; {rest}. FVU alone is not the tail."
         )
         yield from _law_sentences(study)
     if parts["error_r2"] < _PREDICTS and parts["norm_r2"] < _PREDICTS:
@@ -236,20 +236,20 @@ def _law_sentences(study: Study) -> Iterator[str]:
         f"on, the tail of a dictionary with more alive latents, the floor of its FVU, is at least "
         f"{floors}."
     )
-    if not _tells_features(study):
+    if not _has_distinct_latents(study):
         yield (
             f"{study.name}: its latents share out what others describe as well, so their energies "
             f"do not say how many features are missing, and the floor is a weak bound."
         )
         return
-    end = law.rank_of(study.alive, tail.left)
+    end = law.rank_of(study.alive, tail.residual)
     yield (
         f"{study.name}: if the law went on, the tail would end at rank {short(end.value)} "
         f"({short(end.low)} to {short(end.high)}): an extrapolation, no count of features."
     )
 
 
-def _tells_features(study: Study) -> bool:
+def _has_distinct_latents(study: Study) -> bool:
     """Return whether latents stand for distinct features, so that a law can estimate how many."""
     return study.tail is not None and study.tail.unique.value > _UNIQUE
 
@@ -259,7 +259,7 @@ def _floor(study: Study, times: int) -> Span | None:
     law, tail = study.energy_law, study.tail
     if not law or not tail:
         return None
-    return floor(tail.left, tail.unique, law, study.alive, times * study.alive)
+    return floor(tail.residual, tail.unique, law, study.alive, times * study.alive)
 
 
 def _check_sentences(check: Check) -> Iterator[str]:
@@ -318,7 +318,7 @@ def _caveats(study: Study) -> Iterator[str]:
             f"{study.name}: {_percent(study.tail.capped)} of the rows use as many latents as the "
             f"solver may, so their tail is too large, or they hold what latents cannot describe."
         )
-    if study.tail and study.tail.interference < 0 and not says_nothing(study):
+    if study.tail and study.tail.interference < 0 and not is_at_chance(study):
         yield (
             f"{study.name}: the encoder leaves less than the solver, so its latents also "
             f"describe rows that chance would explain; the tail is at most the FVU."

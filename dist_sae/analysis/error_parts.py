@@ -75,20 +75,20 @@ class Moments:
         values, vectors = torch.linalg.eigh(inputs)
         values = values.clamp_min(0)
         along = vectors.T @ both
-        maps, penalties, free = [], [], []
+        maps, penalties, freedom = [], [], []
         for columns in (slice(None, -1), slice(-1, None)):
             penalty = _penalty(values, along[:, columns], float(squares[columns].sum()), n)
             inverse = _inverse(values, penalty)
             maps.append(vectors @ (inverse[:, None] * along[:, columns]))
             penalties.append(penalty)
-            free.append(_free(values, inverse))
+            freedom.append(_degrees_of_freedom(values, inverse))
         weights = torch.cat(maps, 1)
         centre = self._centre + input_mean
         bias = output_mean - centre @ weights
-        return LinearPart(weights, bias, output_mean, tuple(penalties), tuple(free), n)
+        return LinearPart(weights, bias, output_mean, tuple(penalties), tuple(freedom), n)
 
 
-def _free(values: Tensor, inverse: Tensor) -> float:
+def _degrees_of_freedom(values: Tensor, inverse: Tensor) -> float:
     """Return a map's effective number of parameters per output, including the bias."""
     return float((values * inverse).sum()) + 1
 
@@ -107,7 +107,7 @@ def _penalty(values: Tensor, along: Tensor, squares: float, n: int) -> float:
         inverse = _inverse(values, penalty)
         shrunk = values * inverse
         left = squares - float((along.square().sum(1) * inverse * (2 - shrunk)).sum())
-        return max(left, 0.0) / (1 - _free(values, inverse) / n) ** 2
+        return max(left, 0.0) / (1 - _degrees_of_freedom(values, inverse) / n) ** 2
 
     return min(_PENALTIES, key=score)
 
@@ -122,20 +122,20 @@ class LinearPart(NamedTuple):
     """Mean errors and mean squared norm, over the rows that the maps are fitted to."""
     penalties: tuple[float, ...]
     """Ridge penalties of the two maps, as shares of the mean variance of the inputs."""
-    free: tuple[float, ...]
+    degrees_of_freedom: tuple[float, ...]
     """Effective number of parameters per output of the two maps."""
     rows: int
     """Number of rows that the maps are fitted to."""
 
     @property
-    def unspoilt(self) -> tuple[float, ...]:
+    def overfit_corrections(self) -> tuple[float, ...]:
         """Correction factors for the two maps' squared errors on rows that they were not fitted to.
 
         Maps that are fitted to n rows also fit the noise of these rows. So on other rows their
-        squared error is about 1 / (1 - free / n) times that of the best maps: 2 % too large with 50
-        rows per parameter.
+        squared error is about 1 / (1 - degrees of freedom / n) times that of the best maps: 2 % too
+        large with 50 rows per parameter.
         """
-        return tuple(1 - free / self.rows for free in self.free)
+        return tuple(1 - degrees / self.rows for degrees in self.degrees_of_freedom)
 
     def predict(self, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out_1"]:
         """Predict the errors and, in the last column, their squared norms, in fp64."""
@@ -156,7 +156,7 @@ class Parts(NamedTuple):
     """Length of each row's error, relative to the root mean square of |x - mean|."""
 
 
-class Judge:
+class PartsEvaluator:
     """Judges linear maps by sums over rows that they were not fitted to.
 
     Args:
@@ -180,7 +180,7 @@ class Judge:
         error = error.double()
         predicted = self._linear.predict(x)
         square = error.square().sum(1)
-        parts, norms = self._linear.unspoilt
+        parts, norms = self._linear.overfit_corrections
         rest = (error - predicted[:, :-1]).square() * parts
         about = (error - self._linear.means[:-1]).square()
         self._by_dim += torch.stack([rest.sum(0), about.sum(0)])

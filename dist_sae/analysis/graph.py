@@ -36,7 +36,7 @@ class Groups(NamedTuple):
     """Members of the first group, ascending, then those of the second, and so on."""
     sizes: NDArray[np.int64]
     """Number of latents of each group."""
-    too_many: int
+    n_left_out: int
     """Number of latents that were left out because their group is too large."""
 
 
@@ -114,8 +114,8 @@ def components(
         np.minimum.at(root, high, low)
         while not np.array_equal(above := root[root], root):
             root = above
-    roots, of = np.unique(root, return_inverse=True)
-    return of, len(roots)
+    roots, component_of = np.unique(root, return_inverse=True)
+    return component_of, len(roots)
 
 
 def find_groups(edges: Edges, n_latents: int, least: int, most: int) -> Groups:
@@ -130,7 +130,7 @@ def find_groups(edges: Edges, n_latents: int, least: int, most: int) -> Groups:
         least: Fewest latents of a group.
         most: Most latents of a group.
     """
-    of = np.full(n_latents, -1, np.int32)
+    group_of = np.full(n_latents, -1, np.int32)
     sizes: list[NDArray[np.int64]] = []
     one, other, cosine, _ = edges.where(edges.mutual)
     cutoff, large, n_groups = float(cosine.min(initial=1.0)), np.zeros(n_latents, bool), 0
@@ -141,7 +141,7 @@ def find_groups(edges: Edges, n_latents: int, least: int, most: int) -> Groups:
         found = np.flatnonzero((counts >= least) & (counts <= most))
         number[found] = np.arange(n_groups, n_groups + len(found))
         here = number[component] >= 0
-        of[here] = number[component][here]
+        group_of[here] = number[component][here]
         sizes.append(counts[found])
         n_groups += len(found)
         large = (counts > most)[component]
@@ -151,11 +151,11 @@ def find_groups(edges: Edges, n_latents: int, least: int, most: int) -> Groups:
         kept = large[one] & (cosine >= cutoff)
         one, other, cosine = one[kept], other[kept], cosine[kept]
         large[:] = False
-    latents = np.argsort(of, kind="stable")[np.count_nonzero(of < 0) :]
+    latents = np.argsort(group_of, kind="stable")[np.count_nonzero(group_of < 0) :]
     return Groups(latents, np.concatenate([np.zeros(0, np.int64), *sizes]), int(large.sum()))
 
 
-def together(parts: Sequence[Groups]) -> Groups:
+def merge_groups(parts: Sequence[Groups]) -> Groups:
     """Merge the groups of several searches, without duplicates."""
     lists: dict[bytes, NDArray[np.int64]] = {}
     for part in parts:
@@ -164,4 +164,4 @@ def together(parts: Sequence[Groups]) -> Groups:
                 lists.setdefault(latents.tobytes(), latents)
     sizes = np.array([len(latents) for latents in lists.values()], np.int64)
     latents = np.concatenate([np.zeros(0, np.int64), *lists.values()])
-    return Groups(latents, sizes, sum(part.too_many for part in parts))
+    return Groups(latents, sizes, sum(part.n_left_out for part in parts))

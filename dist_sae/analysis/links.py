@@ -56,7 +56,7 @@ class Links(NamedTuple):
         return self.cosine + self.phi
 
 
-def by_chance(n_latents: int, d: int) -> float:
+def chance_cosine(n_latents: int, d: int) -> float:
     """Return the cosine that no two of n random directions should reach: sqrt(4 ln n / d)."""
     return math.sqrt(4 * math.log(max(2, n_latents)) / d)
 

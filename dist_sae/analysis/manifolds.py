@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from dist_sae.analysis.coplanar import coplanar_groups
-from dist_sae.analysis.graph import find_groups, nearest_edges, together
+from dist_sae.analysis.graph import find_groups, merge_groups, nearest_edges
 from dist_sae.analysis.indexed_run import IndexedDictionary
 from dist_sae.analysis.links import coactive_pairs
 from dist_sae.analysis.measure import LEAST_ROWS, PERSPECTIVE, Measured, Shape, measure
@@ -65,7 +65,7 @@ def find_manifolds(dictionary: IndexedDictionary, settings: Settings) -> Finding
     n, sizes = index.n_latents, (settings.least_latents, settings.most_latents)
     firings = np.concatenate([table["density"].to_numpy() for table in index.latents(["density"])])
     pairs = coactive_pairs(index, firings * index.pair_rows)
-    groups = together(
+    groups = merge_groups(
         [
             find_groups(near.where(near.weight >= settings.cosine), n, *sizes),
             find_groups(near.where(pairs.among(near, n)), n, *sizes),
@@ -100,7 +100,7 @@ def find_manifolds(dictionary: IndexedDictionary, settings: Settings) -> Finding
         "rows": index.rows,
         "groups": len(groups.sizes),
         "latents_in_groups": in_groups,
-        "latents_in_too_large_groups": groups.too_many,
+        "latents_in_too_large_groups": groups.n_left_out,
         "measured": n_measured,
         "repeated": n_measured - len(found),
         "rare": rare,

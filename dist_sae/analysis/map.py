@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from dist_sae.analysis.communities import STABLE, Level, find_level, resolutions
 from dist_sae.analysis.inclusion import Absorbed, Parents, find_absorbed, find_parents
 from dist_sae.analysis.indexed_run import IndexedDictionary
-from dist_sae.analysis.links import GraphBuilder, by_chance, find_links
+from dist_sae.analysis.links import GraphBuilder, chance_cosine, find_links
 from dist_sae.analysis.names import distinct, frequent_tokens
 from dist_sae.analysis.positions import Places, place
 from dist_sae.errors import ConfigError
@@ -55,7 +55,7 @@ def make_map(run: str, dictionary: IndexedDictionary, settings: Settings) -> Fin
             scikit-network is not installed.
     """
     index = dictionary.index
-    n, chance = index.n_latents, by_chance(index.n_latents, dictionary.decoder.d_out)
+    n, chance = index.n_latents, chance_cosine(index.n_latents, dictionary.decoder.d_out)
     index.bucket_pairs(0)  # raises if there are no pairs, before the check of their rows
     if index.pair_rows < LEAST_ROWS:
         raise ConfigError(
@@ -81,7 +81,7 @@ def make_map(run: str, dictionary: IndexedDictionary, settings: Settings) -> Fin
         find_level(graph, resolution, settings.resamples, settings.seed)
         for resolution in resolutions(n_linked)
     ]
-    places = place(graph, [level.of for level in levels], settings.seed)
+    places = place(graph, [level.cluster_of for level in levels], settings.seed)
     tokens, _ = frequent_tokens(index, _LATENT_TOKENS)
     present = np.unique(tokens[tokens >= 0])
     texts = dict(zip(present.tolist(), dictionary.name_tokens(present), strict=True))
@@ -106,7 +106,7 @@ def make_map(run: str, dictionary: IndexedDictionary, settings: Settings) -> Fin
     page = MapPage(
         title=f"Map of {n:,} latents: {run}",
         places=places,
-        colour=levels[0].of,
+        colour=levels[0].cluster_of,
         density=density,
         parent=_parent_of(n, parents),
         tokens=tokens,
@@ -132,8 +132,8 @@ def _cluster_tokens(level: Level, tokens: NDArray[np.int32]) -> list[list[int]]:
 
     They are ranked by (latents with the token) x ln (its share in the cluster / its share in all).
     """
-    here = (level.of >= 0)[:, None] & (tokens >= 0)
-    clusters = np.broadcast_to(level.of[:, None], tokens.shape)[here].astype(np.int64)
+    here = (level.cluster_of >= 0)[:, None] & (tokens >= 0)
+    clusters = np.broadcast_to(level.cluster_of[:, None], tokens.shape)[here].astype(np.int64)
     found, overall = np.unique(tokens[here], return_inverse=True)
     keys, counts = np.unique(clusters * max(1, len(found)) + overall, return_counts=True)
     of, token = keys // max(1, len(found)), keys % max(1, len(found))
@@ -243,7 +243,7 @@ def _labels(level: Level, places: Places, names: Sequence[Sequence[str]]) -> lis
 
 def _middles(level: Level, places: Places) -> Places:
     """Return the median place of each cluster."""
-    order = np.argsort(level.of, kind="stable")[np.count_nonzero(level.of < 0) :]
+    order = np.argsort(level.cluster_of, kind="stable")[np.count_nonzero(level.cluster_of < 0) :]
     parts = np.split(places[order], level.sizes.cumsum()[:-1]) if len(level.sizes) else []
     return np.array([np.median(part, axis=0) for part in parts], np.float32).reshape(-1, 2)
 
@@ -260,7 +260,7 @@ def _latents_table(
         "y": pa.array(places[:, 1].astype(np.float32)),
     }
     for i, level in enumerate(levels):
-        columns[f"cluster_{i}"] = pa.array(level.of, mask=level.of < 0)
+        columns[f"cluster_{i}"] = pa.array(level.cluster_of, mask=level.cluster_of < 0)
     columns["parent"] = pa.array(parent, mask=parent < 0)
     columns["inclusion"] = pa.array(inclusion, mask=parent < 0)
     columns["tokens"] = named.latents
@@ -273,7 +273,7 @@ def _clusters_table(
     """Return a row for each cluster of each level, with the coarser cluster that has most of it."""
     parts = []
     for i, level in enumerate(levels):
-        inside = level.of >= 0
+        inside = level.cluster_of >= 0
         columns: dict[str, Any] = {
             "level": pa.array(np.full(len(level.sizes), i, np.int8)),
             "cluster": pa.array(np.arange(len(level.sizes), dtype=np.int32)),
@@ -282,7 +282,8 @@ def _clusters_table(
             ),
             "size": pa.array(level.sizes),
             "density": pa.array(
-                np.bincount(level.of[inside], density[inside], len(level.sizes)), pa.float64()
+                np.bincount(level.cluster_of[inside], density[inside], len(level.sizes)),
+                pa.float64(),
             ),
             "stability": pa.array(level.stability, mask=~np.isfinite(level.stability)),
             "tokens": pa.array(named.clusters[i], pa.list_(pa.string())),
@@ -294,10 +295,11 @@ def _clusters_table(
 
 
 def _majority(level: Level, coarser: Level) -> list[int | None]:
-    both = (level.of >= 0) & (coarser.of >= 0)
+    both = (level.cluster_of >= 0) & (coarser.cluster_of >= 0)
     width = len(coarser.sizes) + 1
     keys, counts = np.unique(
-        level.of[both].astype(np.int64) * width + coarser.of[both], return_counts=True
+        level.cluster_of[both].astype(np.int64) * width + coarser.cluster_of[both],
+        return_counts=True,
     )
     found: list[int | None] = [None] * len(level.sizes)
     for at in np.argsort(counts, kind="stable"):  # the largest last, so it overwrites the others
@@ -316,8 +318,8 @@ def _drawn(places: Places, level: Level, names: Sequence[Sequence[str]], n_linke
     """Draw the latents, or a random sample of them, colored by their coarsest cluster."""
     chosen = np.random.default_rng(0).permutation(len(places))[:_DRAWN]
     clouds = []
-    for cluster in np.unique(level.of[chosen]).tolist():
-        x, y = places[chosen[level.of[chosen] == cluster]].T.tolist()
+    for cluster in np.unique(level.cluster_of[chosen]).tolist():
+        x, y = places[chosen[level.cluster_of[chosen] == cluster]].T.tolist()
         name = ", ".join(names[cluster][:3]) if cluster >= 0 else "in no cluster"
         clouds.append(Cloud(name, x, y))
     return render_cloud(f"Map of the latents, {n_linked:,} of them linked", clouds, x_label="")

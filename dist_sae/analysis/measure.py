@@ -44,7 +44,7 @@ A ring whose intensity varies by 25 % has 0.2. Two independent coordinates alway
 0.05, but their directions would be as separable as a ring."""
 PERSPECTIVE = "perspective"
 """View of points on one side of the origin, whose intensity is divided out."""
-_BESIDE = 0.2  # share of the largest activation from which a second latent counts as active
+_SECOND_ACTIVE = 0.2  # share of the largest activation from which a second latent counts as active
 _LEAST_SPREAD = 1e-6  # below it, all points are on one line through the origin
 _NULL_DRAWS = 39
 _P = 0.05
@@ -183,7 +183,7 @@ def measure(group: Reconstructed) -> Shape | None:
         p_value=p_value,
         participation=components.participation,
         two_nn=two_nn(points),
-        together=float((two[:, 0] >= _BESIDE * two[:, 1]).mean()),
+        together=float((two[:, 0] >= _SECOND_ACTIVE * two[:, 1]).mean()),
         composition=composition(codes, group.gram),
         scaling=scaling(points),
     )

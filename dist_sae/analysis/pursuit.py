@@ -29,7 +29,7 @@ Parts = Callable[[], Iterable[Float[Tensor, "some d"]]]
 """Function that yields the parts of the decoder in order. The next part may overwrite one."""
 
 
-class Left(NamedTuple):
+class Residuals(NamedTuple):
     """Residuals of a pursuit, for each of `STRICTNESS` and each row."""
 
     squares: Float[Tensor, "strictness rows"]
@@ -53,7 +53,7 @@ def affordable_rows(l0: float, d: int) -> int:
 @torch.no_grad()
 def pursue(
     y: Float[Tensor, "rows d"], parts: Parts, usable: Bool[Tensor, " latents"], most: int
-) -> Left:
+) -> Residuals:
     """Explain rows sparsely, with latents whose cosines are above chance.
 
     The decoder is read once for its lengths, and once in each of up to `most` turns.
@@ -74,10 +74,10 @@ def pursue(
     chosen = torch.full((n, most), -1)
     scales = _scales(parts, usable)
     acts = torch.zeros(n, most)
-    left = y.clone()
+    residual = y.clone()
     going = torch.arange(n)
     for turn in range(most + 1):
-        here = left[going]
+        here = residual[going]
         square = here.square().sum(1)
         if turn < most:
             cosine, which, rows = _nearest(here, chosen[going, :turn], scales, parts)
@@ -94,8 +94,8 @@ def pursue(
         atoms[going, turn], chosen[going, turn] = rows[on], which[on]
         support = atoms[going, : turn + 1]
         acts[going, : turn + 1] = _fit(support, y[going], acts[going, : turn + 1])
-        left[going] = y[going] - torch.einsum("rk,rkd->rd", acts[going, : turn + 1], support)
-    return Left(squares, used, most)
+        residual[going] = y[going] - torch.einsum("rk,rkd->rd", acts[going, : turn + 1], support)
+    return Residuals(squares, used, most)
 
 
 def _scales(parts: Parts, usable: Tensor) -> Tensor:

@@ -209,7 +209,7 @@ def _sentences(measured: Measured) -> list[str]:
         f"any activation; {shown(last.sensitivity)} and {shown(last.precision)} from half of its "
         f"largest on; AUROC {shown(measured.auroc)}"
     ]
-    if not tells(measured):
+    if not beats_chance(measured):
         lines.append(f"{name}: says nothing of the concept beyond chance")
     elif not stands_out(measured):
         lines.append(
@@ -226,7 +226,7 @@ def _sentences(measured: Measured) -> list[str]:
     return lines
 
 
-def tells(measured: Measured) -> bool:
+def beats_chance(measured: Measured) -> bool:
     """Return whether activations are larger where the concept is present, beyond chance."""
     return measured.auroc.low is not None and measured.auroc.low > 1 / 2
 
@@ -284,7 +284,7 @@ def _numbers(measured: Measured) -> dict[str, Any]:
         "mean_activation_by_level": list(measured.means),
         "other_latents": measured.peers,
         "others_as_good": measured.as_good,
-        "tells": tells(measured),
+        "tells": beats_chance(measured),
         "stands_out": stands_out(measured),
     }
 

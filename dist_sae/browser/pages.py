@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 from dist_sae.analysis.stored_map import open_map
 from dist_sae.browser.lists import PAGE_LATENTS, Choice, Lists, number, numbered
 from dist_sae.browser.reading import TOP, Reading
-from dist_sae.comparison.nearest import Other
+from dist_sae.comparison.nearest import OtherRun
 from dist_sae.errors import ArgumentError, DistSaeError
 from dist_sae.index.search import Matches, has_pattern, is_token
 from dist_sae.notebook.run import OpenedRun
@@ -57,9 +57,9 @@ class Pages:
     ) -> None:
         self._run = run
         self._explorer = Explorer(run.config, index, Style())
-        self._other: Other | None = None
+        self._other: OtherRun | None = None
         if other is not None:
-            self._other = Other(run.config, self._explorer.index, other.config)
+            self._other = OtherRun(run.config, self._explorer.index, other.config)
         self._chosen = frozenset(chosen)
         self._names: dict[int, str] = {}
         # guards the texts, the model and its dictionary, which only one thread may use at a time
@@ -166,7 +166,7 @@ class Pages:
             theirs=self._view(self._other.explorer, chosen),
             candidates=nearest,
             beside=lambda near: "" if self._chosen else f"{here}{near}",
-            shared=self._other.shared(latent, chosen),
+            shared=self._other.common_rows(latent, chosen),
         )
 
     def search(self, query: Mapping[str, str]) -> str:

@@ -11,7 +11,7 @@ from dist_sae.commands import shared
 from dist_sae.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dist_sae.comparison.matched import Matched
+    from dist_sae.comparison.matched import MatchedLatents
     from dist_sae.comparison.runs import Compared
 
 
@@ -70,11 +70,11 @@ def _write(option: str, path: Path, text: str) -> None:
         ) from exc
 
 
-def _match(compared: Sequence["Compared"]) -> dict[str, "Matched"]:
-    from dist_sae.comparison.matched import match
+def _match(compared: Sequence["Compared"]) -> dict[str, "MatchedLatents"]:
+    from dist_sae.comparison.matched import match_latents
 
     first, *others = compared
-    return {other.label: match(first.run, other.run) for other in others}
+    return {other.label: match_latents(first.run, other.run) for other in others}
 
 
 def _rows(
@@ -89,7 +89,7 @@ def _rows(
 def _lines(
     compared: Sequence["Compared"],
     differences: Mapping[str, Sequence[Any]],
-    matched: Mapping[str, "Matched"],
+    matched: Mapping[str, "MatchedLatents"],
 ) -> Iterator[str]:
     from dist_sae.comparison.runs import NUMBERS, caveats
     from dist_sae.report.shown import shown

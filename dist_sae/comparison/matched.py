@@ -27,7 +27,7 @@ from dist_sae.storage import open_store
 Result = TypeVar("Result")
 
 
-class Matched(NamedTuple):
+class MatchedLatents(NamedTuple):
     """Share of a dictionary's latents that have a near copy in another."""
 
     share: float
@@ -43,7 +43,7 @@ class _Chosen(NamedTuple):
 
 
 @torch.no_grad()
-def match(one: Run, other: Run) -> Matched:
+def match_latents(one: Run, other: Run) -> MatchedLatents:
     """Find near copies of one run's latents in another run, in their newest dictionaries.
 
     Raises:
@@ -51,7 +51,7 @@ def match(one: Run, other: Run) -> Matched:
         PlanMismatchError: A run file differs from the run that was trained with it.
         CorruptObjectError: A checkpoint, or the index of the first run, is damaged.
     """
-    check_matched(one, other)
+    check_matchable(one, other)
     chosen = use_newest(one, _choose)
     copied = (
         use_newest(other, lambda trained: _nearest(chosen.rows, trained)) > DUPLICATE_COSINE
@@ -61,10 +61,10 @@ def match(one: Run, other: Run) -> Matched:
         fires = chosen.densities > 0
         decades = np.floor(np.log10(chosen.densities[fires])).astype(int)
         by_decade = {int(d): float(copied[fires][decades == d].mean()) for d in np.unique(decades)}
-    return Matched(float(copied.mean()), by_decade)
+    return MatchedLatents(float(copied.mean()), by_decade)
 
 
-def check_matched(one: Run, other: Run) -> None:
+def check_matchable(one: Run, other: Run) -> None:
     """Check that latents of two runs can be matched.
 
     Raises:

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.trained import normalisers_of, open_step, trained_run
-from dist_sae.comparison.matched import check_matched, scales_of_targets
+from dist_sae.comparison.matched import check_matchable, scales_of_targets
 from dist_sae.config import Run
 from dist_sae.errors import ConfigError
 from dist_sae.index.decoder import Decoder
@@ -20,7 +20,7 @@ from dist_sae.report.terminal import Explorer, Style
 from dist_sae.storage import open_store
 
 
-class Shared(NamedTuple):
+class CommonRows(NamedTuple):
     """Numbers of rows on which a latent of each run fires, in the units that both indexes have."""
 
     one: int
@@ -28,7 +28,7 @@ class Shared(NamedTuple):
     both: int
 
 
-class Other:
+class OtherRun:
     """Another run, whose latents are compared with the latents of a run.
 
     Args:
@@ -42,7 +42,7 @@ class Other:
     """
 
     def __init__(self, one: Run, index: Index, other: Run) -> None:
-        check_matched(one, other)
+        check_matchable(one, other)
         self.name = other.name
         self.explorer = Explorer(other, None, Style())
         """Explorer of the other run's index."""
@@ -70,7 +70,7 @@ class Other:
             (near, self.explorer.brief(index.latent(near.latent))["fires_on"]) for near in found
         ]
 
-    def shared(self, latent: int, other: int) -> Shared | None:
+    def common_rows(self, latent: int, other: int) -> CommonRows | None:
         """Count the rows on which each and both fire; None unless both store all activations.
 
         The indexes must also have the same plan.
@@ -88,7 +88,7 @@ class Other:
             kept = np.isin(unit, units)
             rows.append(unit[kept].astype(np.int64) << 32 | row[kept])
         both = np.intersect1d(rows[0], rows[1], assume_unique=True)
-        return Shared(len(rows[0]), len(rows[1]), len(both))
+        return CommonRows(len(rows[0]), len(rows[1]), len(both))
 
 
 class _Directions:

@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dist_sae.comparison.matched import Matched
+from dist_sae.comparison.matched import MatchedLatents
 from dist_sae.comparison.runs import NUMBERS, Compared, caveats, differing
 from dist_sae.report.charts import Line, render_lines, render_outlines, render_points
 from dist_sae.report.outcome import Outcome
@@ -17,7 +17,7 @@ _CURVES = ("dist_sae_train_fvu", "dist_sae_train_l0_latents", "dist_sae_train_de
 
 def render_comparison(
     compared: Sequence[Compared],
-    found: Mapping[str, Matched],
+    found: Mapping[str, MatchedLatents],
     outcomes: Sequence[Outcome] = (),
 ) -> str:
     """Render the page.

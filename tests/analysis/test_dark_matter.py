@@ -9,7 +9,7 @@ import torch
 
 from dist_sae import logs
 from dist_sae.analysis.dark_matter import study
-from dist_sae.analysis.dark_matter_findings import WRONG_RECAPTURE, findings, says_nothing
+from dist_sae.analysis.dark_matter_findings import WRONG_RECAPTURE, findings, is_at_chance
 from dist_sae.checkpoint.folder import run_file_key
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.commands import cli
@@ -150,7 +150,7 @@ def test_pages_give_the_same_numbers(ideal: list[Run]) -> None:
 @pytest.mark.system
 def test_a_random_dictionary_is_nothing(ideal: list[Run], random: Run) -> None:
     one = study(random, losses=False)
-    assert says_nothing(one)
+    assert is_at_chance(one)
     found = findings([one, study(ideal[0], losses=False)])
     assert found.summary[0].startswith("random (96 of 96 latents alive): nothing.")
     assert "floors" not in found.numbers["runs"]["random"]

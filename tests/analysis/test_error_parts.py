@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_sae.analysis.error_parts import Judge, LinearPart, Moments, Parts
+from dist_sae.analysis.error_parts import LinearPart, Moments, Parts, PartsEvaluator
 
 D_IN, D_OUT = 12, 9
 
@@ -30,10 +30,10 @@ def fit(x: Tensor, error: Tensor, centre: Tensor | None = None, piece: int = 100
 
 def judge(linear: LinearPart, x: Tensor, error: Tensor, documents: int = 20) -> Parts:
     targets = error.flip(0) + 3
-    judging = Judge(linear, targets.double().mean(0))
+    evaluator = PartsEvaluator(linear, targets.double().mean(0))
     for part in zip(*(torch.split(each, 64) for each in (x, targets, error)), strict=True):
-        judging.add(*part)
-    return judging.result(torch.arange(len(x)) % documents)
+        evaluator.add(*part)
+    return evaluator.result(torch.arange(len(x)) % documents)
 
 
 def mixed(x: Tensor, seed: int) -> Tensor:

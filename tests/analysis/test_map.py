@@ -208,8 +208,8 @@ def test_clusters_of_a_planted_graph_are_found_among_latents_without_links() -> 
     first = 30 * draw.integers(0, 30, 6000)
     level = find_level(graph_of(900, first + one, first + other), 8.0, 3, 0)
     planted = np.where(np.arange(900) % 30 < 20, np.arange(900) // 30, -1)
-    assert np.array_equal(level.of < 0, planted < 0)
-    assert adjusted_rand(level.of + 1, planted + 1) == 1
+    assert np.array_equal(level.cluster_of < 0, planted < 0)
+    assert adjusted_rand(level.cluster_of + 1, planted + 1) == 1
     assert np.allclose(level.stability, 1)
 
 

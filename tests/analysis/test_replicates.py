@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_sae.analysis.dark_matter import left_over, unique_share
-from dist_sae.analysis.error_parts import Judge, Moments
+from dist_sae.analysis.dark_matter import residual_share, unique_share
+from dist_sae.analysis.error_parts import Moments, PartsEvaluator
 from dist_sae.analysis.pursuit import most_latents, pursue
 from dist_sae.analysis.tail import Floats, fit_law, floor
 from dist_sae.config.sae import TopKConfig
@@ -133,7 +133,7 @@ def coverages(world: World, narrow: Known, wide: Known, rows: int) -> dict[str, 
     documents = torch.arange(rows) // DOCUMENT_ROWS
     hits: dict[str, list[bool]] = {"tail": [], "floor": [], "held out": []}
     for total, left, by_half, left_wide in zip(*samples, strict=True):
-        tail, held_out = (left_over(each, total, documents) for each in (left, left_wide))
+        tail, held_out = (residual_share(each, total, documents) for each in (left, left_wide))
         share, half_share = (each.sum(1) / total.sum() for each in (left, by_half))
         unique = unique_share(share, half_share, rarer)
         law = fit_law(alive / alive.sum() * (1 - tail.value))
@@ -236,10 +236,10 @@ def test_intervals_of_the_linear_and_the_nonlinear_part_hold_the_truth() -> None
     for number in range(REPLICATES):
         moments = Moments(world.mean, world.d)
         moments.add(*world.rows(2 * number, 50 * world.d))
-        judge = Judge(moments.fit(), world.mean)
+        evaluator = PartsEvaluator(moments.fit(), world.mean)
         x, error = world.rows(2 * number + 1, 800)
-        judge.add(x, x, error)
-        found = judge.result(torch.arange(len(x)) // DOCUMENT_ROWS).intervals
+        evaluator.add(x, x, error)
+        found = evaluator.result(torch.arange(len(x)) // DOCUMENT_ROWS).intervals
         for name, truth in world.truth.items():
             hits[name].append(found[name][0] <= truth <= found[name][1])
     assert min(np.mean(found) for found in hits.values()) >= COVERED

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_sae.analysis.dark_matter import left_over, unique_share
+from dist_sae.analysis.dark_matter import residual_share, unique_share
 from dist_sae.analysis.pursuit import most_latents, pursue
 from dist_sae.analysis.seeds import overlap_by_frequency
 from dist_sae.analysis.tail import Span, energies, fit_law, floor, forecast
@@ -51,7 +51,7 @@ def measure(planted: Planted, n: int) -> tuple[Span, Span]:
     total = planted.total.sum()
     shares, half = left.sum(1) / total, by_half.sum(1) / total
     rarer = float(planted.variances[n // 2 : n].sum() / planted.variances[:n].sum())
-    tail = left_over(left, planted.total, torch.arange(ROWS))
+    tail = residual_share(left, planted.total, torch.arange(ROWS))
     return tail, unique_share(shares, half, rarer)
 
 
@@ -213,6 +213,6 @@ def test_intervals_of_what_is_left_cover_the_truth() -> None:
         noise = torch.rand(2, len(documents), generator=generator)
         left = (0.2 / 1.2) * 4 * own[0] * noise[0]  # uniform on 0 to 1 twice: a mean of 1 / 4
         explained = 4 * own[1] * noise[1]
-        found = left_over(left.expand(3, -1).double(), (left + explained).double(), documents)
+        found = residual_share(left.expand(3, -1).double(), (left + explained).double(), documents)
         covered += found.low <= truth <= found.high
     assert covered >= 0.92 * 200

@@ -12,7 +12,7 @@ import torch
 from dist_sae import logs
 from dist_sae.checkpoint.trained import find_checkpoint
 from dist_sae.commands import cli
-from dist_sae.comparison.matched import match
+from dist_sae.comparison.matched import match_latents
 from dist_sae.config import Run
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.errors import ConfigError
@@ -157,13 +157,13 @@ def test_latents_with_a_near_copy_are_counted_by_frequency(first: Run) -> None:
 
     other = beside(first, "new")
     add_checkpoint(other, change=new_directions)
-    found = match(first, other)
+    found = match_latents(first, other)
     assert found.share == 5 / 64
     assert set(found.by_decade.values()) == {0.0}  # of latents that fire
-    same = match(first, first)
+    same = match_latents(first, first)
     assert same.share == 1
     assert set(same.by_decade.values()) == {1.0}
-    assert match(other, first) == (5 / 64, {})  # it has no index
+    assert match_latents(other, first) == (5 / 64, {})  # it has no index
 
 
 def test_runs_that_write_other_sites_cannot_be_matched(first: Run) -> None:
@@ -171,7 +171,7 @@ def test_runs_that_write_other_sites_cannot_be_matched(first: Run) -> None:
         update={"name": "elsewhere", "sae": first.sae.model_copy(update={"writes": ("other",)})}
     )
     with pytest.raises(ConfigError, match="world writes synthetic and elsewhere writes other"):
-        match(first, other)
+        match_latents(first, other)
 
 
 def test_a_page_of_many_runs_repeats_its_colours(
