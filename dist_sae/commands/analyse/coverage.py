@@ -129,7 +129,7 @@ def _words(options: argparse.Namespace, runs: "Sequence[Run]") -> "Iterator[Cove
         frequency = frequencies(concepts, words_at, index.manifest.postings_share)
         judged_words(frequency, matched)  # before the slow part: raises if too few
         name, trained = indexed.run.name, indexed.trained_rows
-        others, caveat = [], f"{name}: what chance would find was not asked"
+        comparisons, caveat = [], f"{name}: what chance would find was not asked"
         if options.chance:
             try:
                 n_rows, own, rotated = match_rotated(indexed, words_at, len(concepts), matched)
@@ -138,12 +138,12 @@ def _words(options: argparse.Namespace, runs: "Sequence[Run]") -> "Iterator[Cove
             else:
                 caveat = ""
                 found = [each.recovered(options.f1) for each in (own, rotated)]
-                others.append(compare_words(_ROTATED_COPY, n_rows, own.judged, *found))
+                comparisons.append(compare_words(_ROTATED_COPY, n_rows, own.judged, *found))
         if control and controls:
             found = [each.recovered(options.f1) for each in (matched, controls)]
             judged, n_rows = matched.judged & controls.judged, int(words_at.starts[-1])
-            others.append(compare_words(control.run.name, n_rows, judged, *found))
-        found_of = concepts, frequency, matched, options.f1, others, caveat
+            comparisons.append(compare_words(control.run.name, n_rows, judged, *found))
+        found_of = concepts, frequency, matched, options.f1, comparisons, caveat
         yield cover_words(name, index.firings, trained, *found_of)
 
 
