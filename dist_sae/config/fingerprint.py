@@ -92,7 +92,7 @@ def check_same_run(stored: Mapping[str, Any], run: Run, place: str, remedy: str 
     """
     if changed := changes(stored, run, but=PLAN_SECTIONS):
         raise PlanMismatchError(
-            f"{place}: holds a run with other settings ({'; '.join(changed)}); "
+            f"{place}: contains a run with other settings ({'; '.join(changed)}); "
             f"{remedy or 'restore them or choose another name'}"
         )
     return stored_run(stored, run, place)

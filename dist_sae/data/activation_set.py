@@ -110,7 +110,7 @@ class ActivationSet:
                     raise UnitMissingError(
                         f"{self.store.url}: unit {unit} does not exist, and no producer has shown "
                         f"a sign of life for {now - sign:.0f} s; start producers (dist-sae produce "
-                        f"RUN.yaml), then this again"
+                        f"RUN.yaml), then rerun this command"
                     )
 
     def exist(self, units: Iterable[int]) -> bool:
@@ -132,7 +132,7 @@ class ActivationSet:
         key = manifest_key(manifest.unit)
         if missing := [site for site in self.sites if site not in manifest.sites]:
             raise CorruptObjectError(
-                f"has no {missing[0]}; delete it and produce the unit again",
+                f"has no site {missing[0]}; delete it and produce the unit again",
                 url=self.store.url,
                 key=key,
             )
@@ -179,7 +179,7 @@ class ActivationSet:
         if patient or unit != self._said_unit:
             self._said_unit = unit
             if live:
-                logger.info("waiting for unit %d for %.0f s; producers are at work", unit, seconds)
+                logger.info("waiting for unit %d for %.0f s; producers are running", unit, seconds)
             else:
                 logger.warning(
                     "waiting for unit %d for %.0f s; are producers running?", unit, seconds
@@ -195,7 +195,7 @@ class ActivationSet:
     def _checked(self, manifest: UnitManifest) -> UnitManifest:
         if manifest.plan != self.plan.hash:
             raise CorruptObjectError(
-                "was made under another plan; delete it and produce the unit again",
+                "was produced under a different plan; delete it and produce the unit again",
                 url=self.store.url,
                 key=manifest_key(manifest.unit),
             )

@@ -61,6 +61,6 @@ class ReadyUnits:
             try:
                 self._show(self.count())
             except StoreError as exc:
-                logger.warning("the number of ready units is not known: %s", exc)
+                logger.warning("the ready units could not be counted: %s", exc)
             if self._over.wait(LOOK_EVERY_SECONDS):
                 return

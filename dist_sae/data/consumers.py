@@ -144,7 +144,7 @@ class Consumers:
             elif consumer.run not in self._abandoned:
                 self._abandoned.add(consumer.run)
                 logger.warning(
-                    "run %s gave no sign of life for %.0f h and counts as abandoned",
+                    "run %s has not reported for %.0f h and is considered abandoned",
                     consumer.run,
                     entry.age_seconds / 3600,
                 )
@@ -159,7 +159,7 @@ class Consumers:
         if alive:
             return min((consumer.reached, consumer.run) for consumer in alive)
         gone = [(consumer.reached, consumer.run) for consumer, _ in self.all()]
-        return max(gone, default=(0, "the first run to come"))
+        return max(gone, default=(0, "the first run to start"))
 
     def check_present(self, run: str, needed: int) -> None:
         """Check that no shard that a run is going to read has been deleted.
@@ -171,8 +171,8 @@ class Consumers:
         if needed < below:
             raise DataExhaustedError(
                 f"{self._store.url}: run {run} starts at unit {needed}, but units below {below} "
-                f"were deleted after use (store.retention: delete_consumed); make another "
-                f"activation set, with retention keep or with all its runs started together"
+                f"were deleted after use (store.retention: delete_consumed); create "
+                f"another activation set, with retention keep or with all its runs started together"
             )
 
     def retire(self, plan: Plan, stopping: threading.Event | None = None) -> int:

@@ -98,7 +98,7 @@ class Corpus:
             total += files[-1].documents
         if total == 0:
             names = ", ".join(file.name for file in files)
-            raise CorpusError(f"corpus: no documents in {names}; give files with text")
+            raise CorpusError(f"corpus: no documents in {names}; give files that contain text")
         per_span = -(-total // MOST_SPANS)
         spans, text_bytes, digests = [], list[int](), list[bytes]()
         for number, places in enumerate(found):
@@ -198,15 +198,15 @@ class Corpus:
         if blank or not found.starts:
             logger.log(
                 logging.INFO if found.starts else logging.WARNING,
-                "%s: %d documents; %d records without text are left out",
+                "%s: %d documents; skipped %d records without text",
                 name,
                 len(found.starts),
                 blank,
             )
         if refused:
             logger.warning(
-                "%s: %d of %d documents contain half a surrogate pair, which tokenizers refuse: "
-                "they are left out, and counted as refused",
+                "%s: %d of %d documents contain half a surrogate pair, which tokenizers refuse; "
+                "they are skipped and counted as refused",
                 name,
                 refused,
                 len(found.starts),
@@ -220,7 +220,9 @@ class Corpus:
                 content = self._files.config.model_dump_json().encode()
                 fingerprint = hashlib.sha256(content).hexdigest()
         if is_file and self._files.state(name) != before:
-            raise CorpusError(f"{name}: changed while it was read; plan again when it is complete")
+            raise CorpusError(
+                f"{name}: changed while it was being read; plan again when it is complete"
+            )
         return CorpusFile(
             name=name,
             documents=len(found.starts),

@@ -89,7 +89,7 @@ class CorpusFiles:
         commit = dataset_commit(config.name, config.revision)
         if commit is None:
             logger.warning(
-                "corpus.name %s: the hub does not tell its commit; "
+                "corpus.name %s: the hub did not report a commit; "
                 "if its text changes later, producers will refuse it",
                 config.name,
             )
@@ -125,8 +125,8 @@ class CorpusFiles:
         if file.name in names:
             raise problem or changed(file.name)
         raise problem or CorpusError(
-            f"corpus.files: none is the file that was {file.name} when the plan was made; "
-            f"name it, or start a new activation set"
+            f"corpus.files: none has the content that {file.name} had when the plan was made; "
+            f"add that file, or start a new activation set"
         )
 
     def _candidates(
@@ -183,7 +183,7 @@ class CorpusFiles:
         """Return the path of the file as plain text or JSON lines: itself, or a local copy."""
         assert isinstance(self.config, FilesCorpus)
         if not name.endswith(FORMATS):
-            raise CorpusError(f"{name}: unknown kind of file; use one of {', '.join(FORMATS)}")
+            raise CorpusError(f"{name}: unknown file type; use one of {', '.join(FORMATS)}")
         with os_errors(name):
             path = self._download(name) if name.startswith("s3://") else Path(name)
             if name.endswith((".txt", ".jsonl")):

@@ -175,7 +175,7 @@ class _Counter:
         """
         if not found.any():
             raise self._refused or CorpusError(
-                "corpus: its documents give no tokens; give files with text"
+                "corpus: its documents contain no tokens; give files that contain text"
             )
 
     def _contexts(self, texts: Sequence[str]) -> Iterator[Context]:

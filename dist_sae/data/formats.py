@@ -80,7 +80,7 @@ def _text_of(line: str, field: str, place: str) -> str:
     except ValueError:  # an integer with more digits than Python parses
         record = json.loads(line, parse_int=str)
     if not isinstance(record, dict):
-        raise CorpusError(f"{place}: not a JSON object; write one object a line")
+        raise CorpusError(f"{place}: not a JSON object; write one object per line")
     if field not in record:
         raise CorpusError(_no_field(place, field, record))
     return _checked(record[field], field, place)
@@ -143,7 +143,7 @@ def _checked(value: Any, field: str, place: str) -> str:
         return ""
     if not isinstance(value, str):
         kind = type(value).__name__
-        raise CorpusError(f"{place}: {field!r} holds no text but a {kind}; set corpus.text_field")
+        raise CorpusError(f"{place}: {field!r} is {kind}, not a string; set corpus.text_field")
     return value
 
 
@@ -161,7 +161,7 @@ def unpack(name: str, path: Path, unpacked: Path, field: str) -> None:
         CorpusError: The file is damaged, or has no column `field`.
     """
     if not path.stat().st_size:  # gzip and Zstandard would unpack it to an empty text
-        raise CorpusError(f"{name}: cannot be unpacked: it is empty; get it again")
+        raise CorpusError(f"{name}: cannot be unpacked: it is empty; download it again")
     with path.open("rb") as source, unpacked.open("wb") as copy:
         if name.endswith(".gz"):
             _unpack_gzip(source, copy, name)
@@ -176,7 +176,7 @@ def _unpack_gzip(source: BinaryIO, copy: BinaryIO, name: str) -> None:
         with gzip.open(source) as stream:
             shutil.copyfileobj(stream, copy)
     except (EOFError, gzip.BadGzipFile, zlib.error) as exc:
-        raise CorpusError(f"{name}: cannot be unpacked: {exc}; get it again") from exc
+        raise CorpusError(f"{name}: cannot be unpacked: {exc}; download it again") from exc
 
 
 def _unpack_zstandard(source: BinaryIO, copy: BinaryIO, name: str) -> None:
@@ -191,9 +191,9 @@ def _unpack_zstandard(source: BinaryIO, copy: BinaryIO, name: str) -> None:
                 packed = frame.unused_data if frame.eof else b""
                 frame = None if frame.eof else frame
     except zstandard.ZstdError as exc:
-        raise CorpusError(f"{name}: cannot be unpacked: {exc}; get it again") from exc
+        raise CorpusError(f"{name}: cannot be unpacked: {exc}; download it again") from exc
     if frame is not None:
-        raise CorpusError(f"{name}: cannot be unpacked: it is cut short; get it again")
+        raise CorpusError(f"{name}: cannot be unpacked: it is truncated; download it again")
 
 
 def _unpack_parquet(source: BinaryIO, copy: BinaryIO, name: str, field: str) -> None:
@@ -211,7 +211,7 @@ def _unpack_parquet(source: BinaryIO, copy: BinaryIO, name: str, field: str) -> 
                 row += 1
     except ValueError as exc:  # includes pyarrow's errors and text that is not UTF-8
         reason = " ".join(str(exc).split())
-        raise CorpusError(f"{name}: not a sound parquet file: {reason}") from exc
+        raise CorpusError(f"{name}: not a valid parquet file: {reason}") from exc
 
 
 @contextmanager

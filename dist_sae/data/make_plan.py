@@ -48,12 +48,12 @@ def make_plan(
     if giving < streams:
         raise CorpusError(
             f"corpus: {giving} documents to train on are too few for {streams} streams; "
-            f"give more text{' or lower activations.streams' if streams > 1 else ''}"
+            f"add more text{' or lower activations.streams' if streams > 1 else ''}"
         )
     if train_rows < run.train.batch_rows:
         raise CorpusError(
             f"corpus: about {train_rows} rows to train on, less than one batch "
-            f"(train.batch_rows {run.train.batch_rows}); give more text or lower train.batch_rows"
+            f"(train.batch_rows {run.train.batch_rows}); add more text or lower train.batch_rows"
         )
     # every unit must get a document with rows, so few or long documents give fewer, larger units
     targets = layout.targets(train_rows // streams)[: giving // streams]

@@ -49,8 +49,8 @@ class UnitText:
         if manifest.rows + left_out == self._n_tokens:
             return None
         return (
-            f"has {manifest.rows} rows and {left_out} left out, "
-            f"where the text has {self._n_tokens} tokens"
+            f"has {manifest.rows} rows and {left_out} excluded ones, "
+            f"but the text has {self._n_tokens} tokens"
         )
 
     def rows_fault(self, blocks: Iterable[SiteRows]) -> str | None:
@@ -66,7 +66,7 @@ class UnitText:
             if wrong.any():
                 row = int(wrong.nonzero()[0])
                 return (
-                    f"was made of other text: its token {int(rows.tokens[row])} is not "
+                    f"was produced from other text: its token {int(rows.tokens[row])} is not "
                     f"that of document {int(documents[row])} at position {int(positions[row])}"
                 )
             places.append(place)
@@ -74,4 +74,4 @@ class UnitText:
             return None
         everything = torch.cat(places)
         twice = int(torch.bincount(everything).max()) > 1
-        return "has a row twice" if twice else None
+        return "contains a row twice" if twice else None

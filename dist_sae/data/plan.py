@@ -131,14 +131,14 @@ class Plan(Record):
         there = self.pass_rows * train.max_passes - taken
         if taken and train.rows == "all" and there < train.batch_rows:
             raise DataExhaustedError(
-                f"train.rows: all: after the {taken} rows that its parents took there is no batch "
+                f"train.rows: all: the run's parents took {taken} rows, and less than one batch is "
                 f"left (train.max_passes {train.max_passes}); raise train.max_passes or use "
                 f"train.parent.data: restart"
             )
         if train.rows == "all" and there < train.batch_rows:
             raise DataExhaustedError(
                 f"train.rows: all: there will be about {there} rows to train on, less than one "
-                f"batch (train.batch_rows {train.batch_rows}); give more text or lower "
+                f"batch (train.batch_rows {train.batch_rows}); add more text or lower "
                 f"train.batch_rows"
             )
         filled = run.filled(
@@ -192,11 +192,11 @@ def check_rows(run: Run, plan: Plan, taken: int = 0) -> None:
     """
     doubt = 1 if plan.keeps_promise else 1.05  # older estimates are accurate to a few percent
     if taken + run.rows > doubt * plan.pass_rows * run.train.max_passes:
-        after = f" after the {taken} that its parents took" if taken else ""
+        after = f" after the {taken} that the run's parents took" if taken else ""
         raise DataExhaustedError(
             f"train.rows asks for {run.rows} rows{after}, but the activation set will have about "
             f"{plan.pass_rows} in one pass (train.max_passes {run.train.max_passes}); "
-            f"lower train.rows (all takes what there is), raise train.max_passes or add text"
+            f"lower train.rows (all takes every row), raise train.max_passes or add more text"
         )
 
 
@@ -247,9 +247,7 @@ def load_plan(store: ObjectStore, run: Run) -> Plan:
     try:
         plan = read_record(Plan, store, PLAN_KEY)
     except ObjectNotFoundError as exc:
-        raise PlanMismatchError(
-            f"{store.url}: holds no plan yet; run `dist-sae plan` first"
-        ) from exc
+        raise PlanMismatchError(f"{store.url}: has no plan yet; run `dist-sae plan` first") from exc
     changed = setting_changes(plan.settings, plan_settings(plan.resolve(run))) or place_changes(
         plan.settings, plan.files, plan.corpus_commit, plan.model_content, run
     )
@@ -317,7 +315,7 @@ def check_model(run: Run, plan: Plan) -> None:
     if changed:
         raise PlanMismatchError(
             f"model.path {run.model.path}: is not the model that the plan was made for "
-            f"({', '.join(changed)} differ); restore it or give store.activations another place"
+            f"({', '.join(changed)} differ); restore it or set store.activations to another place"
         )
 
 
@@ -337,7 +335,7 @@ def _content_changes(there: Plan, made: Plan) -> list[str]:
 
 
 def _mismatch(store: ObjectStore, changed: list[str]) -> PlanMismatchError:
-    remedy = "restore the setting or give store.activations another place"
+    remedy = "restore the setting or set store.activations to another place"
     if next(existing_units(store), None) is None:
-        remedy = f"nothing was produced under it yet: delete {PLAN_KEY} there to plan anew"
-    return PlanMismatchError(f"{store.url}: holds another plan ({'; '.join(changed)}); {remedy}")
+        remedy = f"nothing was produced under it yet: delete {PLAN_KEY} there to plan again"
+    return PlanMismatchError(f"{store.url}: has a different plan ({'; '.join(changed)}); {remedy}")

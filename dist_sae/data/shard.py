@@ -192,7 +192,7 @@ def read_manifest(store: ObjectStore, unit: int) -> UnitManifest:
         own = SHARDS.parse(shard.key)
         if own is None or (own["site"], int(own["unit"])) != (site, unit):
             raise CorruptObjectError(
-                f"names {shard.key}, which is no shard of {site} of unit {unit}; delete the "
+                f"names {shard.key}, which is not a shard of {site} of unit {unit}; delete the "
                 f"manifest and produce the unit again",
                 url=store.url,
                 key=key,
@@ -237,7 +237,7 @@ def _fetch(store: ObjectStore, shard: SiteShard, number: int) -> bytes:
             ) from exc
         if xxhash.xxh3_128_hexdigest(data) == block.xxh3:
             return data
-        fault = "is cut short" if len(data) < block.bytes else "does not match its checksum"
+        fault = "is truncated" if len(data) < block.bytes else "does not match its checksum"
         logger.warning("%s/%s: block %d %s; reading it again", store.url, shard.key, number, fault)
     raise CorruptObjectError(
         f"block {number} {fault}; delete the unit's manifest and produce the unit again",

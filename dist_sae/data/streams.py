@@ -193,8 +193,8 @@ class Stream:
             self._next, self._next_when_left = None, len(self._order) // 2
             if self.place.data_pass == self._max_passes:
                 logger.warning(
-                    "stream %d ends after %d rows, fewer than planned, for more were excluded; its "
-                    "last window is read again",
+                    "stream %d ends after %d rows, fewer than planned, because more rows were "
+                    "excluded; rereading its last window",
                     self._number,
                     self.place.rows_before,
                 )
@@ -252,10 +252,11 @@ class Stream:
         )
         remedy = "raise train.max_passes and start again"
         if again := self._most_repeated(own):
-            ends += f"; {again} were read again, and no more may be: the plan promised too many"
+            ends += f"; {again} rows were reread, which is the limit: the plan promised too many"
             remedy = (
-                "raise train.max_passes and start the run's folder again, which has the number for "
-                "train.rows: all; or make another set that excludes less (activations.exclude)"
+                "raise train.max_passes and start in a new run folder, because this one stores "
+                "the number for train.rows: all; or create a set that excludes less "
+                "(activations.exclude)"
             )
         return DataExhaustedError(f"{ends}; {remedy}")
 

@@ -76,7 +76,7 @@ def _encodable(
         if is_encodable(document.text):
             yield document
             continue
-        problem = CorpusError("it has half a surrogate pair, which stands for no letter")
+        problem = CorpusError("it contains half a surrogate pair, which is not a character")
         if failed is None:
             raise problem
         failed(document, problem)
@@ -111,8 +111,8 @@ def _tokenized(
             yield document, ids
     if refused == len(documents):  # the tokenizer is at fault, not the texts
         raise CorpusError(
-            f"the tokenizer refuses all of {refused} documents ({str(first).strip()}); "
-            f"check model.path, or take them out of the corpus"
+            f"the tokenizer refuses all {refused} documents ({str(first).strip()}); "
+            f"check model.path, or remove them from the corpus"
         ) from first
 
 

@@ -41,7 +41,7 @@ def ls(run: Run) -> dict[str, Any]:
         "runs": {
             consumer.run: (
                 f"reads unit {consumer.reached}, needs {consumer.needed} and later; "
-                f"last heard of {entry.age_seconds:.0f} s ago"
+                f"last reported {entry.age_seconds:.0f} s ago"
                 + (" (abandoned)" if consumers.is_abandoned(entry) else "")
             )
             for consumer, entry in consumers.all()
@@ -73,12 +73,12 @@ def urls(run: Run, site: str, *, heldout: bool) -> list[str]:
     units = sorted(set(existing_units(store)) & set(wanted))
     if not units:
         what = "held-out" if heldout else "training"
-        raise DataExhaustedError(f"{store.url}: no {what} units are there; run `dist-sae produce`")
+        raise DataExhaustedError(f"{store.url}: no {what} units exist; run `dist-sae produce`")
     with ThreadPoolExecutor(_READERS) as pool:
         manifests = list(pool.map(lambda unit: read_manifest(store, unit), units))
     if site not in manifests[0].sites:
         there = ", ".join(manifests[0].sites)
-        raise ConfigError(f"--site {site}: {store.url} has {there}")
+        raise ConfigError(f"--site {site}: {store.url} has only {there}")
     logger.info("%d of %d units, %d rows", len(units), len(wanted), sum(m.rows for m in manifests))
     return [f"{store.url}/{manifest.sites[site].key}" for manifest in manifests]
 

@@ -186,8 +186,8 @@ class WorkQueue:
             if self.pending() and self._clock() - said > _SAY_EVERY_SECONDS:
                 said = self._clock()
                 logger.warning(
-                    "%s %d waits for another worker: %s cannot create exclusively, so each of %d "
-                    "workers has a share",
+                    "%s %d waits for another worker: %s has no conditional writes, so each of %d "
+                    "workers does a fixed share",
                     *(self._work.item, min(self.left()), self._store.url, self._worker.of),
                 )
             if self.pending():
@@ -212,7 +212,7 @@ class WorkQueue:
                     if lives():
                         self.renew()
                 except StoreError as exc:  # the worker also gets this error, and ends
-                    logger.warning("claims are not renewed: %s", exc)
+                    logger.warning("claims could not be renewed: %s", exc)
 
         thread = threading.Thread(target=work, name="claims", daemon=True)
         thread.start()

@@ -113,7 +113,7 @@ class _Producer:
         if len(list(existing_units(store))) < len(plan.units):
             check_model(run, plan)  # before any unit is claimed, because it reads all weights
         self.progress = Progress(plan, self._queue, telemetry)
-        self.progress.say(doing="loads the model")
+        self.progress.say(doing="loading the model")
         self._tokenizer = build_tokenizer(run)
         self._text = PlannedText(run, plan, store)
         self._open_source = open_source or (lambda: build_source(run.model, run.activations.sites))
@@ -175,8 +175,8 @@ class _Producer:
 def _warn_of_no_checksums(run: Run, store: ObjectStore, plan: Plan) -> None:
     if plan.text_checksums is None and not isinstance(run.corpus, SyntheticCorpus):
         logger.warning(
-            "%s: its plan is of an earlier version and has no checksums of documents: a change of "
-            "the text is %s",
+            "%s: its plan is from an earlier version and has no checksums of documents, so a "
+            "change of the text is %s",
             store.url,
-            "noticed by its size and time only" if run.corpus.kind == "files" else "not noticed",
+            "detected only by its size and time" if run.corpus.kind == "files" else "not detected",
         )

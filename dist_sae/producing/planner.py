@@ -58,9 +58,9 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
     try:
         corpus = Corpus(run.corpus, run.store.s3)
         pace = logs.RateLimitedProgress("plan")
-        pace(0, 1, doing="reads the text")
+        pace(0, 1, doing="reading the text")
         index = known or corpus.index(
-            lambda n: pace(0, 1, doing=f"reads the text: {n:,} documents")
+            lambda n: pace(0, 1, doing=f"reading the text: {n:,} documents")
         )
         widths = check_sites(run.model, run.activations)
         content = model_content(run.model)
@@ -76,7 +76,7 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
         start.check(job, made)
     if made.texts_stored:
         n_units = len(made.units)
-        store_texts(store, corpus, made, lambda n: pace(n / n_units, 1, doing="stores the text"))
+        store_texts(store, corpus, made, lambda n: pace(n / n_units, 1, doing="storing the text"))
     there = found or publish_plan(store, made)
     created, made = there is made and not found, there
     longest, taken_rows = max(jobs, key=lambda job: job[0].steps)
@@ -84,7 +84,7 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
     meter.set("dist_sae_plan_units", len(made.units))
     meter.set("dist_sae_plan_documents", told["documents"])
     meter.set("dist_sae_plan_train_rows", made.train_rows_estimate)
-    logger.info("%s %s: %s", "made" if created else "found", store.url, describe(told))
+    logger.info("%s %s: %s", "created" if created else "found", store.url, describe(told))
     void = dict.fromkeys(line for job, _ in jobs for line in void_settings(job, made))
     for warning in (*_warnings(told), *void):
         logger.warning("%s", warning)
@@ -156,11 +156,11 @@ def row_bytes(dtype: str, widths: Mapping[str, int]) -> int:
 
 def describe(told: dict[str, Any]) -> str:
     """Return a forecast as a sentence."""
-    after = f" after the {told['taken_rows']:,} of its parents" if told["taken_rows"] else ""
+    after = f", after its parents' {told['taken_rows']:,} rows" if told["taken_rows"] else ""
     return (
         f"{told['documents']:,} documents in {told['train_units']} units to train on and "
-        f"{told['heldout_units']} held out; about {told['pass_rows']:,} rows a pass, "
-        f"{told['bytes'] / 1e9:,.2f} GB; the run takes {told['run_rows']:,}, "
+        f"{told['heldout_units']} held out; about {told['pass_rows']:,} rows per pass, "
+        f"{told['bytes'] / 1e9:,.2f} GB; the run takes {told['run_rows']:,} rows, "
         f"{told['passes']:.2g} passes{after}"
     )
 
@@ -169,13 +169,14 @@ def _warnings(told: dict[str, Any]) -> Iterator[str]:
     if told["pass_rows"] > _MUCH_MORE * (told["taken_rows"] + told["run_rows"]):
         yield (
             f"the activation set will have about {told['pass_rows']:,} rows to train on, of which "
-            f"this run takes {told['run_rows']:,}: all are made; corpus.max_documents makes fewer"
+            f"this run takes {told['run_rows']:,}: all are "
+            f"produced; set corpus.max_documents to produce fewer"
         )
     if told["unusable_rows"] > _MUCH_LOST * told["train_rows"]:
         yield (
             f"about {told['unusable_rows']:,} of {told['train_rows']:,} rows cannot be used in a "
             f"pass: a document is longer than a stream's share; lower activations.streams "
-            f"({told['streams']}), or cut the longest documents"
+            f"({told['streams']}), or split the longest documents"
         )
 
 
@@ -195,5 +196,5 @@ def count_rows(
         tokenizer,
         bos=tokenizer.bos if run.activations.prepend_bos else None,
         special=tokenizer.special,
-        said=lambda done, of: pace(done / of, 1, doing="counts tokens"),
+        said=lambda done, of: pace(done / of, 1, doing="counting tokens"),
     )

@@ -65,7 +65,7 @@ def tokenize(run: Run, text: PlannedText, tokenizer: Tokenizer, unit: int) -> To
     def failed(document: Document, exc: Exception) -> None:
         refused.append(document.number)
         logger.warning(
-            "unit %d: document %d is left out, the tokenizer refuses it: %s",
+            "unit %d: document %d is skipped because the tokenizer refuses it: %s",
             unit,
             document.number,
             str(exc).strip().partition("\n")[0],
@@ -94,8 +94,8 @@ def compute(
     """Run the model over a unit, and drop the rows that are excluded by a rule about tokens."""
     if not work.batches:
         raise CorpusError(
-            f"unit {work.unit}: none of its {work.documents} documents has a token; "
-            f"take empty documents out of the corpus or raise activations.unit_rows"
+            f"unit {work.unit}: its {work.documents} documents contain no tokens; "
+            f"remove empty documents from the corpus or raise activations.unit_rows"
         )
     excluded: Counter[str] = Counter()
     transfers: list[RowTransfer] = []

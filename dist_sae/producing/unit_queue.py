@@ -62,9 +62,9 @@ def unit_queue(
             held = first, clock()
         elif is_idle(clock() - held[1]) and not consumers.alive():
             raise AbandonedError(
-                f"{store.url}: no run has read on, or given a sign of life, for {idle_hours:g} h "
-                f"(store.consumer_expiry_hours), and no unit may be made before one does; to go "
-                f"on: dist-sae resume"
+                f"{store.url}: no run has made progress or reported for {idle_hours:g} h "
+                f"(store.consumer_expiry_hours), and no unit may be produced before one does; to "
+                f"continue: dist-sae resume"
             )
         return first, (
             f"{run}, which is at unit {reached} (store.max_ahead_units {max_ahead_units})"

@@ -55,7 +55,7 @@ def tell(run: Run, error: DistSaeError) -> None:
             pod = os.environ.get(POD, "a pod")
             store.put(_key(run.name), seal(Failure(attempt=attempt, pod=pod, why=str(error))))
     except StoreError as exc:
-        logger.warning("the other parts of the run are not told of this failure: %s", exc)
+        logger.warning("the other parts of the run could not be notified of this failure: %s", exc)
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def ending_with_others(
                     found.append(failure)
                     stopping.set()
             except StoreError as exc:  # the program itself also gets this error
-                logger.warning("cannot look whether another part has failed: %s", exc)
+                logger.warning("cannot check whether another part has failed: %s", exc)
 
     # a daemon, because the program must not wait at its exit while the store retries
     threading.Thread(target=watch, name="failure", daemon=True).start()
@@ -109,7 +109,7 @@ def ending_with_others(
 
 def _ending(failure: Failure) -> PartFailedError:
     return PartFailedError(
-        f"ends with the run, of which {failure.pod} has failed ({failure.why}); mend that, and "
+        f"stopped because {failure.pod} failed ({failure.why}); fix that, then run "
         f"`dist-sae resume RUN`"
     )
 

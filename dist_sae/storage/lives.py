@@ -90,10 +90,10 @@ class PodLife(Life):
             before = lives.in_a_row if lives.job == self._job else 0
         if before > self._retries:
             raise RestartLimitError(
-                f"{self._who}: {before} lives in a row ended without {_PROGRESS[self._part]} "
-                f"(cluster.{self._part}.retries {self._retries}); find out why in the log of "
-                f"`dist-sae logs RUN {self._part} --previous`, mend it"
-                f"{_REMEDY.get(self._part, '')}, and `dist-sae resume RUN`"
+                f"{self._who}: {before} starts in a row ended without {_PROGRESS[self._part]} "
+                f"(cluster.{self._part}.retries {self._retries}); find the reason with "
+                f"`dist-sae logs RUN {self._part} --previous`, fix it"
+                f"{_REMEDY.get(self._part, '')}, then run `dist-sae resume RUN`"
             )
         self._write(before + 1)
         _begun.set()

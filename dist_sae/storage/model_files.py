@@ -61,8 +61,8 @@ def place_of(model: HuggingFaceModel, *, weights: bool) -> str:
                         _fetch(store, entry, folder, part)
     except OSError as exc:
         raise ModelError(
-            f"model.path {model.path}: cannot be kept in {folder}: {exc.strerror or exc}; make "
-            f"room there (of a pod: cluster.PART.scratch, or cluster.cache), or set HF_HOME"
+            f"model.path {model.path}: cannot be stored in {folder}: {exc.strerror or exc}; "
+            f"free space there (in a pod: cluster.PART.scratch, or cluster.cache), or set HF_HOME"
         ) from exc
     return str(folder)
 
@@ -140,7 +140,7 @@ def _named_in(index: bytes, model: HuggingFaceModel) -> set[str]:
         return {str(name) for name in json.loads(index)["weight_map"].values()}
     except (ValueError, LookupError, TypeError, AttributeError) as exc:
         raise ModelError(
-            f"model.path {model.path}: {_INDEX} is no index of weights ({exc}); copy it again"
+            f"model.path {model.path}: {_INDEX} is not an index of weights ({exc}); copy it again"
         ) from exc
 
 
@@ -160,7 +160,7 @@ def _is_whole(folder: Path, entry: Entry) -> bool:
     there = file.stat()
     if _is_as_fetched(file, there.st_ino, there.st_mtime_ns):
         return True
-    logger.warning("%s: is damaged; it is fetched again", file)
+    logger.warning("%s: is damaged; downloading it again", file)
     return False
 
 
@@ -173,7 +173,7 @@ def _is_as_fetched(file: Path, *_: int) -> bool:
 
 def _fetch(store: ObjectStore, entry: Entry, folder: Path, part: Path) -> None:
     """Fetch an object into its file, which appears only when it is complete."""
-    logger.info("fetches %s/%s, %.2f GB", store.url, entry.key, entry.bytes / 1e9)
+    logger.info("downloading %s/%s, %.2f GB", store.url, entry.key, entry.bytes / 1e9)
     hashed = xxhash.xxh3_128()
     with part.open("wb") as file:
         for piece in _ranges(store, entry):
@@ -184,8 +184,8 @@ def _fetch(store: ObjectStore, entry: Entry, folder: Path, part: Path) -> None:
         os.fsync(file.fileno())
     if n_bytes != entry.bytes:
         raise ModelError(
-            f"{store.url}: {entry.key} has {n_bytes} bytes, and had {entry.bytes} when it was "
-            f"listed; let nobody write there while it is used"
+            f"{store.url}: {entry.key} has {n_bytes} bytes, but had {entry.bytes} when it was "
+            f"listed; do not change the model while it is in use"
         )
     (folder / "checksums" / entry.key).write_text(hashed.hexdigest())
     part.replace(folder / entry.key)

@@ -88,7 +88,7 @@ def warn_of_foreign(store: ObjectStore, folder: str, key: str) -> None:
     if (store.url, folder) not in warned:
         warned.add((store.url, folder))
         logger.warning(
-            "%s/%s: not an object of dist-sae; this one and others like it in %s are ignored",
+            "%s/%s: not a dist-sae object; this and similar objects in %s are ignored",
             store.url,
             key,
             folder,

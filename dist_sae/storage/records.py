@@ -75,7 +75,7 @@ def unseal(
         known = model.model_fields["schema_version"].default
         if content["schema_version"] != known:
             raise CorruptObjectError(
-                f"has schema version {content['schema_version']}, this program reads {known}; "
+                f"has schema version {content['schema_version']}, but this program reads {known}; "
                 f"use the version of dist-sae that wrote it",
                 url=store.url,
                 key=key,

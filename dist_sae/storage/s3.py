@@ -45,7 +45,7 @@ MULTIPART_FROM_BYTES = 2 * PART_BYTES
 _DELETED_AT_ONCE = 1000  # limit of DeleteObjects
 _PROBE_READS = 3
 _RACERS = 4
-_CUT = "the endpoint's answer was cut short"
+_CUT = "the endpoint's response was truncated"
 
 
 class ConditionNotImplementedError(Exception):
@@ -112,10 +112,10 @@ class S3Store:
                 won = list(pool.map(lambda i: self._put_if_absent(key, b"%d" % i), range(_RACERS)))
             self.delete(key)
         if sum(won) == 1:
-            logger.info("%s: honours If-None-Match; producers claim units", self.url)
+            logger.info("%s: supports If-None-Match; producers claim units", self.url)
             return True
         logger.warning(
-            "%s: does not honour If-None-Match; producers take units by number",
+            "%s: does not support If-None-Match; producers take units by number",
             self.url,
         )
         return False

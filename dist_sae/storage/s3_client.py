@@ -66,7 +66,7 @@ def make_client(url: str, config: S3Config, connections: int) -> Any:
             if "retrieve metadata" in str(exc) or "Auth token" in str(exc):
                 setting = "AWS_CONTAINER_CREDENTIALS_FULL_URI and its token"
             elif isinstance(exc, json.JSONDecodeError):
-                setting = "what credential_process prints"
+                setting = "the output of credential_process"
             raise AccessError(f"{line_of(exc)}; check {setting}", url=url) from exc
     for operation in ("PutObject", "UploadPart"):  # for servers that do not check signed hashes
         client.meta.events.register(f"before-call.s3.{operation}", conditionally_calculate_md5)

@@ -57,7 +57,7 @@ def mapped(url: str, key: str | None) -> Iterator[None]:
     except NoCredentialsError as exc:
         if _metadata_is_busy():
             raise UnavailableError(
-                "instance metadata gives no credentials at present", url=url, key=key
+                "instance metadata currently returns no credentials", url=url, key=key
             ) from exc
         raise AccessError(
             "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
@@ -68,7 +68,9 @@ def mapped(url: str, key: str | None) -> Iterator[None]:
         if _STILL_EXPIRED not in str(exc) and str(exc).strip("'") not in _FIELDS:
             raise
         raise UnavailableError(
-            f"the credentials service gave none that are valid ({_line(exc)})", url=url, key=key
+            f"the credentials service returned no valid credentials ({_line(exc)})",
+            url=url,
+            key=key,
         ) from exc
     except (FileNotFoundError, PermissionError) as exc:  # token file or credential_process
         if exc.filename is None:

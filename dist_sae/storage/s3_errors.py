@@ -41,7 +41,7 @@ _REFUSALS = {
     "InvalidToken": "the session token is not valid; check AWS_SESSION_TOKEN",
     "ExpiredToken|ExpiredTokenException|TokenRefreshRequired": "the session token has expired; "
     "renew the credentials",
-    "RequestTimeTooSkewed|RequestExpired": "this machine's clock is off; set it",
+    "RequestTimeTooSkewed|RequestExpired": "this machine's clock is wrong; set it",
     "301|PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraintException": "the "
     "bucket is in another region; set store.s3.region",
     r"KMS\.(?!Internal|Thrott).*": "the encryption key cannot be used; check store.s3.kms_key_id "
@@ -53,8 +53,8 @@ _ANSWERS: tuple[tuple[str, type[StoreError], str], ...] = (
     (
         "InvalidObjectState",
         StoreError,
-        "is archived (Glacier or the like): restore it, and exempt this place from the rules of "
-        "the bucket that archive objects",
+        "is archived (for example in Glacier); restore it, and exempt this place from the "
+        "bucket's rules that archive objects",
     ),
     (
         ".*(Quota|InsufficientStorage|StorageFull|StorageCap).*|507",
@@ -103,7 +103,7 @@ def mapped(url: str, key: str | None, endpoint_url: str | None) -> Iterator[None
             ) from exc
         endpoint = _asked(exc) or endpoint_url or "AWS"
         raise UnavailableError(
-            f"{endpoint} does not answer ({type(exc).__name__}); "
+            f"{endpoint} does not respond ({type(exc).__name__}); "
             f"check store.s3.endpoint_url and the network",
             url=url,
             key=key,
@@ -123,7 +123,7 @@ def _mapped(exc: ClientError, url: str, key: str | None) -> StoreError:
         if re.fullmatch(shape, "507" if status == _FULL_STATUS else code):
             return error(message, url=url, key=None if error is AccessError else key)
     if busy or status in _BUSY_STATUSES or code.isdigit():  # a bare status: the body was lost
-        return UnavailableError(f"the endpoint answers {code}", url=url, key=key)
+        return UnavailableError(f"the endpoint returned {code}", url=url, key=key)
     if status in _REFUSED_STATUSES:
         return AccessError(f"{line_of(exc)}; check the credentials and the account", url=url)
     return StoreError(line_of(exc), url=url, key=key)

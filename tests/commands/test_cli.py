@@ -109,7 +109,7 @@ def test_missing_corpus_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_empty_corpus_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty.txt").write_text("\n\n")
     path = real_run(tmp_path, str(tmp_path / "empty.txt"))
-    problem = f"corpus: no documents in {tmp_path}/empty.txt; give files with text"
+    problem = f"corpus: no documents in {tmp_path}/empty.txt; give files that contain text"
     assert fail(capsys, "plan", str(path)) == problem
     assert files_in(tmp_path) == ["empty.txt", "run.yaml"]
 
@@ -144,7 +144,7 @@ def test_store_with_another_plan_is_left_alone(
     capsys.readouterr()
     for command in ("plan", "produce"):
         problem = fail(capsys, command, path, "--set", "activations.seed=1")
-        assert "holds another plan (activations.seed: 0 -> 1)" in problem
+        assert "has a different plan (activations.seed: 0 -> 1)" in problem
     assert files_in(tmp_path / "activations") == ["plan.json"]
     assert (tmp_path / "activations/plan.json").read_bytes() == before
 
@@ -166,9 +166,7 @@ def test_produce_before_plan_says_what_to_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_run(tmp_path, TINY)
-    assert fail(capsys, "produce", str(path)).endswith(
-        "holds no plan yet; run `dist-sae plan` first"
-    )
+    assert fail(capsys, "produce", str(path)).endswith("has no plan yet; run `dist-sae plan` first")
     assert files_in(tmp_path) == ["run.yaml"]
 
 
@@ -266,11 +264,11 @@ def test_store_verify_names_every_bad_object(
     units[4].write_bytes(changed(units[4].read_bytes(), plan="another"))
 
     bad = {
-        str(cut.relative_to(store)): f"has {len(content) - 1} bytes where {len(content)} were",
+        str(cut.relative_to(store)): f"has {len(content) - 1} bytes, but {len(content)} were",
         str(flipped.relative_to(store)): "does not match its checksum",
         str(gone.relative_to(store)): "is missing",
         "units/00000003.json": "is damaged: ",
-        "units/00000004.json": "belongs to another plan",
+        "units/00000004.json": "was produced under a different plan",
     }
     assert main(["store", "verify", str(produced), "--json"]) == 2
     said = capsys.readouterr()

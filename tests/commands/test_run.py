@@ -82,7 +82,9 @@ def test_one_command_goes_from_nothing_to_a_report_and_continues_after_ctrl_c(
     assert steps[-1] < 100
     refused = run("run", str(path), "--set", "sae.k=1", code=2)  # before it starts anything
     place = tmp_path / "runs/world"
-    assert refused.startswith(f"error: {place}: holds a run with other settings (sae.k: 3 -> 1); ")
+    assert refused.startswith(
+        f"error: {place}: contains a run with other settings (sae.k: 3 -> 1); "
+    )
     activations.delete(LATER)
 
     out, err = start(path).communicate(timeout=HANG_SECONDS)

@@ -71,7 +71,7 @@ def test_ls_names_runs_and_claims(produced: Path, capsys: pytest.CaptureFixture[
     capsys.readouterr()
     assert main(["store", "ls", str(produced)]) == 0
     said = [
-        line.partition("last heard")[0].rstrip() for line in capsys.readouterr().out.splitlines()
+        line.partition("last reported")[0].rstrip() for line in capsys.readouterr().out.splitlines()
     ]
     assert "run                  other: reads unit 3, needs 2 and later;" in said
     assert any(

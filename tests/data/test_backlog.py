@@ -74,4 +74,4 @@ def test_a_store_that_does_not_answer_ends_nothing(
     with open_ready(Moody(tmp_path, {0, 1}), show):
         assert seen.wait(20)
     assert shown[0] == 2
-    assert "the number of ready units is not known: s3://bucket: does not answer" in caplog.text
+    assert "the ready units could not be counted: s3://bucket: does not answer" in caplog.text

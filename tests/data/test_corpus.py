@@ -184,8 +184,8 @@ def test_null_is_no_document_and_counted(tmp_path: Path, caplog: pytest.LogCaptu
         "b",
         "c",
     ]
-    assert f"{tmp_path}/a.jsonl: 1 documents; 1 records without text are left out" in caplog.text
-    assert f"{tmp_path}/b.parquet: 1 documents; 2 records without text are left out" in caplog.text
+    assert f"{tmp_path}/a.jsonl: 1 documents; skipped 1 records without text" in caplog.text
+    assert f"{tmp_path}/b.parquet: 1 documents; skipped 2 records without text" in caplog.text
     assert f"{tmp_path}/c.txt: 0 documents" in caplog.text
 
 
@@ -260,17 +260,17 @@ def test_corpus_without_text_is_an_error(tmp_path: Path, suffix: str) -> None:
             path.write_bytes(gzip.compress(blank))
         case ".jsonl.zst":
             path.write_bytes(zstandard.compress(blank))
-    assert message(files(path)) == f"corpus: no documents in {path}; give files with text"
+    assert message(files(path)) == f"corpus: no documents in {path}; give files that contain text"
 
 
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
         (b'{"text": "a"}\n\n{"text": \n', ":3: not valid JSON: Expecting value"),
-        (b'{"text": "a"}\n["b"]\n', ":2: not a JSON object; write one object a line"),
+        (b'{"text": "a"}\n["b"]\n', ":2: not a JSON object; write one object per line"),
         (b'{"a\\n": 1}', ":1: no 'text' (it has 'a\\n'); set corpus.text_field"),
         (b'{"id": 1, "body": "a"}', ":1: no 'text' (it has id, body); set corpus.text_field"),
-        (b'{"text": 3}', ":1: 'text' holds no text but a int; set corpus.text_field"),
+        (b'{"text": 3}', ":1: 'text' is int, not a string; set corpus.text_field"),
         (b'{"text": "a"}\n{"text": "\xff"}', ":2: not UTF-8; convert the file"),
         (b'{"text": "a"}\n' + b"[" * 100_000, ":2: not valid JSON: "),  # deeper than Python's stack
     ],
@@ -295,7 +295,7 @@ def test_unknown_kind_of_file_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("a")
     assert message(files(path)) == (
-        f"{path}: unknown kind of file; use one of .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet"
+        f"{path}: unknown file type; use one of .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet"
     )
 
 
@@ -331,7 +331,7 @@ def test_parquet_without_the_column_or_without_text_in_it_is_an_error(tmp_path: 
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"id": [1], "body": ["x"]}), path)
     assert message(files(path)) == f"{path}: no 'text' (it has id, body); set corpus.text_field"
-    problem = f"{path}: row 0: 'id' holds no text but a int; set corpus.text_field"
+    problem = f"{path}: row 0: 'id' is int, not a string; set corpus.text_field"
     assert message(files(path, text_field="id")) == problem
 
 
@@ -409,4 +409,4 @@ def test_data_set_errors_name_the_data_set(hub: list[dict[str, Any]]) -> None:
     problem = message(Corpus(DatasetCorpus(name="some/texts", text_field="body"), S3Config()))
     assert problem == "some/texts: no 'body' (it has id, text); set corpus.text_field"
     problem = message(Corpus(DatasetCorpus(name="some/texts", text_field="id"), S3Config()))
-    assert problem == "some/texts: row 0: 'id' holds no text but a int; set corpus.text_field"
+    assert problem == "some/texts: row 0: 'id' is int, not a string; set corpus.text_field"

@@ -51,7 +51,7 @@ def test_whether_producers_run_is_asked_only_where_nothing_tells(
     told: list[float] = []
     open_activation_set(world.run, store=store).manifest(4, told.append)
     assert ("are producers running?" in caplog.text) == (sign == "none")
-    assert ("producers are at work" in caplog.text) == (sign != "none")
+    assert ("producers are running" in caplog.text) == (sign != "none")
     assert len(told) == 1
 
 
@@ -89,7 +89,7 @@ def test_a_damaged_block_is_an_error_that_names_the_shard(own_world: World, dama
     else:
         del data[block.offset + 10 :]
     own_world.store.put(shard.key, bytes(data))
-    fault = {"flip": "does not match its checksum", "cut": "is cut short"}[damage]
+    fault = {"flip": "does not match its checksum", "cut": "is truncated"}[damage]
     with pytest.raises(CorruptObjectError, match=f"block 1 {fault}") as caught:
         batches(open_activation_set(own_world.run), range(own_world.full_batches))
     assert caught.value.key == shard.key

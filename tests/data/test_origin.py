@@ -62,10 +62,10 @@ def test_rows_of_other_text_are_named(produced: Run) -> None:
     bad = verify(produced, text=True)["bad_objects"]
     shards = [fault for key, fault in bad.items() if key.startswith("shards/")]
     assert len(shards) == 2  # both sites of the unit with the fifth document
-    assert all("was made of other text: its token" in fault for fault in shards)
+    assert all("was produced from other text: its token" in fault for fault in shards)
     assert all("of document 5 at position" in fault for fault in shards)
     (manifest,) = (fault for key, fault in bad.items() if key.startswith("units/"))
-    assert "left out, where the text has" in manifest
+    assert "excluded ones, but the text has" in manifest
 
 
 def test_a_row_that_comes_twice_is_told() -> None:
@@ -73,9 +73,9 @@ def test_a_row_that_comes_twice_is_told() -> None:
     origin = (torch.tensor([98, 99]), torch.tensor([1, 2]), torch.tensor([3, 3]))
     rows = SiteRows(torch.zeros(2, 2), *(column.int() for column in origin))
     assert text.rows_fault([rows]) is None
-    assert text.rows_fault([rows, rows]) == "has a row twice"
+    assert text.rows_fault([rows, rows]) == "contains a row twice"
     assert text.rows_fault([rows._replace(documents=rows.documents - 1)]) == (
-        "was made of other text: its token 98 is not that of document 2 at position 1"
+        "was produced from other text: its token 98 is not that of document 2 at position 1"
     )
 
 

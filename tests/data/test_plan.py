@@ -225,7 +225,7 @@ def test_a_plan_of_a_later_version_names_the_versions(tmp_path: Path) -> None:
     store = open_store(run.store.activations)
     plan(run)
     store.put(PLAN_KEY, changed(store.get(PLAN_KEY), schema_version=2))
-    with pytest.raises(CorruptObjectError, match="schema version 2, this program reads 1"):
+    with pytest.raises(CorruptObjectError, match="schema version 2, but this program reads 1"):
         load_plan(store, run)
 
 

@@ -120,7 +120,7 @@ def test_files_are_found_by_their_content(tmp_path: Path, suffix: str) -> None:
     assert here.holds(index.files)
     other = write(tmp_path / "other.txt", "something else")
     assert not files(*moved, other).holds(index.files)
-    with pytest.raises(CorpusError, match=f"none is the file that was {a} when the plan was made"):
+    with pytest.raises(CorpusError, match=f"none has the content that {a} had when the plan"):
         read(files(other), index, 0)
 
 
@@ -141,7 +141,7 @@ def test_a_file_that_grows_while_it_is_indexed_is_an_error(tmp_path: Path) -> No
     def grow(_: int) -> None:  # called at the first document
         write(path, *LINES, "five")
 
-    with pytest.raises(CorpusError, match="changed while it was read; plan again"):
+    with pytest.raises(CorpusError, match="changed while it was being read; plan again"):
         corpus.index(grow)
 
 
@@ -229,4 +229,4 @@ def test_a_hub_that_does_not_answer_leaves_the_content(
     index = Corpus(DatasetCorpus(name="some/texts"), S3Config()).index()
     assert index.commit is None
     assert index.checksums([[0, 1]])
-    assert "the hub does not tell its commit" in caplog.text
+    assert "the hub did not report a commit" in caplog.text

@@ -191,7 +191,7 @@ def test_one_flipped_bit_is_found(store: ObjectStore, place: str) -> None:
 def test_a_cut_shard_is_found(store: ObjectStore) -> None:
     shard = write_shard(store, 7, "s", random_rows(50, 3), 20, "fp32")
     damaged(store, shard, store.get(shard.key)[: shard.blocks[2].offset + 10])
-    with pytest.raises(CorruptObjectError, match="block 2 is cut short"):
+    with pytest.raises(CorruptObjectError, match="block 2 is truncated"):
         read_block(store, shard, 2)
 
 

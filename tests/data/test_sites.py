@@ -102,7 +102,7 @@ def test_blocks_of_all_sites_hold_the_same_rows_up_to_the_limit(
     ("lost", "said"),
     [
         (1, r"units/00000000.json: has 90 rows of narrow in 12 blocks, and 89 of wide in 12,"),
-        (90, "units/00000000.json: has no wide; delete it and produce the unit again"),
+        (90, "units/00000000.json: has no site wide; delete it and produce the unit again"),
     ],
     ids=["fewer rows", "no rows"],
 )

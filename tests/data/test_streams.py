@@ -151,7 +151,7 @@ def test_no_more_is_read_again_than_an_estimate_may_be_wrong_by(
             batches(activation_set, range(start, 300), passes=passes, cursors=known)
         message = str(caught.value)
         assert f"ends after {passes * 480} rows" in message
-        assert f"{max(int(share * passes * 480), passes * 16)} were read again" in message
+        assert f"{max(int(share * passes * 480), passes * 16)} rows were reread" in message
         assert message.endswith("excludes less (activations.exclude)")
         assert caught.value.exit_code == 2
 

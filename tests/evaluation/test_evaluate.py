@@ -319,7 +319,9 @@ def test_units_that_nobody_makes_are_not_waited_for_without_end(run: Run) -> Non
         os.utime(path, (0, 0))  # so that none is a sign of a producer
     timeouts = run.timeouts.model_copy(update={"missing_seconds": 0.2})
     try:
-        with pytest.raises(UnitMissingError, match=r"start producers .* then this again") as told:
+        with pytest.raises(
+            UnitMissingError, match=r"start producers .* then rerun this command"
+        ) as told:
             evaluate(run.model_copy(update={"timeouts": timeouts}))
     finally:
         store.put(key, manifest)

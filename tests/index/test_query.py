@@ -210,7 +210,9 @@ def test_what_is_not_there_gets_one_line(tmp_path: Path) -> None:
     manifest = read_record(IndexManifest, runs, IndexFolder(run.name, "step-00000003").manifest)
     newer = seal(manifest).replace(b'"schema_version":1', b'"schema_version":2')
     runs.put(IndexFolder(run.name, "step-00000003").manifest, newer)
-    fails(CorruptObjectError, "has schema version 2, this program reads 1; use the version", open_)
+    fails(
+        CorruptObjectError, "has schema version 2, but this program reads 1; use the version", open_
+    )
 
 
 @pytest.mark.system

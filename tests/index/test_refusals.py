@@ -82,7 +82,11 @@ def test_an_index_of_a_later_version_is_left_to_it(tmp_path: Path) -> None:
     add_checkpoint(run)
     path = Path(make_index(run)["index"], "index.json")
     path.write_bytes(changed(path.read_bytes(), schema_version=2))
-    fails(CorruptObjectError, "has schema version 2, this program reads 1", lambda: make_index(run))
+    fails(
+        CorruptObjectError,
+        "has schema version 2, but this program reads 1",
+        lambda: make_index(run),
+    )
 
 
 def test_an_index_that_is_older_than_a_setting_has_its_default(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_what_is_not_ours_is_passed_by_and_named_once(
         assert numbers(run) == before
         assert numbers(run) == before
     named = [record.getMessage() for record in caplog.records]
-    assert all("not an object of dist-sae" in message for message in named)
+    assert all("not a dist-sae object" in message for message in named)
     # units, shards, claims, consumers, checkpoints, history
     assert len(named) == 6
 

@@ -327,7 +327,7 @@ def test_a_mistake_fails_the_run_at_once(runs: Runs, calm: Calm) -> None:
     assert jobset.condition[:2] == ("Failed", "FailJobSetFailurePolicyAction")
     assert "calm-trainer-0 failed (PodFailurePolicy: container main of" in jobset.condition.message
     (refused,) = trainer.pods
-    assert "error: s3://dist-sae/runs/calm: holds a run with other settings" in refused.log()
+    assert "error: s3://dist-sae/runs/calm: contains a run with other settings" in refused.log()
     assert len(producer.pods) == 2
     assert "reporter" not in jobset.jobs
     cluster.delete(run.name)
@@ -352,8 +352,8 @@ def test_producers_apart_end_when_a_trainer_has_failed_for_good(runs: Runs, calm
     assert job.condition[:2] == ("Failed", "PodFailurePolicy"), cluster.story()
     (ended, *_) = job.counted
     assert exit_code(ended) == 2
-    assert f"of which {trainer.name} has failed" in ended.log()
-    assert "holds a run with other settings" in ended.log()
+    assert f"stopped because {trainer.name} failed" in ended.log()
+    assert "contains a run with other settings" in ended.log()
     assert not manifests(runs, run)
     cluster.delete(run.name)
 

@@ -435,7 +435,7 @@ def test_status_of_a_run_that_nobody_submitted_says_so(
 ) -> None:
     found = status(sh, path)
     assert found["state"] == "absent"
-    assert found["store"]["plan"].endswith("holds no plan yet; run `dist-sae plan` first")
+    assert found["store"]["plan"].endswith("has no plan yet; run `dist-sae plan` first")
     assert "saved    no checkpoint yet, of 16 steps" in sh("status", path)
 
 

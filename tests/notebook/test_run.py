@@ -131,7 +131,7 @@ def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
         opened.dictionary()
     with pytest.raises(DistSaeError, match=r"has no checkpoint of step 5; it has: none$"):
         opened.dictionary(5)
-    with pytest.raises(DistSaeError, match=r"holds no plan yet; run `dist-sae plan` first$"):
+    with pytest.raises(DistSaeError, match=r"has no plan yet; run `dist-sae plan` first$"):
         opened.rows()
 
 

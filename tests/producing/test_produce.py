@@ -46,7 +46,7 @@ def test_progress_counts_rows_within_a_unit(
     made = fill(make_run(tmp_path), RowNumbers(), monkeypatch)
     said = [record for record in said if "units" in record]
     assert {record["of"] for record in said} == {sum(made.rows_of_units)} == {128 * 16}
-    assert said[0] | {"done": 0, "at_hand": 0, "units": 0, "doing": "loads the model"} == said[0]
+    assert said[0] | {"done": 0, "at_hand": 0, "units": 0, "doing": "loading the model"} == said[0]
     assert any(record["at_hand"] for record in said)
     reached = [record["done"] + record["at_hand"] for record in said]
     assert reached == sorted(reached)

@@ -111,7 +111,7 @@ def test_a_unit_without_a_token_is_an_error_that_says_so(
 ) -> None:
     run, store = letters
     monkeypatch.setattr(dist_sae.producing.loop, "build_tokenizer", lambda *_: FirstLetters(0))
-    with pytest.raises(CorpusError, match=r"unit 0: none of its .* documents has a token"):
+    with pytest.raises(CorpusError, match=r"unit 0: its .* documents contain no tokens"):
         start(run, "a")
     assert list(store.keys()) == ["plan.json"]
 

@@ -146,7 +146,7 @@ def test_server_that_ignores_conditions_is_found_out(
         assert store.exclusive == (kind not in LIARS)
     warnings = [record.getMessage() for record in caplog.records if "dist_sae" in record.name]
     assert len(warnings) == (kind in LIARS)
-    assert all("does not honour If-None-Match" in warning for warning in warnings)
+    assert all("does not support If-None-Match" in warning for warning in warnings)
 
 
 def test_put_if_absent_has_one_winner_among_racing_writers(kind: str, store: ObjectStore) -> None:

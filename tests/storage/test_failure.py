@@ -43,7 +43,7 @@ def test_a_part_saves_and_ends_with_2_when_another_has_failed(run: Run, error: E
     with pytest.raises(PartFailedError) as caught:
         work(run, error)
     assert caught.value.exit_code == EXIT_USER
-    assert "of which world-trainer-0-abcde has failed (the model is gone)" in str(caught.value)
+    assert "stopped because world-trainer-0-abcde failed (the model is gone)" in str(caught.value)
 
 
 def test_a_part_that_begins_later_ends_at_once(run: Run) -> None:
@@ -70,7 +70,8 @@ def test_every_part_looks_before_it_waits_for_others(
     tell(run, ModelError("the model is gone"))
     assert cli.main([command, str(tmp_path / "run.yaml"), "--wait"]) == EXIT_USER
     assert (
-        "of which world-trainer-0-abcde has failed (the model is gone)" in capsys.readouterr().err
+        "stopped because world-trainer-0-abcde failed (the model is gone)"
+        in capsys.readouterr().err
     )
 
 
@@ -120,8 +121,8 @@ def test_a_store_that_does_not_answer_costs_a_warning(
     caplog.handler.addFilter(note)
     with pytest.raises(PartFailedError, match="the model is gone"):
         work()
-    assert "cannot look whether another part has failed" in caplog.text
-    assert "the other parts of the run are not told of this failure" in caplog.text
+    assert "cannot check whether another part has failed" in caplog.text
+    assert "the other parts of the run could not be notified of this failure" in caplog.text
 
 
 def test_only_the_first_rank_of_a_pod_looks_and_only_while_it_works(
@@ -141,7 +142,7 @@ def test_only_the_first_rank_of_a_pod_looks_and_only_while_it_works(
     ("error", "told"),
     [
         (ModelError("no such model"), True),
-        (PartFailedError("ends with the run"), False),  # the cause is known
+        (PartFailedError("stopped because a pod failed"), False),  # the cause is known
         (UnavailableError("no answer", url="s3://a"), False),  # it comes back
     ],
 )

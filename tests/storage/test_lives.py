@@ -32,7 +32,9 @@ def test_too_many_lives_without_progress_end_the_run(tmp_path: Path) -> None:
         with pytest.raises(RestartLimitError) as caught:
             life(str(tmp_path)).begin()
         assert caught.value.exit_code == EXIT_USER
-    words = "trainer 3: 3 lives in a row ended without a new checkpoint (cluster.trainer.retries 2)"
+    words = (
+        "trainer 3: 3 starts in a row ended without a new checkpoint (cluster.trainer.retries 2)"
+    )
     assert str(caught.value).startswith(words)
     life(str(tmp_path), index=4).begin()  # each pod has its own
     life(str(tmp_path), part="producer").begin()
@@ -128,7 +130,7 @@ def test_programs_count_their_lives(tmp_path: Path) -> None:
                 open_store(str(tmp_path / "runs")), "world", part, 0, job="job", retries=6
             ).begin()
         said = run(program, str(path), "--local-ranks", "1", env=env, code=2)
-        assert f"error: {part} 0: 7 lives in a row ended without a" in said
+        assert f"error: {part} 0: 7 starts in a row ended without a" in said
         again = env | {JOB: "after a resume"}
         run(program, str(path), "--local-ranks", "1", env=again)
         assert '"in_a_row":0' in (folder / f"{part}-0.json").read_text().replace(" ", "")

@@ -156,7 +156,7 @@ def test_a_damaged_file_is_fetched_again(
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     place_of(model, weights=True)
     assert file.read_bytes() == whole
-    assert f"{file}: is damaged; it is fetched again" in caplog.text
+    assert f"{file}: is damaged; downloading it again" in caplog.text
 
 
 def test_a_moved_folder_is_the_same_one_and_a_new_model_is_not(
@@ -207,7 +207,7 @@ def test_a_damaged_index_of_weights_is_named(
 ) -> None:
     (folder / "model.safetensors.index.json").write_text(index)
     upload(bucket, folder)
-    with pytest.raises(ModelError, match=r"index\.json is no index of weights \("):
+    with pytest.raises(ModelError, match=r"index\.json is not an index of weights \("):
         model_content(stored(bucket, tmp_path))
 
 
@@ -216,7 +216,7 @@ def test_a_full_or_missing_place_is_named(
 ) -> None:
     upload(bucket, folder)
     home.write_text("no folder")
-    with pytest.raises(ModelError, match=r"cannot be kept in .*; make room there \(of a pod: "):
+    with pytest.raises(ModelError, match=r"cannot be stored in .*; free space there \(in a pod: "):
         place_of(stored(bucket, tmp_path), weights=False)
 
 

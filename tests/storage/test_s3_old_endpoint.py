@@ -90,7 +90,7 @@ def test_endpoint_without_conditions_gets_look_then_put(
     assert not old_store.put("key", b"second", if_absent=True)
     assert old_store.get("key") == b"first"
     assert len(warnings) == 1
-    assert "does not honour If-None-Match" in warnings[0]
+    assert "does not support If-None-Match" in warnings[0]
 
 
 def test_endpoint_without_ranges_gives_the_right_bytes(

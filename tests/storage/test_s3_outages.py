@@ -36,7 +36,7 @@ def test_endpoint_that_is_down_is_asked_until_the_deadline(
     message = told(UnavailableError, store, "get")
     assert 3 <= time.monotonic() - since < 10
     assert message == (
-        f"{store.url}/a/b: {nowhere} does not answer (EndpointConnectionError); "
+        f"{store.url}/a/b: {nowhere} does not respond (EndpointConnectionError); "
         f"check store.s3.endpoint_url and the network"
     )
     assert len(warnings) == 1  # at the first failure, then every half minute
@@ -106,7 +106,7 @@ def test_answers_that_waiting_mends(
 ) -> None:
     with FaultProxy(bucket.endpoint_url, 0, {"error": 1.0}, answers=[(status, body)]) as proxy:
         store = make_store(bucket, proxy.endpoint_url, seconds=0.05)
-        assert "the endpoint answers" in told(UnavailableError, store, "get", "size")
+        assert "the endpoint returned" in told(UnavailableError, store, "get", "size")
         for name in sorted(METHODS.keys() - {"get", "size"}):
             told(UnavailableError, store, name)
         with ThreadPoolExecutor(1) as pool:

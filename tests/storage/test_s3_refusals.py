@@ -107,7 +107,7 @@ def test_clock_that_is_off(weed: Bucket, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr("botocore.auth.get_current_datetime", later)
     assert told(AccessError, make_store(weed), *METHODS).endswith(
-        "this machine's clock is off; set it"
+        "this machine's clock is wrong; set it"
     )
 
 
@@ -116,14 +116,19 @@ def test_clock_that_is_off(weed: Bucket, monkeypatch: pytest.MonkeyPatch) -> Non
     [
         (400, b"ExpiredToken", AccessError, "the session token has expired; renew the credentials"),
         (400, b"InvalidToken", AccessError, "the session token is not valid"),
-        (403, b"RequestTimeTooSkewed", AccessError, "this machine's clock is off; set it"),
+        (403, b"RequestTimeTooSkewed", AccessError, "this machine's clock is wrong; set it"),
         (403, b"AccessDenied", AccessError, "access denied; check the credentials' permissions"),
         (403, b"AllAccessDisabled", AccessError, "access denied; check the credentials"),
         (400, b"AuthorizationHeaderMalformed", AccessError, "set store.s3.region"),
         (403, b"AccountProblem", AccessError, "AccountProblem"),
-        (403, b"InvalidObjectState", StoreError, "is archived (Glacier or the like): restore it"),
+        (
+            403,
+            b"InvalidObjectState",
+            StoreError,
+            "is archived (for example in Glacier); restore it",
+        ),
         (400, b"KMS.DisabledException", AccessError, "the encryption key cannot be used"),
-        (403, b"RequestExpired", AccessError, "this machine's clock is off; set it"),
+        (403, b"RequestExpired", AccessError, "this machine's clock is wrong; set it"),
         (400, b"ExpiredTokenException", AccessError, "the session token has expired"),
         (403, b"QuotaExceeded", StoreFullError, "no space left or over quota"),
         (403, b"XMinioAdminBucketQuotaExceeded", StoreFullError, "no space left or over quota"),

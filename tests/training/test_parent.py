@@ -101,9 +101,11 @@ def test_all_rows_of_a_child_are_those_that_its_parent_left(activations: str, ha
     gone = load_run(path, [*settings, "store.activations=gone", "model.n_features=49"])
     assert completed_result(gone) == done
     for other in ("sae.k=2", "train.max_passes=2"):
-        with pytest.raises(PlanMismatchError, match="holds a run with other settings"):
+        with pytest.raises(PlanMismatchError, match="contains a run with other settings"):
             completed_result(load_run(path, [*settings, other]))
-    with pytest.raises(DataExhaustedError, match=r"all: after the .* there is no batch left"):
+    with pytest.raises(
+        DataExhaustedError, match=r"all: the run's parents took .* less than one batch is left"
+    ):
         plan_.resolve(run_, plan_.pass_rows // 4)
 
 
@@ -140,7 +142,7 @@ def go_on(path: Path, settings: Sequence[str], plan: Plan) -> None:
         ),
         (
             {"train.rows": 9600, "train.max_passes": 1},
-            "train.rows asks for 9600 rows after the 4800 that its parents took",
+            "train.rows asks for 9600 rows after the 4800 that the run's parents took",
         ),
     ],
 )

@@ -86,7 +86,7 @@ def test_units_at_hand_count_and_give_a_time_before_the_first_is_done(
     out = io.StringIO()
     record: dict[str, Any] = {"role": "produce", "done": 0, "total": 1000}
     said: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("producer-0", {"at_hand": 0, "doing": "loads the model"}),
+        ("producer-0", {"at_hand": 0, "doing": "loading the model"}),
         ("producer-0", {"at_hand": 0}),
         ("producer-0", {"at_hand": 150, "rows_per_second": 15}),
         ("producer-1", {"at_hand": 200, "rows_per_second": 20}),
@@ -96,8 +96,8 @@ def test_units_at_hand_count_and_give_a_time_before_the_first_is_done(
         for (process, numbers), now[0] in zip(said, (0.0, 30.0, 40.0, 50.0, 50.0), strict=True):
             view.show(process, record | numbers)
     assert out.getvalue().splitlines() == [
-        "produce 0/1,000  loads the model",
-        "produce 0/1,000  loads the model",
+        "produce 0/1,000  loading the model",
+        "produce 0/1,000  loading the model",
         "produce 150/1,000  0:00:57 left  15 rows/s",
         "produce 350/1,000  0:00:37 left  35 rows/s",
         "produce 350/1,000  0:00:37 left  35 rows/s",  # a unit that exists is at hand no more
@@ -108,9 +108,9 @@ def test_a_plan_says_what_it_does_and_what_came_of_it() -> None:
     out = io.StringIO()
     record: dict[str, Any] = {"role": "plan", "total": 1}
     with ProgressView(Console(file=out, width=80)) as view:
-        view.show("plan", record | {"done": 0.25, "doing": "counts tokens"})
+        view.show("plan", record | {"done": 0.25, "doing": "counting tokens"})
         view.show("plan", record | {"done": 1, "said": "12 units"})
-    assert out.getvalue().splitlines() == ["plan 25%  counts tokens", "plan: 12 units"]
+    assert out.getvalue().splitlines() == ["plan 25%  counting tokens", "plan: 12 units"]
 
 
 def test_the_end_is_told_once() -> None:
@@ -196,7 +196,7 @@ def test_a_part_whose_last_word_is_missing_is_shown_as_done() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=80, legacy_windows=False)
     with ProgressView(console) as view:
-        view.show("plan", {"role": "plan", "done": 0.0, "total": 1.0, "doing": "reads the text"})
+        view.show("plan", {"role": "plan", "done": 0.0, "total": 1.0, "doing": "reading the text"})
         view.show("producer-0", PRODUCING)
         view.begin("evaluate")
         with console.capture() as capture:
@@ -207,4 +207,4 @@ def test_a_part_whose_last_word_is_missing_is_shown_as_done() -> None:
     )
     assert "100%" in plan
     assert "100%" in produce
-    assert "reads the text" not in plan
+    assert "reading the text" not in plan

@@ -322,7 +322,7 @@ def test_a_run_gets_the_rows_that_its_plan_promised(tmp_path: Path) -> None:
     produce(path)
     said = train(path)[0]
     assert [r["step"] for r in history(tmp_path)] == list(range(1, 4 * 47 * 31 // 160 + 1))
-    assert "fewer than planned, for more were excluded; its last window is read again" in said
+    assert "because more rows were excluded; rereading its last window" in said
     run_ = load_run(tmp_path / "runs/world/run.yaml")
     assert run_.train.rows == 36 * 160
     assert run_.left_open == []
