@@ -38,10 +38,10 @@ def verify(run: Run, *, text: bool = False) -> dict[str, Any]:
         text: Whether to compare every row's token with the corpus, by its document and position.
 
     Returns:
-        The numbers of `objects` and `bytes` read; `missing_units`, which are not produced yet or
-        lost; `retired_units`, whose shards were deleted after all runs had read them; with `text`,
-        `rows_compared_with_text`; `bad`, the number of bad objects; and `bad_objects`, their faults
-        by key.
+        The numbers of `objects` and `bytes` checked, including bad objects; `missing_units`, which
+        are not produced yet or lost; `retired_units`, whose shards were deleted after all runs had
+        read them, and whose manifests are not checked; with `text`, `rows_compared_with_text`;
+        `bad`, the number of bad objects; and `bad_objects`, their faults by key.
 
     Raises:
         PlanMismatchError: The store has no plan, or a plan that does not fit the run.
@@ -56,11 +56,11 @@ def verify(run: Run, *, text: bool = False) -> dict[str, Any]:
     bad: dict[str, str] = {}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for key, entry in MANIFESTS.entries(store):
-            objects, size = objects + 1, size + entry.bytes
             unit = int(key["number"])
             units.add(unit)
             if unit < retired:
                 continue
+            objects, size = objects + 1, size + entry.bytes
             try:
                 manifest = _manifest(store, unit, plan)
             except CorruptObjectError as exc:
@@ -105,7 +105,9 @@ def _text_reader(run: Run, plan: Plan, store: ObjectStore) -> Callable[[int], Un
 def _manifest(store: ObjectStore, unit: int, plan: Plan) -> UnitManifest:
     manifest: UnitManifest = read_manifest(store, unit)
     if manifest.plan != plan.hash:
-        raise CorruptObjectError("belongs to another plan", url=store.url, key=manifest_key(unit))
+        raise CorruptObjectError(
+            "was produced under a different plan", url=store.url, key=manifest_key(unit)
+        )
     return manifest
 
 
@@ -115,7 +117,7 @@ def _fault(store: ObjectStore, text: UnitText | None, shard: SiteShard) -> str |
     except ObjectNotFoundError:
         return "is missing"
     if len(data) != shard.bytes:
-        return f"has {len(data)} bytes where {shard.bytes} were written"
+        return f"has {len(data)} bytes, but {shard.bytes} were written"
     if hashlib.sha256(data).hexdigest() != shard.sha256:
         return "does not match its checksum"
     blocks = [data[block.offset : block.offset + block.bytes] for block in shard.blocks]

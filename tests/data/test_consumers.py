@@ -143,6 +143,7 @@ def test_manifests_of_deleted_units_stay_so_that_nobody_makes_them_again(
     assert list(store.keys()) == before
     found = verify(run)
     assert (found["retired_units"], found["missing_units"], found["bad_objects"]) == (16, 0, {})
+    assert found["objects"] == 2  # the held-out unit's manifest and shard
 
 
 def test_a_run_that_may_go_through_the_data_again_keeps_all_of_it(
@@ -340,6 +341,8 @@ def test_a_manifest_cannot_choose_what_is_deleted(
             deleted.extend(keys)
 
     Consumers(store, 1.0).report("world", reached=16, needed=16)
-    with pytest.raises(CorruptObjectError, match="is no shard of synthetic of unit 2; delete the"):
+    with pytest.raises(
+        CorruptObjectError, match="is not a shard of synthetic of unit 2; delete the"
+    ):
         Consumers(Noted(store), 1.0).retire(plan)
     assert deleted == []
