@@ -123,7 +123,7 @@ class TrainingStep:
             report: Reporter that the step is reported to, as in a real run; None by default.
         """
         engine = self._engine
-        assert engine is not None, "initialise first"
+        assert engine is not None, "call initialise() first"
         end = report.end if report else lambda _: None
         end("wait")
         output, norm, _ = training_step(
@@ -147,7 +147,7 @@ class TrainingStep:
     @property
     def state(self) -> TrainingState:
         """The state that a checkpoint stores."""
-        assert self._engine is not None, "initialise first"
+        assert self._engine is not None, "call initialise() first"
         return TrainingState(self.sae, self._engine, self.dead, None)
 
     def reconstruct(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:

@@ -297,7 +297,7 @@ def _read_raw(raw: _Raw, shards: list[SiteShard]) -> None:
 
     with ThreadPoolExecutor(_FETCHERS) as pool:
         read = sum(pool.map(get, range(len(places))))
-    assert read == sum(block.bytes for _, block in places), "cut short"
+    assert read == sum(block.bytes for _, block in places), "short read"
 
 
 def _time_pair(

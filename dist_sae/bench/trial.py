@@ -50,8 +50,8 @@ def trial(run: Run, groups: Sequence[Sequence[Basis]], steps: int) -> Rates:
     ranks, cores = max(processes.trainers, run.tensor_parallel), os.cpu_count() or 1
     if ranks > cores:
         raise ConfigError(
-            f"--measure: {ranks} ranks are more than the {cores} cores here; give --bench with "
-            f"what `bench step` and `bench produce` printed for one of them, or --accelerator"
+            f"--measure: {ranks} ranks need {ranks} cores, and this machine has {cores}; use "
+            f"--bench with the output of `bench step` and `bench produce`, or --accelerator"
         )
     at_once = processes.producers * run.tensor_parallel + processes.trainers
     threads = str(processes.threads or max(1, cores // at_once))
@@ -83,8 +83,8 @@ def trial(run: Run, groups: Sequence[Sequence[Basis]], steps: int) -> Rates:
         trainer_begin_seconds=max(0.0, training - worked),
         producer_begin_seconds=max(0.0, producing - rows / rate),
         sources=(
-            f"{steps} steps of a run like this one, and a producer, measured here; up to "
-            f"{dead:.0%} of the latents were dead, and steps take longer where more are",
+            f"{steps} steps of a short version of this run, and a producer, measured here; up to "
+            f"{dead:.0%} of the latents were dead, and steps are slower if more are",
         ),
     )
 
@@ -207,7 +207,7 @@ def _timed(arguments: Sequence[str], environment: Mapping[str, str]) -> float:
         check=False,
     )
     if done.returncode:
-        last = (done.stderr.strip() or "it said nothing").splitlines()[-1]
+        last = (done.stderr.strip() or "no output").splitlines()[-1]
         said = last.removeprefix("error: ")
         raise ProcessFailedError(f"--measure: {arguments[0]}: {said}", done.returncode)
     return time.perf_counter() - since

@@ -46,11 +46,13 @@ def problem(run: Run) -> str | None:
     sae = run.sae
     if isinstance(sae, TranscoderConfig):
         if not sae.selects_over_batch:
-            return "sae.selection: row: circuit-tracer's files have thresholds alone, no k"
+            return (
+                "sae.selection: row: circuit-tracer supports only transcoders with selection: batch"
+            )
     elif not isinstance(sae, CrossLayerConfig):
-        return f"sae.kind: {sae.kind}: circuit-tracer has transcoders and cross-layer ones"
+        return f"sae.kind: {sae.kind}: circuit-tracer supports only transcoders"
     if not isinstance(run.model, HuggingFaceModel):
-        return f"model.kind: {run.model.kind}: circuit-tracer traces language models"
+        return f"model.kind: {run.model.kind}: circuit-tracer supports only language models"
     return _sites_problem(run)
 
 
@@ -59,13 +61,13 @@ def _sites_problem(run: Run) -> str | None:
     mlps = [[f"{name}.{layer}" for layer in layers] for name in ("mlp_in", "mlp_out")]
     if [list(run.reads), list(run.writes)] != mlps:
         return (
-            f"sae.reads: {run.described_sites}: circuit-tracer replaces MLPs; it needs mlp_in read "
-            f"and mlp_out written, of the same layers"
+            f"sae.reads: {run.described_sites}: circuit-tracer replaces MLPs, so sae.reads must be "
+            f"mlp_in and sae.writes mlp_out of the same layers"
         )
     if isinstance(run.sae, TranscoderConfig) and len(layers) > 1:
-        return f"sae.reads: {run.described_sites}: circuit-tracer has a transcoder for each layer"
+        return f"sae.reads: {run.described_sites}: circuit-tracer needs one transcoder per layer"
     if isinstance(run.sae, CrossLayerConfig) and layers != list(range(len(layers))):
-        return f"sae.reads: {run.described_sites}: circuit-tracer wants every layer from 0 on"
+        return f"sae.reads: {run.described_sites}: circuit-tracer needs every layer from 0 up"
     return None
 
 
@@ -77,8 +79,8 @@ def config(run: Run, checkpoint: "Checkpoint") -> str:
     widths = normalisers_of(run, checkpoint).widths
     if set(widths.reads) != set(widths.writes):
         raise ConfigError(
-            f"sae.reads: {run.described_sites}: circuit-tracer has one width, and these have "
-            f"{widths.reads[0]} and {widths.writes[0]}"
+            f"sae.reads: {run.described_sites}: circuit-tracer needs one width, but these sites "
+            f"have {widths.reads[0]} and {widths.writes[0]}"
         )
     crosses = isinstance(run.sae, CrossLayerConfig)
     content = {
@@ -111,7 +113,7 @@ def note(run: Run, checkpoint: "Checkpoint") -> str | None:  # noqa: ARG001 - al
     if isinstance(run.sae, CrossLayerConfig):
         return None
     return (
-        f"circuit-tracer wants a transcoder of every layer: put those of all layers beside "
+        f"circuit-tracer needs a transcoder for every layer: put the files of all layers next to "
         f"layer_{layer_of(run.site)}.safetensors"
     )
 

@@ -132,7 +132,7 @@ def _contexts(run: Run, index: Index) -> _Contexts:
         if not np.array_equal(tokens[of_rows[unit] - first, places[unit]], token):
             raise CorpusError(
                 f"corpus: the documents of unit {unit} are not the text that the activations were "
-                f"made from; restore the files that the plan names"
+                f"computed from; restore the files named in the plan"
             )
         texts.forget()
         first += len(keys)

@@ -60,7 +60,7 @@ CONFIG = "config.json"
 def problem(run: Run) -> str | None:
     """Return why dictionary_learning cannot represent a run's dictionary, or None if it can."""
     if _class(run) is None:
-        return f"sae.kind: {run.sae.kind}: dictionary_learning has nothing like it"
+        return f"sae.kind: {run.sae.kind}: dictionary_learning does not support this kind"
     return None
 
 
@@ -118,7 +118,7 @@ def files(run: Run, checkpoint: "Checkpoint") -> dict[str, Callable[[], Iterator
 
 def note(run: Run, checkpoint: "Checkpoint") -> str:  # noqa: ARG001 - all formats have it
     """Return the note that the file is a pickle."""
-    return "ae.pt is a pickle, the only form that dictionary_learning reads"
+    return "ae.pt is a pickle, the only format that dictionary_learning reads"
 
 
 def _tensors(run: Run, checkpoint: "Checkpoint") -> "Iterator[PiecewiseTensor]":

@@ -100,7 +100,8 @@ def export_checkpoint(
     chosen = _FORMATS[format_name]
     if reason := chosen.problem(run):
         raise ConfigError(
-            f"{reason}; use the checkpoint, `dist-sae checkpoints convert` makes one file of it"
+            f"{reason}; use the checkpoint itself: `dist-sae checkpoints convert` writes it as one "
+            f"file"
         )
     runs = open_store(run.store.runs, run.store.s3, meter)
     checkpoint = find_checkpoint(runs, run, step)
@@ -109,13 +110,16 @@ def export_checkpoint(
     own = trained_run(checkpoint, run).model_copy(update={"export": run.export})
     typed = run.filled(checkpoint.scalars["run"])  # open settings count as equal
     if changed := differences(plan_settings(own), plan_settings(typed)):
-        logger.warning("the export names what the run was trained on, not %s", "; ".join(changed))
+        logger.warning(
+            "the export states the run's training settings, not the run file's: %s",
+            "; ".join(changed),
+        )
     name = "export" if format_name == FORMATS[0] else f"export-{format_name}"
     folder = f"{run.name}/{name}{suffix(runs, run, checkpoint.step)}"
     if note := chosen.note(own, checkpoint):
         logger.info("%s", note)
     if _is_complete(runs, folder, chosen, own, checkpoint):
-        logger.info("step %d was exported before: %s/%s", checkpoint.step, runs.url, folder)
+        logger.info("step %d is already exported: %s/%s", checkpoint.step, runs.url, folder)
         names = (*chosen.files(own, checkpoint), chosen.CONFIG)
         return Exported(folder, names, own, checkpoint, chosen.LIBRARY)
 

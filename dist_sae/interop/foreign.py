@@ -44,7 +44,7 @@ def read_dictionary(source: Path) -> ImportedDictionary:
     try:
         found = _reader(source)()
     except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as exc:
-        reason = f"lacks {exc}" if isinstance(exc, KeyError) else exc
+        reason = f"{exc} is missing" if isinstance(exc, KeyError) else exc
         raise ConfigError(f"{source}: cannot be read: {reason}") from exc
     _check(source, found)
     return found
@@ -62,27 +62,26 @@ def _reader(source: Path) -> Callable[[], ImportedDictionary]:
     if layers := sorted(source.glob("layer_*.safetensors")):
         if len(layers) > 1:
             raise ConfigError(
-                f"{source}: has transcoders of {len(layers)} layers; name the file of one, as "
-                f"{layers[0]}"
+                f"{source}: contains transcoders of {len(layers)} layers; give the file of one "
+                f"layer, for example {layers[0]}"
             )
         return partial(readers.circuit_tracer, layers[0])
     pickled = sorted(name for name in there if name.endswith((".pt", ".pth", ".bin", ".pkl")))
     if pickled:
         raise ConfigError(
-            f"{source}: has pickled weights ({pickled[0]}), which can run any code when they are "
-            f"read; save them as safetensors where you trust them"
+            f"{source}: contains pickled weights ({pickled[0]}), which can run arbitrary code when "
+            f"loaded; if you trust them, convert them to safetensors first"
         )
-    known = ", ".join(f"{library} {' and '.join(n)}" for n, (library, _) in _READERS.items())
-    known = known.replace(" ", " has ", 1)
+    known = ", ".join(f"{library} ({' and '.join(n)})" for n, (library, _) in _READERS.items())
     raise ConfigError(
-        f"{source}: is no dictionary that can be read; {known}, circuit-tracer "
-        f"layer_<l>.safetensors, or W_enc_<l>.safetensors and W_dec_<l>.safetensors"
+        f"{source}: not a dictionary in a known format; known formats: {known}, circuit-tracer "
+        f"(layer_<l>.safetensors, or W_enc_<l>.safetensors and W_dec_<l>.safetensors)"
     )
 
 
 def _check(source: Path, found: ImportedDictionary) -> None:
     if found.W_dec.ndim != 2 or found.W_enc.ndim != 2:  # noqa: PLR2004 - rows and columns
-        raise ConfigError(f"{source}: W_enc and W_dec are no matrices")
+        raise ConfigError(f"{source}: W_enc and W_dec are not matrices")
     n_latents, d_out = found.W_dec.shape
     d_in = found.W_enc.shape[1] if found.is_transcoder else d_out
     shapes = {
@@ -95,14 +94,14 @@ def _check(source: Path, found: ImportedDictionary) -> None:
     for name, (tensor, wanted) in shapes.items():
         if tensor.shape != wanted:
             raise ConfigError(
-                f"{source}: {name} has the shape {list(tensor.shape)}, not {list(wanted)} as W_dec "
-                f"says"
+                f"{source}: {name} has shape {list(tensor.shape)}, but W_dec's shape requires "
+                f"{list(wanted)}"
             )
     for name, tensor in (*found._asdict().items(), *found.per_latent.items()):
         if isinstance(tensor, Tensor) and not bool(tensor.isfinite().all()):
-            raise ConfigError(f"{source}: {name} has numbers that are not finite")
+            raise ConfigError(f"{source}: {name} contains non-finite values")
     if (found.kind == "topk") != (found.k is not None):
-        raise ConfigError(f"{source}: says k = {found.k} of kind {found.kind}")
+        raise ConfigError(f"{source}: has k = {found.k}, which does not fit kind {found.kind}")
 
 
 def sae_section(found: ImportedDictionary, run: Run, source: Path) -> dict[str, Any]:
@@ -120,14 +119,15 @@ def sae_section(found: ImportedDictionary, run: Run, source: Path) -> dict[str, 
     differ = run.reads != run.writes
     if found.is_transcoder is not None and differ != found.is_transcoder:
         remedy = (
-            "is a transcoder; name what it reads and writes: sae.reads and sae.writes"
+            "is a transcoder; set sae.reads and sae.writes to its input and output sites"
             if found.is_transcoder
-            else "reconstructs what it reads; leave sae.writes out"
+            else "reconstructs its input; remove sae.writes"
         )
         raise ConfigError(f"{source}: {remedy}")
     if differ and len(run.reads) != found.layers:
         raise ConfigError(
-            f"{source}: reads {found.layers} layers, and the run file names {run.described_sites}"
+            f"{source}: reads {found.layers} layers, but the run file names {run.described_sites}; "
+            f"name one input and one output site for each layer"
         )
     if found.k is not None:
         sae |= {"k": found.k, "auxk": 0}
@@ -137,6 +137,6 @@ def sae_section(found: ImportedDictionary, run: Run, source: Path) -> dict[str, 
         return {"kind": "topk", **sae}
     if found.W_skip is not None:
         raise ConfigError(
-            f"{source}: has a skip connection and thresholds, for which there is no recipe here"
+            f"{source}: has a skip connection and thresholds; dist_sae has no recipe with both"
         )
     return {"kind": "clt_jumprelu" if differ else found.kind, **sae}

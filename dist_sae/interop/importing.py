@@ -61,7 +61,7 @@ def import_dictionary(source: Path, run: Run) -> dict[str, Any]:
     runs = open_store(run.store.runs, run.store.s3)
     checkpoints = Checkpoints(runs, run.name, 1)
     if checkpoints.steps():
-        raise ConfigError(f"{runs.url}/{run.name}: has checkpoints already; choose another name")
+        raise ConfigError(f"{runs.url}/{run.name}: already has checkpoints; choose another name")
     activations = open_store(run.store.activations, run.store.s3)
     plan = load_plan(activations, run)
     resolved = plan.resolve(run)
@@ -77,7 +77,7 @@ def import_dictionary(source: Path, run: Run) -> dict[str, Any]:
         for site in sites:
             if len(normalisers.of[site].mean) != width:
                 raise ConfigError(
-                    f"{source}: {verb} {width} numbers, and {site} has "
+                    f"{source}: {verb} vectors of width {width}, but {site} has width "
                     f"{len(normalisers.of[site].mean)}; name another site or model"
                 )
     scales = ([normalisers.of[s].scale for s in sites] for sites in (run.reads, run.writes))

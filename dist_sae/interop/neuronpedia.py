@@ -108,10 +108,12 @@ def _names(run: Run) -> _Names:
         ConfigError: Neuronpedia cannot show the run's latents.
     """
     if not isinstance(run.model, HuggingFaceModel):
-        raise ConfigError(f"model.kind: {run.model.kind}: Neuronpedia shows language models")
+        raise ConfigError(
+            f"model.kind: {run.model.kind}: Neuronpedia supports only language models"
+        )
     if len(run.reads) > 1:
         raise ConfigError(
-            f"sae.reads: {run.described_sites}: Neuronpedia shows latents of one layer"
+            f"sae.reads: {run.described_sites}: Neuronpedia supports only latents of one layer"
         )
     given, name = run.export.neuronpedia, model_name(run).rstrip("/").rpartition("/")[2]
     model = given.model or re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")
@@ -143,7 +145,9 @@ def _write_pages(
     if checkpoint is None:
         raise none_yet(runs, run)
     if checkpoint.digest != index.manifest.checkpoint:
-        raise NoIndexError(f"{index.place}: is of another checkpoint; set a new index.name")
+        raise NoIndexError(
+            f"{index.place}: was built from another checkpoint; set a new index.name"
+        )
     own = trained_run(checkpoint, run)
     scale = normalisers_of(own, checkpoint).of[own.writes[0]].scale
     _delete_batches(runs, prefix, ("features", "activations"))

@@ -22,12 +22,12 @@ CARD = "README.md"
 _PIECE_BYTES = 16 * 2**20
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w-][\w.-]*", re.ASCII)
 _NUMBERS = {
-    "fvu": ("share of the variance that reconstructions miss (FVU)", "{:.4g}"),
-    "l0": ("latents in use per vector (L0)", "{:.4g}"),
-    "dead_share": ("latents no longer used", "{:.2%}"),
-    "ce_recovered": ("cross-entropy recovered, against zeros in its place", "{:.2%}"),
+    "fvu": ("fraction of variance unexplained (FVU)", "{:.4g}"),
+    "l0": ("active latents per vector (L0)", "{:.4g}"),
+    "dead_share": ("dead latents", "{:.2%}"),
+    "ce_recovered": ("cross-entropy recovered, relative to zero ablation", "{:.2%}"),
     "ce_clean": ("cross-entropy of the model", "{:.4g} nats"),
-    "ce_spliced": ("cross-entropy with reconstructions in its place", "{:.4g} nats"),
+    "ce_spliced": ("cross-entropy with reconstructed activations", "{:.4g} nats"),
     "rows": ("held-out vectors", "{:,}"),
 }
 _FOLDER_LIBRARIES = {"SAELens", "dictionary_learning"}
@@ -96,7 +96,7 @@ def write(
     names = {f"{subfolder}/{name}".lstrip("/"): f"{done.folder}/{name}" for name in done.files}
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     if others := sorted(there - names.keys() - {CARD}):
-        raise ConfigError(f"--dry-run {folder}: has {others[0]} already; name an empty folder")
+        raise ConfigError(f"--dry-run {folder}: already contains {others[0]}; name an empty folder")
     for name, key in names.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,13 +140,13 @@ def check(run: Run, repository: str) -> None:
         ConfigError: `repository` is not a valid name, or the model's name is only a local folder.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository, re.ASCII):
-        raise ConfigError(f"{repository}: is no name of a repository; use ORG/NAME")
+        raise ConfigError(f"{repository}: not a repository name; use ORG/NAME")
     name = model_name(run)
     is_folder = not _HUB_NAME.fullmatch(name) or Path(name).exists()
     if isinstance(run.model, HuggingFaceModel) and is_folder and not run.export.model_name:
         raise ConfigError(
-            f"model.path: {name} is a folder here; say with --set export.model_name=ORG/NAME what "
-            f"the model is called on the hub"
+            f"model.path: {name} is a local folder; give the model's name on the hub with --set "
+            f"export.model_name=ORG/NAME"
         )
 
 
@@ -180,13 +180,13 @@ def model_card(
     rows = done.checkpoint.step * run.train.batch_rows
     facts = {
         "kind": f"`{sae.kind}`, {sae.n_latents:,} latents",
-        "model": f"{model} (licence: {licences.model or 'not stated'})",
+        "model": f"{model} (license: {licences.model or 'not stated'})",
         "sites": f"`{run.described_sites}`",
-        "text": f"{run.corpus.label} (licence: {licences.text or 'not stated'})",
+        "text": f"{run.corpus.label} (license: {licences.text or 'not stated'})",
         "contexts": f"{run.activations.context_tokens} tokens",
         "trained on": f"{rows:,} vectors",
         "format": done.library,
-        "licence": licences.dictionary or "not stated",
+        "license": licences.dictionary or "not stated",
     }
     numbers = "Not evaluated."
     if evaluation:
@@ -208,7 +208,7 @@ def model_card(
         _table("", "", facts),
         numbers,
         f"## Loading\n\n```python\n{loading}\n```",
-        "It takes raw activations; the scales of training are folded into the weights.",
+        "It takes raw activations. The scale factors of training are folded into the weights.",
         f"## Recipe\n\n```yaml\n{yaml.safe_dump(settings, sort_keys=False).rstrip()}\n```",
         f"## Origin\n\n```json\n{json.dumps(origin(run, done.checkpoint), indent=2)}\n```",
     ]
@@ -224,7 +224,7 @@ def _table(first: str, second: str, rows: Mapping[str, str]) -> str:
 
 
 def _evaluation(runs: ObjectStore, done: Exported) -> Mapping[str, Any] | None:
-    """Return this checkpoint's evaluation, or None if the stored one is of another checkpoint."""
+    """Return this checkpoint's evaluation, or None if the stored one is for another checkpoint."""
     suffix = done.folder.rpartition("-step-")
     name = f"evaluation-step-{suffix[2]}.json" if suffix[1] else "evaluation.json"
     try:

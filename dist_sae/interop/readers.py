@@ -63,11 +63,11 @@ def sae_lens(config_file: Path, weights_file: Path) -> ImportedDictionary:
     is_transcoder = architecture in _SAE_LENS_TRANSCODERS
     kind = "jumprelu" if is_transcoder else _SAE_LENS.get(architecture)
     if kind is None:
-        raise ValueError(f"architecture {architecture} has no recipe here")
+        raise ValueError(f"dist_sae has no recipe for architecture {architecture}")
     if (scaling := config.get("normalize_activations") or "none") != "none":
         raise ValueError(
-            f"normalize_activations is {scaling}, and the file lacks its scale; fold it into the "
-            f"weights (SAELens: fold_activation_norm_scaling_factor)"
+            f"normalize_activations is {scaling}, but its scale is not in the file; fold it into "
+            f"the weights (SAELens: fold_activation_norm_scaling_factor)"
         )
     weights = safetensors.torch.load_file(weights_file)
     if "b_gate" in weights:
@@ -76,7 +76,7 @@ def sae_lens(config_file: Path, weights_file: Path) -> ImportedDictionary:
         weights["threshold"] = torch.zeros_like(weights["b_enc"])
     subtracts_b_dec = bool(config["apply_b_dec_to_input"])
     if is_transcoder and subtracts_b_dec:
-        raise ValueError("apply_b_dec_to_input is true of a transcoder, whose b_dec is not of x")
+        raise ValueError("apply_b_dec_to_input is true, but a transcoder's b_dec is an output bias")
     found = _dictionary(
         "SAELens",
         kind,
@@ -100,12 +100,12 @@ def sparsify(config_file: Path, weights_file: Path) -> ImportedDictionary:
     """Read sparsify's `cfg.json` and `sae.safetensors`, of an autoencoder or a transcoder."""
     config = _read_json(config_file)
     if config.get("signed"):
-        raise ValueError("signed latents of sparsify have no recipe here")
+        raise ValueError("dist_sae has no recipe for sparsify's signed latents")
     if config.get("multi_topk") not in (None, False) or config.get("activation", "topk") != "topk":
-        raise ValueError("of sparsify only activation: topk without multi_topk is read")
+        raise ValueError("only sparsify's activation: topk without multi_topk is supported")
     is_transcoder = bool(config.get("transcode"))
     if config.get("skip_connection") and not is_transcoder:
-        raise ValueError("an autoencoder with a skip connection has no recipe here")
+        raise ValueError("dist_sae has no recipe for an autoencoder with a skip connection")
     weights = safetensors.torch.load_file(weights_file)
     weights["W_enc"] = weights.pop("encoder.weight")
     weights["b_enc"] = weights.pop("encoder.bias")
@@ -135,7 +135,7 @@ def dictionary_learning(config_file: Path, weights_file: Path) -> ImportedDictio
     """Read dictionary_learning's `config.json` and `ae.pt`, which may contain only tensors."""
     trainer = _read_json(config_file)["trainer"]
     if not isinstance(trainer, dict):
-        raise ValueError("trainer is no object")
+        raise ValueError("trainer is not a JSON object")
     name, weights = trainer["dict_class"], read_torch_file(weights_file)
     library = "dictionary_learning"
     if name in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):
@@ -168,7 +168,7 @@ def dictionary_learning(config_file: Path, weights_file: Path) -> ImportedDictio
             weights["threshold"] = weights["threshold"].expand_as(weights["b_enc"])
             return _dictionary(library, "jumprelu", None, weights, subtracts_b_dec=True)
         case _:
-            raise ValueError(f"dict_class {name} has no recipe here")
+            raise ValueError(f"dist_sae has no recipe for dict_class {name}")
 
 
 def circuit_tracer(file: Path) -> ImportedDictionary:
@@ -194,8 +194,8 @@ def circuit_tracer_layers(folder: Path) -> ImportedDictionary:
         decoder = of_layer[f"W_dec_{layer}"]
         if decoder.shape[1:2] != (layers - layer,):
             raise ValueError(
-                f"W_dec_{layer} has the shape {list(decoder.shape)}; of {layers} layers, its "
-                f"latents write {layers - layer}"
+                f"W_dec_{layer} has shape {list(decoder.shape)}, but its latents write "
+                f"{layers - layer} of {layers} layers"
             )
         before = decoder.new_zeros(len(decoder), layer, *decoder.shape[2:])
         of_layer[f"W_dec_{layer}"] = torch.cat([before, decoder], 1).flatten(1)
@@ -203,7 +203,7 @@ def circuit_tracer_layers(folder: Path) -> ImportedDictionary:
             tensors.append(of_layer[f"{name}_{layer}"])
     for name, tensors in parts.items():
         if len({tensor.shape for tensor in tensors}) > 1:
-            raise ValueError(f"{name} has another shape in some layer")
+            raise ValueError(f"{name} differs in shape between layers")
     biases = torch.cat(parts.pop("b_dec"))
     weights = {name: torch.stack(t, 1).flatten(0, 1) for name, t in parts.items()}
     weights["b_dec"] = biases
@@ -214,13 +214,13 @@ def circuit_tracer_layers(folder: Path) -> ImportedDictionary:
 
 def _check_thresholds(thresholds: Tensor) -> None:
     if bool((thresholds < 0).any()):
-        raise ValueError("has thresholds below 0; codes are not negative here")
+        raise ValueError("has thresholds below 0; negative codes are not supported")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     content = json.loads(file.read_text())
     if not isinstance(content, dict):
-        raise ValueError(f"{file.name} is no object")
+        raise ValueError(f"{file.name} is not a JSON object")
     return content
 
 
@@ -237,7 +237,7 @@ def _dictionary(
     skip = weights.pop("W_skip", None) if is_transcoder else None
     wanted = {"W_enc", "W_dec", "b_dec", *_PER_LATENT[kind]}
     if surplus := sorted(weights.keys() - wanted):
-        raise ValueError(f"has {', '.join(surplus)}, which {kind} has not")
+        raise ValueError(f"has {', '.join(surplus)}, which {kind} does not have")
     doubles = {name: weights[name].double() for name in sorted(wanted)}
     if "threshold" in doubles:
         doubles["threshold"] = doubles["threshold"].clamp_min(0)

@@ -100,11 +100,11 @@ def architecture(sae: SaeConfig) -> str | None:
 def problem(run: Run) -> str | None:
     """Return why SAELens cannot represent a run's dictionary, or None if it can."""
     if isinstance(run.sae, TranscoderConfig) and not run.sae.selects_over_batch:
-        return "sae.selection: row: SAELens has transcoders of batch alone, as JumpReLU"
+        return "sae.selection: row: SAELens supports only transcoders with selection: batch"
     if architecture(run.sae) is None:
-        return f"sae.kind: {run.sae.kind}: SAELens has nothing like it"
+        return f"sae.kind: {run.sae.kind}: SAELens does not support this kind"
     if len(run.reads) > 1 or len(run.writes) > 1:
-        return f"sae.reads: {run.described_sites}: SAELens has no dictionaries of several sites"
+        return f"sae.reads: {run.described_sites}: SAELens does not support several sites"
     return None
 
 
@@ -171,8 +171,8 @@ def note(run: Run, checkpoint: "Checkpoint") -> str | None:
     if metadata["model_class_name"] != _BRIDGE:
         return None
     return (
-        f"TransformerLens has rows of {run.described_sites} in TransformerBridge, as "
-        f"{metadata['hook_name']}; HookedTransformer has other rows, or none, under its names"
+        f"load the model with TransformerLens's TransformerBridge, where {run.described_sites} is "
+        f"{metadata['hook_name']}; HookedTransformer's hooks have other activations, or none"
     )
 
 

@@ -30,11 +30,11 @@ def problem(run: Run) -> str | None:
     """Return why sparsify cannot represent a run's dictionary, or None if it can."""
     if isinstance(run.sae, TranscoderConfig):
         if run.sae.selects_over_batch:
-            return "sae.selection: batch: sparsify has no thresholds, it keeps k codes of each row"
+            return "sae.selection: batch: sparsify supports only selection: row"
     elif not isinstance(run.sae, TopKConfig):
-        return f"sae.kind: {run.sae.kind}: sparsify has TopK alone"
+        return f"sae.kind: {run.sae.kind}: sparsify supports only TopK"
     if len(run.reads) > 1 or len(run.writes) > 1:
-        return f"sae.reads: {run.described_sites}: sparsify has no dictionaries of several sites"
+        return f"sae.reads: {run.described_sites}: sparsify does not support several sites"
     return None
 
 
@@ -47,8 +47,8 @@ def config(run: Run, checkpoint: "Checkpoint") -> str:
     (d_in,), (d_out,) = normalisers_of(run, checkpoint).widths
     if d_in != d_out:
         raise ConfigError(
-            f"sae.reads: {run.described_sites}: sparsify has one width, and these have {d_in} and "
-            f"{d_out}"
+            f"sae.reads: {run.described_sites}: sparsify needs one width, but these sites have "
+            f"{d_in} and {d_out}"
         )
     transcodes = isinstance(run.sae, TranscoderConfig)
     content = {
@@ -76,8 +76,8 @@ def files(run: Run, checkpoint: "Checkpoint") -> dict[str, Callable[[], Iterator
 def note(run: Run, checkpoint: "Checkpoint") -> str:  # noqa: ARG001 - all formats have it
     """Return a note on how sparsify finds the site."""
     return (
-        f"sparsify takes the hook point from the folder's name: name the folder after the module "
-        f"of {run.described_sites}, as layers.3.mlp"
+        f"sparsify takes the hook point from the folder's name: rename the folder to the module of "
+        f"{run.described_sites}, for example layers.3.mlp"
     )
 
 

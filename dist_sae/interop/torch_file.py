@@ -61,11 +61,11 @@ def read_torch_file(file: Path) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as exc:
         reason = str(exc).strip().splitlines()
         raise ValueError(
-            f"{file.name} holds more than tensors, or is damaged; nothing else is read from a "
-            f"pickle ({reason[0] if reason else type(exc).__name__})"
+            f"{file.name} contains more than tensors, or is damaged; only tensors are loaded from "
+            f"a pickle ({reason[0] if reason else type(exc).__name__})"
         ) from exc
     if not isinstance(content, dict) or not all(type(t) is Tensor for t in content.values()):
-        raise ValueError(f"{file.name} is no dict of tensors")
+        raise ValueError(f"{file.name} is not a dict of tensors")
     return content
 
 
@@ -129,4 +129,4 @@ def _bytes(tensor: PiecewiseTensor) -> Iterator[bytes]:
         for data in torch.split(piece.contiguous().reshape(-1).view(torch.uint8), PIECE_BYTES):
             left -= len(data)
             yield data.numpy().tobytes()
-    assert left == 0, f"{tensor.name} has another size than its shape"
+    assert left == 0, f"{tensor.name} does not have the size of its shape"

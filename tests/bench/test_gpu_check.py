@@ -50,9 +50,9 @@ def test_the_dry_run_passes_every_stage_without_clients_of_clusters_and_stores(
     assert {
         "versions",
         "gated: the same steps twice, bitwise",
-        "rows as on the CPU",
+        "rows compared with the CPU",
         "resumed in a new process, bitwise",
-        "2 x 1, topk: as one rank",
+        "2 x 1, topk: compared with one rank",
         "routed, 256 latents",
     } <= names
     assert lines[-1] == f"{len(records)} checks, 0 failed"

@@ -216,7 +216,7 @@ def test_file_is_split_into_rows_to_train_on_and_held_out(
     np.save(tmp_path / "rows.npy", rows)
     activations.split_file(tmp_path / "rows.npy", tmp_path / "held.npy", n_rows=24, width=3)
     assert np.array_equal(np.load(tmp_path / "held.npy"), rows[24:])
-    with pytest.raises(ConfigError, match="has 40 rows, and 25"):
+    with pytest.raises(ConfigError, match="has 40 rows, but 25"):
         activations.split_file(tmp_path / "rows.npy", tmp_path / "held.npy", n_rows=25, width=3)
     with pytest.raises(ConfigError, match=r"not floats of \[rows, 4\]"):
         activations.split_file(tmp_path / "rows.npy", tmp_path / "held.npy", n_rows=8, width=4)

@@ -321,7 +321,7 @@ def test_a_world_that_was_left_half_made_is_made_anew(
 ) -> None:
     scripts = Scripts(monkeypatch)
     scripts.failing = "make"
-    with pytest.raises(ConfigError, match="sae-lens made no world small: out of ideas"):
+    with pytest.raises(ConfigError, match="sae-lens could not generate world small: out of ideas"):
         synth.bench_synth(comparison(), tmp_path)
     scripts.failing = ""
     synth.bench_synth(comparison(trainers=(THEIRS,)), tmp_path)
@@ -354,7 +354,7 @@ def test_trainers_are_parsed_as_yaml() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rows": 15}, "--rows 15: less than a batch of 16"),
+        ({"rows": 15}, "--rows 15: less than one batch of 16"),
         ({"l0": 0}, "--l0 0: must be above 0"),
         (
             {"trainers": [Trainer(DIST_SAE, "topkk", {"k": 2})]},
@@ -362,7 +362,10 @@ def test_trainers_are_parsed_as_yaml() -> None:
         ),
         ({"trainers": [Trainer(DIST_SAE, "topk", {"k": 99})]}, "k .99. must not exceed n_latents"),
         ({"trainers": [Trainer(DIST_SAE, "topk", {"k": 2, "train.foo": 1})]}, "train.foo"),
-        ({"trainers": [Trainer(DIST_SAE, "routed", {"k": 2, "experts": 2})]}, "nothing like it"),
+        (
+            {"trainers": [Trainer(DIST_SAE, "routed", {"k": 2, "experts": 2})]},
+            "does not support this kind",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_installed(
@@ -381,7 +384,7 @@ def test_sae_lens_that_cannot_be_installed_is_one_line(
         raise PeerError("no such release")
 
     monkeypatch.setattr(synth, "ensure_environment", ensure)
-    with pytest.raises(ConfigError, match="was not installed: no such release"):
+    with pytest.raises(ConfigError, match="could not be installed: no such release"):
         synth.bench_synth(comparison(), tmp_path)
 
 

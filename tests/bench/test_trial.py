@@ -62,6 +62,6 @@ def test_what_cannot_be_measured_here_is_said(
 ) -> None:
     path = write_run(tmp_path, TINY, train={"batch_rows": 4096}, processes={"trainers": 4096})
     said = fail(capsys, "estimate", str(path), "--measure")
-    assert "--measure: 4096 ranks are more than the" in said
+    assert "--measure: 4096 ranks need 4096 cores, and" in said
     said = fail(capsys, "estimate", str(write_run(tmp_path, TINY)), "--measure", "3")
     assert "--measure: 3 steps are too few; give 16 or more" in said

@@ -144,12 +144,12 @@ MLP = {"reads": ["mlp_in.3"], "writes": ["mlp_out.3"]}
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"kind": "routed", "experts": 4}, "sae.kind: routed: SAELens has nothing like it"),
-        ({"kind": "crosscoder"}, "sae.kind: crosscoder: SAELens has nothing like it"),
-        ({"kind": "transcoder", **MLP}, "sae.selection: row: SAELens has transcoders of batch"),
+        ({"kind": "routed", "experts": 4}, "sae.kind: routed: SAELens does not support this kind"),
+        ({"kind": "crosscoder"}, "sae.kind: crosscoder: SAELens does not support this kind"),
+        ({"kind": "transcoder", **MLP}, "sae.selection: row: SAELens supports only transcoders"),
         (
             {"kind": "transcoder", "selection": "batch", "reads": ["mlp_in.3", "mlp_out.3"]},
-            "sae.reads: mlp_in.3, mlp_out.3: SAELens has no dictionaries of several sites",
+            "sae.reads: mlp_in.3, mlp_out.3: SAELens does not support several sites",
         ),
     ],
 )

@@ -207,7 +207,7 @@ def test_an_export_is_the_trained_dictionary_and_comes_back(
     if run.sae.kind in UNIT_ROWS:  # a code is what it contributes
         np.testing.assert_allclose(features, codes / SCALES["mlp_in.0"], rtol=1e-5, atol=1e-5)
     if run.sae.has_skip and library == "circuit-tracer":
-        with pytest.raises(ConfigError, match="has a skip connection and thresholds, for which"):
+        with pytest.raises(ConfigError, match="has a skip connection and thresholds; dist_sae"):
             sae_section(read_dictionary(folder), run, folder)
         return
     found = read_dictionary(folder)
@@ -240,21 +240,21 @@ BATCH = {"kind": "transcoder", "selection": "batch"}
 @pytest.mark.parametrize(
     ("library", "sae", "reason"),
     [
-        ("sparsify", {"kind": "batchtopk"}, "sae.kind: batchtopk: sparsify has TopK alone"),
-        ("sparsify", {**BATCH, **MLP}, "sae.selection: batch: sparsify has no thresholds"),
+        ("sparsify", {"kind": "batchtopk"}, "sae.kind: batchtopk: sparsify supports only TopK"),
+        ("sparsify", {**BATCH, **MLP}, "sae.selection: batch: sparsify supports only"),
         ("sparsify", {"kind": "transcoder", **LAYERS}, "sae.reads: mlp_in.0, mlp_in.1 -> "),
-        ("dictionary-learning", ROW, "sae.kind: transcoder: dictionary_learning has nothing like"),
-        ("circuit-tracer", ROW, "sae.selection: row: circuit-tracer's files have thresholds"),
-        ("circuit-tracer", {"kind": "topk"}, "sae.kind: topk: circuit-tracer has transcoders and"),
+        ("dictionary-learning", ROW, "sae.kind: transcoder: dictionary_learning does not support"),
+        ("circuit-tracer", ROW, "sae.selection: row: circuit-tracer supports only"),
+        ("circuit-tracer", {"kind": "topk"}, "sae.kind: topk: circuit-tracer supports only"),
         (
             "circuit-tracer",
             {**BATCH, "reads": ["mlp_in.0"], "writes": ["mlp_out.1"]},
-            "sae.reads: mlp_in.0 -> mlp_out.1: circuit-tracer replaces MLPs; it needs mlp_in read",
+            "sae.reads: mlp_in.0 -> mlp_out.1: circuit-tracer replaces MLPs, so sae.reads",
         ),
         (
             "circuit-tracer",
             {"kind": "clt", "reads": ["mlp_in.1"], "writes": ["mlp_out.1"]},
-            "sae.reads: mlp_in.1 -> mlp_out.1: circuit-tracer wants every layer from 0 on",
+            "sae.reads: mlp_in.1 -> mlp_out.1: circuit-tracer needs every layer from 0 up",
         ),
         ("circuit-tracer", {**BATCH, **LAYERS}, "sae.reads: mlp_in.0, mlp_in.1 -> "),
     ],
@@ -284,7 +284,7 @@ def test_of_a_pickle_nothing_but_tensors_is_read(tmp_path: Path) -> None:
     for content in (Code(ran), {"bias": Code(ran)}, ["bias"], {"bias": "text"}):
         torch.save(content, tmp_path / "ae.pt")
         with pytest.raises(
-            ConfigError, match=r"cannot be read: ae\.pt (holds more|is no dict)"
+            ConfigError, match=r"cannot be read: ae\.pt (contains more|is not a dict)"
         ) as no:
             read_dictionary(tmp_path)
         assert "\n" not in str(no.value)
@@ -338,7 +338,7 @@ def layer(folder: Path, file: str, change: Callable[[dict[str, Any]], Any]) -> N
         (lambda f: (f / "W_dec_1.safetensors").unlink(), "cannot be read: "),
         (
             lambda f: layer(f, "W_enc_1.safetensors", lambda w: w.pop("b_enc_1")),
-            "cannot be read: lacks 'b_enc_1'",
+            "cannot be read: 'b_enc_1' is missing",
         ),
         (
             lambda f: layer(f, "W_enc_1.safetensors", lambda w: w["threshold_1"].fill(-1)),
@@ -348,11 +348,11 @@ def layer(folder: Path, file: str, change: Callable[[dict[str, Any]], Any]) -> N
             lambda f: layer(
                 f, "W_dec_1.safetensors", lambda w: w.update(W_dec_1=np.zeros((N // 2, 2, D)))
             ),
-            f"W_dec_1 has the shape [{N // 2}, 2, {D}]; of 2 layers, its latents write 1",
+            f"W_dec_1 has shape [{N // 2}, 2, {D}], but its latents write 1 of 2 layers",
         ),
         (
             lambda f: layer(f, "W_enc_1.safetensors", lambda w: w.update(b_enc_1=np.zeros(3))),
-            "cannot be read: b_enc has another shape in some layer",
+            "cannot be read: b_enc differs in shape between layers",
         ),
     ],
 )
@@ -374,14 +374,16 @@ def test_the_run_file_names_the_sites_of_a_transcoder(tmp_path: Path) -> None:
     found = Path(export(run, format_name="circuit-tracer"))
     autoencoder = Path(export(other, format_name="sparsify"))
     for folder, names, message in (
-        (found, other, "is a transcoder; name what it reads and writes: sae.reads and sae.writes"),
-        (autoencoder, run, "reconstructs what it reads; leave sae.writes out"),
-        (found, layers, "reads 1 layers, and the run file names mlp_in.0, mlp_in.1 -> mlp_out.0"),
+        (found, other, "is a transcoder; set sae.reads and sae.writes to its input and"),
+        (autoencoder, run, "reconstructs its input; remove sae.writes"),
+        (found, layers, "reads 1 layers, but the run file names mlp_in.0, mlp_in.1 -> mlp_out.0"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             sae_section(read_dictionary(folder), names, folder)
     (found / "layer_1.safetensors").write_bytes(b"")
-    with pytest.raises(ConfigError, match="has transcoders of 2 layers; name the file of one, as"):
+    with pytest.raises(
+        ConfigError, match="contains transcoders of 2 layers; give the file of one layer"
+    ):
         read_dictionary(found)
     assert read_dictionary(found / "layer_0.safetensors").is_transcoder
 
@@ -421,13 +423,13 @@ def test_tensors_that_a_format_has_not_are_one_line(
     match fault:
         case "missing":
             del weights[vector]
-            said = f"lacks '{vector}'"
+            said = f"'{vector}' is missing"
         case "extra":
             weights["W_more"] = torch.zeros(3)
             said = "has W_more, which "
         case _:
             weights[matrix] = weights[matrix].T.contiguous()
-            said = "has the shape "
+            said = "has shape "
     if name == "ae.pt":
         torch.save(weights, file)
     else:

@@ -149,23 +149,23 @@ def test_a_dictionary_of_gemma_scope_gives_the_same_latents(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "is no dictionary that can be read; SAELens has cfg.json and sae_weights"),
-        ({"ae.pt": b""}, "has pickled weights (ae.pt)"),
+        ({}, "not a dictionary in a known format; known formats: SAELens (cfg.json and"),
+        ({"ae.pt": b""}, "contains pickled weights (ae.pt)"),
         ({"cfg.json": b"{", "sae_weights.safetensors": b""}, "cannot be read: Expecting"),
         (
             {"cfg.json": b'{"architecture": "temporal"}', "sae_weights.safetensors": b""},
-            "architecture temporal has no recipe here",
+            "dist_sae has no recipe for architecture temporal",
         ),
         (
             {
                 "cfg.json": b'{"normalize_activations": "layer_norm"}',
                 "sae_weights.safetensors": b"",
             },
-            "normalize_activations is layer_norm, and the file lacks its scale",
+            "normalize_activations is layer_norm, but its scale is not in the file",
         ),
         (
             {"cfg.json": b'{"signed": true, "k": 3}', "sae.safetensors": b""},
-            "signed latents of sparsify have no recipe here",
+            "dist_sae has no recipe for sparsify's signed latents",
         ),
         (
             {"cfg.json": b'{"apply_b_dec_to_input": true}', "sae_weights.safetensors": b"x"},
@@ -185,11 +185,17 @@ def test_what_cannot_be_read_is_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"b_dec": np.zeros(D + 1)}, f"b_dec has the shape [{D + 1}], not [{D}] as W_dec says"),
-        ({"W_enc": np.zeros((N, D))}, f"W_enc has the shape [{D}, {N}], not [{N}, {D}]"),
-        ({"b_enc": np.full(N, np.nan)}, "b_enc has numbers that are not finite"),
-        ({"W_skip": np.zeros((D, D))}, "has W_skip, which jumprelu has not"),
-        ({"threshold": None}, "cannot be read: lacks 'threshold'"),
+        (
+            {"b_dec": np.zeros(D + 1)},
+            f"b_dec has shape [{D + 1}], but W_dec's shape requires [{D}]",
+        ),
+        (
+            {"W_enc": np.zeros((N, D))},
+            f"W_enc has shape [{D}, {N}], but W_dec's shape requires [{N}, {D}]",
+        ),
+        ({"b_enc": np.full(N, np.nan)}, "b_enc contains non-finite values"),
+        ({"W_skip": np.zeros((D, D))}, "has W_skip, which jumprelu does not have"),
+        ({"threshold": None}, "cannot be read: 'threshold' is missing"),
         ({"scaling_factor": np.full(1, 2.0)}, "scaling_factor is not 1"),
         ({"b_enc": np.array([{}])}, "cannot be read: Object arrays cannot be loaded"),
     ],
@@ -231,7 +237,7 @@ def test_an_imported_dictionary_is_a_run(
     assert main(["import", str(folder), "--as", place, "--set", "name=other"]) == 2
     assert main(["train", other]) == 2
     said = capsys.readouterr().err
-    assert f"{other}: has checkpoints already; choose another name" in said
+    assert f"{other}: already has checkpoints; choose another name" in said
     assert f"{other}: holds an imported dictionary; `--set name=OTHER --from other`" in said
     more = ["--from", "other", "--set", "name=third", "--set", "sae.dead_after_rows=64"]
     assert main(["train", other, *more]) == 0
@@ -256,6 +262,8 @@ def test_a_dictionary_of_another_width_is_refused(tmp_path: Path, run: Run) -> N
     w = arrays(unit=True, threshold=(N,))
     w |= {"W_enc": w["W_enc"][1:], "W_dec": w["W_dec"][:, 1:], "b_dec": w["b_dec"][1:]}
     np.savez(tmp_path / "params.npz", allow_pickle=False, **w)
-    message = f"reads {D - 1} numbers, and synthetic has {D}; name another site or model"
+    message = (
+        f"reads vectors of width {D - 1}, but synthetic has width {D}; name another site or model"
+    )
     with pytest.raises(ConfigError, match=message):
         import_dictionary(tmp_path, run)

@@ -228,13 +228,13 @@ BOTH = {"kind": "transcoder", "selection": "batch", "reads": SITES, "writes": SI
 
 
 def test_what_neuronpedia_does_not_have_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^model\.kind: synthetic: Neuronpedia shows") as no:
+    with pytest.raises(ConfigError, match=r"^model\.kind: synthetic: Neuronpedia supports") as no:
         export_pages(load_run(write_run(tmp_path)))
     assert "\n" not in str(no.value)
     path = write_run(
         tmp_path, sae=BOTH | {"n_latents": 64, "k": 3, "auxk": 16}, activations={"sites": SITES}
     )
-    with pytest.raises(ConfigError, match=r"Neuronpedia shows latents of one layer$") as no:
+    with pytest.raises(ConfigError, match=r"Neuronpedia supports only latents of one layer$") as no:
         export_pages(load_run(path, HF))
     assert "\n" not in str(no.value)
     with pytest.raises(ConfigError, match=r"export\.neuronpedia\.model: "):

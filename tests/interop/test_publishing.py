@@ -180,17 +180,17 @@ def test_nothing_is_sent_without_the_word(
     assert (metadata["license"], metadata["base_model"]) == ("mit", "some/model")
     for line in (
         "| kind | `jumprelu`, 32 latents |",
-        "| model | some/model (licence: apache-2.0) |",
-        "| text | x.txt (licence: not stated) |",
-        "| share of the variance that reconstructions miss (FVU) | 0.125 |",
-        "| cross-entropy recovered, against zeros in its place | 97.50% |",
+        "| model | some/model (license: apache-2.0) |",
+        "| text | x.txt (license: not stated) |",
+        "| fraction of variance unexplained (FVU) | 0.125 |",
+        "| cross-entropy recovered, relative to zero ablation | 97.50% |",
         'sae = SAE.from_pretrained("org/name", "mlp_in.0")',
     ):
         assert f"{line}\n" in body
     assert main([*command, "--dry-run", str(folder)]) == 0  # again
     (folder / "mine").touch()
     assert main([*command, "--dry-run", str(folder)]) == 2
-    assert "look: has mine already; name an empty folder" in capsys.readouterr().err
+    assert "look: already contains mine; name an empty folder" in capsys.readouterr().err
 
 
 def test_what_is_sent_is_what_was_shown(
@@ -252,10 +252,10 @@ def test_a_folder_is_no_name_of_a_model(
     more = ["--set", f"model.path={model}", "--set", "export.model_name=null"]
     assert main([*command, *more, "--dry-run", str(tmp_path / "look")]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: model.path: {model} is a folder here; say with --set export.")
+    assert said.startswith(f"error: model.path: {model} is a local folder; give the model")
     command[2] = "name"
     assert main([*command, "--dry-run", str(tmp_path / "look")]) == 2
-    assert "error: name: is no name of a repository; use ORG/NAME" in capsys.readouterr().err
+    assert "error: name: not a repository name; use ORG/NAME" in capsys.readouterr().err
     assert not (tmp_path / "look").exists()
 
 

@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the chosen stages. Returns 0 if all checks passed, else 1."""
     parser = argparse.ArgumentParser(prog="gpu_check.sh", description="check this project on a GPU")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run")
-    parser.add_argument("--only", metavar="STAGES", help=f"some of {','.join(LIMITS_SECONDS)}")
+    parser.add_argument(
+        "--only", metavar="STAGES", help=f"comma-separated, from {','.join(LIMITS_SECONDS)}"
+    )
     parser.add_argument("--stage", choices=LIMITS_SECONDS, help=argparse.SUPPRESS)
     parser.add_argument("--rank-of", choices=["ranks"], help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -44,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     stages = options.only.split(",") if options.only else list(LIMITS_SECONDS)
     if unknown := [stage for stage in stages if stage not in LIMITS_SECONDS]:
-        parser.error(f"--only: no stage {unknown[0]}; there are {','.join(LIMITS_SECONDS)}")
+        parser.error(
+            f"--only: unknown stage {unknown[0]}; the stages are {','.join(LIMITS_SECONDS)}"
+        )
     found: list[dict[str, Any]] = []
     for stage in stages:
         for record in _results(stage, options.device):
@@ -115,7 +119,7 @@ def _results(stage: str, device: str) -> Iterator[dict[str, Any]]:
         reason = (
             f"took more than {limit} s" if late.is_set() else _failure_reason(stderr_tail, code)
         )
-        yield {"stage": stage, "check": "the whole stage", "ok": False, "reason": reason}
+        yield {"stage": stage, "check": "whole stage", "ok": False, "reason": reason}
 
 
 def _copy_stderr(stderr: IO[str], stderr_tail: list[str]) -> None:

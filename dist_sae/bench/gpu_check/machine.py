@@ -61,7 +61,7 @@ def _to_device(context: StageContext) -> Iterator[Record]:
     """Time copies of a batch to the device: pageable bf16 as stored, fp32, and pinned bf16."""
     rows, d_in = (64, 16) if context.is_dry else (16_384, 4096)
     pageable = torch.randn(rows, d_in).bfloat16()
-    ways = {"pageable bf16": pageable.to, "fp32 made on the CPU": pageable.float().to}
+    ways = {"pageable bf16": pageable.to, "fp32 converted on the CPU": pageable.float().to}
     if not context.is_dry:
         ways["pinned bf16"] = pageable.pin_memory().to
     for name, to in ways.items():

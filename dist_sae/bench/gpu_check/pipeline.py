@@ -61,7 +61,9 @@ def pipeline(context: StageContext) -> Iterator[Record]:
     try:
         stopped_at = _stop(processes[2])
         ends = [process.wait(_LIMIT_SECONDS) for process in processes]
-        yield comparison("a run is stopped", int(ends[2] != EXIT_RESUMABLE), 0, step=stopped_at)
+        yield comparison(
+            "run stopped by SIGTERM", int(ends[2] != EXIT_RESUMABLE), 0, step=stopped_at
+        )
         yield _same_rows(run, load_run(path, on_cpu))
         processes.append(_start("train", path, "name=stopped"))
         ends += [processes[3].wait(_LIMIT_SECONDS)]
@@ -69,7 +71,9 @@ def pipeline(context: StageContext) -> Iterator[Record]:
         for process in processes:
             process.kill()
             process.wait()
-    yield comparison("the others end well", sum(code != 0 for code in (*ends[:2], ends[3])), 0)
+    yield comparison(
+        "other programs exit with 0", sum(code != 0 for code in (*ends[:2], ends[3])), 0
+    )
     yield _same_weights(run)
     found = evaluate(load_run(path, ["name=straight"]), mesh=alone())
     kept = ("fvu", "pca_fvu", "l0", "ce_clean", "ce_spliced", "evaluate_seconds")
@@ -159,9 +163,9 @@ def _same_rows(run: Run, on_cpu: Run) -> Record:
     error, n_rows = 0.0, 0
     for one, other in itertools.zip_longest(*map(_rows, (run, on_cpu))):
         if one is None or other is None or one.shape != other.shape:
-            return comparison("rows as on the CPU", float("nan"), _ROWS_BOUND)
+            return comparison("rows compared with the CPU", float("nan"), _ROWS_BOUND)
         error, n_rows = max(error, relative_error(one, other)), n_rows + len(one)
-    return comparison("rows as on the CPU", error, _ROWS_BOUND, rows=n_rows)
+    return comparison("rows compared with the CPU", error, _ROWS_BOUND, rows=n_rows)
 
 
 def _rows(run: Run) -> Iterator[torch.Tensor]:

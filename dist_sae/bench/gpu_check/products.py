@@ -105,7 +105,7 @@ def _selection(kernels: Kernels, shape: _Shape, k: int, device: torch.device) ->
         return best.sort(1).values.cpu()
 
     wrong = int((keep(kernels, device) != keep(TORCH, torch.device("cpu"))).sum())
-    return comparison(f"{kernels.name}: the {k} largest, with ties", wrong, 0)
+    return comparison(f"{kernels.name}: {k} largest, with ties", wrong, 0)
 
 
 def _update(kernels: Kernels, shape: _Shape, device: torch.device, *, unit_rows: bool) -> Record:
@@ -127,5 +127,5 @@ def _update(kernels: Kernels, shape: _Shape, device: torch.device, *, unit_rows:
     expected, _ = update(TORCH, torch.device("cpu"), torch.float64)
     worst = max(relative_error(*pair) for pair in zip(found, expected, strict=True))
     wrong = int((copy != found[0].bfloat16()).sum())
-    rows = "unit rows" if unit_rows else "free rows"
+    rows = "unit rows" if unit_rows else "rows of any length"
     return comparison(f"{kernels.name}: Adam, {rows}, {shape.d_in} wide", max(worst, wrong), 1e-6)

@@ -53,11 +53,13 @@ def ranks(context: StageContext) -> Iterator[Record]:
             child.kill()
             child.wait()
     if children[0].returncode:
-        raise RuntimeError(f"rank 0 ended with {children[0].returncode}; see what it said")
+        raise RuntimeError(
+            f"rank 0 exited with code {children[0].returncode}; see its output above"
+        )
     found = json.loads(out.splitlines()[-1])
     for name, fvus in found.items():
         yield comparison(
-            f"{name}: as one rank", difference(Trained(fvus, []), expected[name]), _BOUND
+            f"{name}: compared with one rank", difference(Trained(fvus, []), expected[name]), _BOUND
         )
     if not context.is_dry:
         yield _nccl()

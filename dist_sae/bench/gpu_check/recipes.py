@@ -50,7 +50,7 @@ def recipes(context: StageContext) -> Iterator[Record]:
         on_cpu, first, second = (train(shape, mesh, steps) for mesh in (ALONE, here, here))
         error = difference(first, on_cpu)
         yield comparison(
-            f"{kind}: {steps} steps as on the CPU", error, _LOSS_BOUND, fvu=first.fvus[-1]
+            f"{kind}: {steps} steps compared with the CPU", error, _LOSS_BOUND, fvu=first.fvus[-1]
         )
         pairs = zip(first.parameters, second.parameters, strict=True)
         other = sum(not torch.equal(one, two) for one, two in pairs)

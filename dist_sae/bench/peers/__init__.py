@@ -107,9 +107,9 @@ def bench_peers(
     """
     fvu_steps = fvu_rows // batch
     if rounds and steps < 1:
-        raise ConfigError("at least one step is needed in each round")
+        raise ConfigError(f"--steps {steps}: must be at least 1")
     if fvu_rows and not fvu_steps:
-        raise ConfigError(f"{fvu_rows} rows for FVU are less than one batch of {batch}")
+        raise ConfigError(f"--fvu-rows {fvu_rows}: less than one batch of {batch}")
     state_bytes = 4 * 4 * (2 * n_latents * d_in + n_latents + d_in)
     entries = [
         Entry(peer, setting, state_bytes)
@@ -239,5 +239,5 @@ def run_runner(peer: Peer, python: Path, spec: Spec, work: Path) -> dict[str, An
     result = run_script(peer, python, _HERE / peer.script, asdict(spec), work, threads=spec.threads)
     missing = {"seconds_per_step", "rows", "fvu", "peak_bytes", "version", "notes"} - set(result)
     if missing or len(result["seconds_per_step"]) != spec.steps:
-        raise PeerError(f"its result lacks {sorted(missing) or 'steps'}")
+        raise PeerError(f"result lacks {sorted(missing) or 'steps'}")
     return result

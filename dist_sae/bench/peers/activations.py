@@ -74,14 +74,15 @@ def split_file(path: Path, heldout: Path, *, n_rows: int, width: int) -> None:
     try:
         rows = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not a .npy file that can be read ({error})") from error
+        raise ConfigError(f"{path}: not a readable .npy file ({error})") from error
     if rows.ndim != 2 or rows.shape[1] != width or rows.dtype.kind != "f":  # noqa: PLR2004
         raise ConfigError(
-            f"{path}: holds {rows.dtype} of shape {list(rows.shape)}, not floats of [rows, {width}]"
+            f"{path}: contains {rows.dtype} of shape {list(rows.shape)}, "
+            f"not floats of [rows, {width}]"
         )
     if len(rows) < n_rows + HELDOUT_ROWS:
         raise ConfigError(
-            f"{path}: has {len(rows)} rows, and {n_rows} to train on and {HELDOUT_ROWS} held out "
-            "are needed; take fewer steps or FVU rows, or a smaller batch"
+            f"{path}: has {len(rows)} rows, but {n_rows} training rows and {HELDOUT_ROWS} held-out "
+            "rows are needed; use fewer steps, fewer FVU rows or a smaller batch"
         )
     np.save(heldout, rows[-HELDOUT_ROWS:].astype(np.float32))

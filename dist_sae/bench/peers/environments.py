@@ -84,7 +84,7 @@ def ensure_environment(peer: Peer, folder: Path) -> Path:
 def last_line(text: str) -> str:
     """Return the last non-empty line, where Python and pip put the reason of a failure."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "no output"
 
 
 def _call(command: list[str]) -> None:

@@ -64,10 +64,10 @@ def run_script(
             try:
                 child.wait(deadline - time.monotonic())
             except subprocess.TimeoutExpired as error:
-                raise PeerError(f"not done after {limit_seconds:g} seconds") from error
+                raise PeerError(f"still running after {limit_seconds:g} seconds") from error
             if child.returncode < 0:
                 signal = -child.returncode
-                raise PeerError(f"killed by signal {signal}; 9 is often a lack of memory")
+                raise PeerError(f"killed by signal {signal}; 9 often means out of memory")
             if child.returncode:
                 raise PeerError(_last_line_of(errors))
         answer = _last_line_of(children[0][1])
@@ -76,7 +76,7 @@ def run_script(
     except ValueError:
         result = None
     if not isinstance(result, dict):
-        raise PeerError(f"its last line is no result: {answer}")
+        raise PeerError(f"last line is not a JSON result: {answer}")
     return result
 
 

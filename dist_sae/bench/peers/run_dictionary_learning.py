@@ -17,16 +17,16 @@ else:
 _WARMUP_STEPS = 1000  # dictionary-learning's default
 
 _NOTES = [
-    "Adam's eps is set in its parameter groups: no setting reaches it",
-    "the loss is not divided by the variance; clipping (norm 1) is fixed and meets that loss",
+    "Adam's eps is set in its parameter groups, because no setting controls it",
+    "the loss is not divided by the variance; clipping (norm 1) is fixed and applies to that loss",
     "AuxK: d_in / 2 latents",
 ]
 _SHIPPED_NOTES = [
     f"lr warms up over {_WARMUP_STEPS} steps, its default, however short the run",
-    "rows in their own scale",
+    "rows in their original scale",
 ]
 _BF16_NOTES = [
-    "trainSAE ignores its autocast on a CPU: update() is wrapped in the autocast it uses on a GPU",
+    "trainSAE skips autocast on a CPU: update() is wrapped in the autocast it uses on a GPU",
 ]
 
 

@@ -34,9 +34,9 @@ def train(mesh: Mesh, spec: Spec, batches: Batches) -> Trained:
         initialise_from_data(step.sae, (Rows(*spec.split(rows)) for rows in some))
     for rows in batches:
         step(Rows(*spec.split(rows)))
-    notes = ["initial directions from the data, as dist_sae is shipped"] if from_data else []
+    notes = ["initial directions from the data, the default of dist_sae"] if from_data else []
     if spec.bf16:
-        notes.append("this is how dist_sae is shipped")
+        notes.append("the default settings of dist_sae")
     return step.reconstruct, notes
 
 

@@ -14,13 +14,13 @@ else:
     import protocol
 
 _NOTES = [
-    "Adam's eps is set in its parameter groups: no setting reaches it",
+    "Adam's eps is set in its parameter groups, because no setting controls it",
     "b_dec starts at zero; decoder rows start with unit norm (its default of .1 fits worse)",
     "decoder rows are not kept at unit norm; activations are rescaled by their norm instead",
-    "the loss is not divided by the variance; clipping (norm 1) is fixed and meets that loss",
+    "the loss is not divided by the variance; clipping (norm 1) is fixed and applies to that loss",
     "AuxK: d_in / 2 latents, not divided by the error's variance",
 ]
-_SHIPPED_NOTES = ["Adam at lr 3e-4 for any width; rows in their own scale"]
+_SHIPPED_NOTES = ["Adam at lr 3e-4 for any width; rows in their original scale"]
 
 
 def train(spec: protocol.Spec, batches: protocol.Batches) -> protocol.Trained:

@@ -24,13 +24,13 @@ else:
     import protocol
 
 _NOTES = [
-    "Adam's eps is set in its parameter groups, the lr schedule is taken out: no setting does it",
+    "Adam's eps is set directly and the lr schedule is removed, because no setting does so",
     "gradients are not clipped",
     "AuxK gives no gradient to the encoder; d_in / 2 latents, divided by the variance of x",
 ]
-_SHIPPED_NOTES = ["schedule-free signum instead of Adam; no AuxK; rows in their own scale"]
+_SHIPPED_NOTES = ["schedule-free signum instead of Adam; no AuxK; rows in their original scale"]
 _BF16_NOTES = [
-    "its autocast is for CUDA alone: forward() is wrapped in the same autocast for the CPU",
+    "its autocast supports only CUDA: forward() is wrapped in the same autocast for the CPU",
 ]
 
 

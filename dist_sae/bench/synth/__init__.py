@@ -112,7 +112,7 @@ def bench_synth(comparison: Comparison, folder: Path | None = None) -> dict[str,
     try:
         python = ensure_environment(_THEIRS, home)
     except (PeerError, OSError) as error:
-        raise ConfigError(f"sae-lens {_THEIRS.version} was not installed: {error}") from error
+        raise ConfigError(f"sae-lens {_THEIRS.version} could not be installed: {error}") from error
     world = _ensure_world(comparison, python, home / "worlds")
     found = []
     for trainer, shards, seed in comparison.jobs():
@@ -157,8 +157,8 @@ def render_table(result: Mapping[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         f"{result['world']}: {result['n_latents']:,} latents, {result['rows']:,} rows in batches "
-        f"of {result['batch']:,}, rate {result['lr']:g}; scored by sae-lens {result['sae_lens']} "
-        f"on {result['heldout_rows']:,} other rows"
+        f"of {result['batch']:,}, learning rate {result['lr']:g}; scored by sae-lens "
+        f"{result['sae_lens']} on {result['heldout_rows']:,} held-out rows"
     ]
     lines += [
         "  ".join(
@@ -179,7 +179,7 @@ def _check(comparison: Comparison) -> None:
     from dist_sae.interop.export import problem
 
     if comparison.steps < 1:
-        raise ConfigError(f"--rows {comparison.rows}: less than a batch of {comparison.batch}")
+        raise ConfigError(f"--rows {comparison.rows}: less than one batch of {comparison.batch}")
     if not comparison.l0 > 0:
         raise ConfigError(f"--l0 {comparison.l0:g}: must be above 0")
     for trainer, shards, seed in comparison.jobs():
@@ -202,7 +202,7 @@ def _ensure_world(comparison: Comparison, python: Path, home: Path) -> Path:
     folder = home / f"{comparison.world.name}-{digest}"
     if (folder / _COMPLETE).exists():
         return folder
-    logger.info("making the world %s with %d rows in %s", comparison.world.name, rows, folder)
+    logger.info("generating world %s with %d rows in %s", comparison.world.name, rows, folder)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     spec = {
@@ -218,7 +218,9 @@ def _ensure_world(comparison: Comparison, python: Path, home: Path) -> Path:
         with tempfile.TemporaryDirectory(prefix="dist-sae-synth-") as work:
             _run(_THEIRS, python, spec, Path(work))
     except PeerError as error:
-        raise ConfigError(f"sae-lens made no world {comparison.world.name}: {error}") from error
+        raise ConfigError(
+            f"sae-lens could not generate world {comparison.world.name}: {error}"
+        ) from error
     (folder / _COMPLETE).write_text(content, encoding="utf-8")  # written last
     return folder
 
