@@ -73,7 +73,7 @@ class _Rows:
         return len(self._rows)
 
     def __getitem__(self, place: slice | Tensor) -> "_Rows":
-        assert isinstance(place, slice), "only training picks out latents"
+        assert isinstance(place, slice), "only training selects single latents"
         return _Rows(self._parts, self._rows[place])
 
     def to(self, dtype: torch.dtype) -> Tensor:

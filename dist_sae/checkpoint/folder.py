@@ -45,7 +45,7 @@ def open_run(argument: str, overrides: Sequence[str] = ()) -> Run:
     run = _read(open_store(runs, s3), name, runs, overrides)
     if run is None:
         raise ConfigError(
-            f"{argument}: has no {_RUN_FILE}; give a run file, or the folder of a trained run "
+            f"{argument}: has no {_RUN_FILE}; pass a run file, or the folder of a trained run "
             f"(<store.runs>/<name>)"
         )
     return run
@@ -74,7 +74,7 @@ def check_kind(runs: ObjectStore, run: Run) -> None:
     was, now = ("a sweep" if sweep else "a run" for sweep in (data.get("sweep"), run.sweep))
     if was != now:
         raise ConfigError(
-            f"{runs.url}/{run.name}: belongs to {was}, and this is {now}; choose another name"
+            f"{runs.url}/{run.name}: belongs to {was}, but this is {now}; choose another name"
         )
 
 
@@ -88,8 +88,8 @@ def _read(store: ObjectStore, name: str, runs: str, overrides: Sequence[str] = (
     data = parse_run(text, origin)
     if data.get("name") != name:
         raise ConfigError(
-            f"{origin}: belongs to run {data.get('name')}; give the folder that name again, "
-            f"since checkpoints list their parts by it"
+            f"{origin}: belongs to run {data.get('name')}; rename the folder back to that name, "
+            f"because checkpoints refer to their parts by it"
         )
     data["store"] = {**(data.get("store") or {}), "runs": runs}
     return resolve_run(data, overrides, origin)

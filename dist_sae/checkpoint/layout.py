@@ -183,7 +183,7 @@ class Checkpoint(NamedTuple):
 
     def _lacks_rows(self, name: str, at: int) -> CorruptObjectError:
         return CorruptObjectError(
-            f"step {self.step}: {name} lacks rows from {at}", url=self.store.url
+            f"step {self.step}: {name} is missing rows from {at} on", url=self.store.url
         )
 
     def rows(self, part: Part) -> Tensor:
@@ -221,7 +221,7 @@ class Checkpoint(NamedTuple):
 
     def _damaged(self, part: Part) -> CorruptObjectError:
         return CorruptObjectError(
-            "does not match its checksum; delete its folder to use the checkpoint before",
+            "does not match its checksum; delete its folder to use the previous checkpoint",
             url=self.store.url,
             key=part.key,
         )
@@ -391,7 +391,7 @@ class Checkpoints:
             try:
                 yield self.open(step)
             except CorruptObjectError as exc:
-                logger.error("%s; using the checkpoint before it", exc)
+                logger.error("%s; using the previous checkpoint", exc)
 
     def delete(self, step: int) -> None:
         """Delete a checkpoint. Its manifest goes first, so that no half-deleted one is opened."""

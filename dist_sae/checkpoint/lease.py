@@ -116,7 +116,7 @@ class TrainerLease:
         if not ages or ages[0] > LEASE_SECONDS:
             return
         logger.info(
-            "%s: was trained on %s a moment ago; waiting up to %.0f s to see if it still is",
+            "%s: a trainer on %s was active recently; waiting up to %.0f s to see if it still runs",
             self._run,
             first.host,
             LEASE_SECONDS,
@@ -136,7 +136,7 @@ class TrainerLease:
             try:
                 holder = self._holder()
                 if holder is not None and holder.life != self._mine.life:
-                    logger.error("%s; this one saves and stops", self._taken(holder))
+                    logger.error("%s; this trainer will save and stop", self._taken(holder))
                     self._stopping.set()
                     return
                 self._mine = self._mine.model_copy(update={"beat": self._mine.beat + 1})
@@ -152,8 +152,8 @@ class TrainerLease:
 
     def _taken(self, holder: Holder) -> RunInUseError:
         return RunInUseError(
-            f"{self._store.url}/{self._run}: is being trained by process {holder.pid} on "
-            f"{holder.host}; stop that one first, or give this run another name"
+            f"{self._store.url}/{self._run}: is already being trained by process {holder.pid} on "
+            f"{holder.host}; stop that process first, or give this run another name"
         )
 
 

@@ -117,4 +117,4 @@ def safetensors_pieces(
             for data in torch.split(flat, PIECE_BYTES):
                 left -= len(data)
                 yield data.numpy().tobytes()
-        assert left == 0, f"{name} has another size than its shape"
+        assert left == 0, f"{name} has a size that does not match its shape"

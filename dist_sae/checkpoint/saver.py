@@ -75,7 +75,7 @@ class Saver:
         except Exception as exc:
             if error is None:
                 raise
-            logger.error("the last save failed as well: %s", exc)
+            logger.error("the last checkpoint also failed to save: %s", exc)
 
     def save(self, step: int, cursors: Mapping[int, Any], **scalars: Any) -> None:
         """Start a save. In the background mode, return as soon as the state is copied. Collective.

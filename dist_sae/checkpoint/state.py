@@ -150,8 +150,8 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, str]:
     lacking = sorted(name for name in names if not checkpoint.has(means[name]))
     if len(lacking) < len(names):
         logger.warning(
-            "step %d: the running mean has no %s, so the last weights are taken; train on to "
-            "have both",
+            "step %d: the running mean lacks %s, so the last weights are used; continue "
+            "training to get both",
             checkpoint.step,
             ", ".join(lacking),
         )

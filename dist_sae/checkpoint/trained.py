@@ -72,7 +72,7 @@ def check_plan(run: Run, checkpoint: Checkpoint, plan: str) -> None:
     """
     if checkpoint.scalars["plan"] != plan:
         raise PlanMismatchError(
-            f"{run.store.runs}/{run.name}: was trained on another activation set than "
+            f"{run.store.runs}/{run.name}: was trained on a different activation set than "
             f"{run.store.activations}; restore store.activations"
         )
 
@@ -157,7 +157,7 @@ def use_checkpoint(
 def none_yet(runs: ObjectStore, run: Run) -> ConfigError:
     """Return the error for a program that needs a checkpoint when the run has none."""
     place = f"{runs.url}/{run.name}"
-    return ConfigError(f"{place}: holds no checkpoint yet; run `dist-sae train` first")
+    return ConfigError(f"{place}: has no checkpoint yet; run `dist-sae train` first")
 
 
 def suffix(runs: ObjectStore, run: Run, step: int) -> str:
@@ -196,7 +196,9 @@ def open_step(checkpoints: Checkpoints, step: int, place: str) -> Checkpoint:
     steps = checkpoints.steps()
     if step not in steps:
         there = ", ".join(map(str, steps)) or "none"
-        raise ConfigError(f"--step: {place} has no checkpoint {step}; it has: {there}")
+        raise ConfigError(
+            f"--step: {place} has no checkpoint of step {step}; available steps: {there}"
+        )
     return checkpoints.open(step)
 
 
@@ -212,5 +214,7 @@ def trained_run(checkpoint: Checkpoint, run: Run) -> Run:
 def check_own(settings: Mapping[str, Any], run: Run) -> Run:
     """Call `check_same_run`, with a remedy in the error for programs that only read."""
     place = f"{run.store.runs}/{run.name}"
-    remedy = f"give the settings it was trained with, or its folder, {place}, as the run file"
+    remedy = (
+        f"use the settings that it was trained with, or pass its folder, {place}, as the run file"
+    )
     return check_same_run(settings, run, place, remedy)

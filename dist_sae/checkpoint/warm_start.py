@@ -31,7 +31,7 @@ def prepare(checkpoint: Checkpoint, runs: ObjectStore, run: Run) -> int:
     """
     check(checkpoint, run)
     if Checkpoints(runs, run.name, 1).steps():
-        raise ConfigError(f"{runs.url}/{run.name}: has been trained already; choose another name")
+        raise ConfigError(f"{runs.url}/{run.name}: has already been trained; choose another name")
     there = _warm_starts(runs, run)
     for step in there.folders():  # includes incomplete ones
         there.delete(step)
@@ -73,19 +73,20 @@ def _parent(runs: ObjectStore, run: Run, parent: ParentConfig, plan: str) -> Che
     if parent.step not in (None, *steps):
         there = ", ".join(map(str, steps))
         raise ConfigError(
-            f"train.parent.step: {place} has no checkpoint {parent.step}; it has: {there}"
+            f"train.parent.step: {place} has no checkpoint of step {parent.step}; "
+            f"available steps: {there}"
         )
     checkpoint = checkpoints.open(parent.step or steps[-1])
     check(checkpoint, run)
     if parent.state and width(checkpoint) != run.sae.n_latents:
         raise ConfigError(
             f"train.parent.state: {place} has {width(checkpoint)} latents, not "
-            f"{run.sae.n_latents}, so only its weights can be taken; use false"
+            f"{run.sae.n_latents}, so only its weights can be loaded; set this to false"
         )
     if parent.data == "continue" and checkpoint.scalars["plan"] != plan:
         raise PlanMismatchError(
-            f"train.parent.data: {place} was trained on another activation set than "
-            f"{run.store.activations}; restore store.activations, or use restart"
+            f"train.parent.data: {place} was trained on a different activation set than "
+            f"{run.store.activations}; restore store.activations, or set this to restart"
         )
     return checkpoint
 
@@ -116,7 +117,7 @@ def check(checkpoint: Checkpoint, run: Run) -> None:
     if n_latents > run.sae.n_latents:
         raise ConfigError(
             f"{run.name}: sae.n_latents: {run.sae.n_latents} is less than the {n_latents} "
-            f"latents that it is to start from"
+            f"latents of the initial dictionary"
         )
     n_new = run.sae.n_latents - n_latents  # each is initialized from a row's residual
     if run.train.rows != "all" and n_new > run.train.rows:
@@ -146,8 +147,8 @@ def load(sae: Dictionary, checkpoint: Checkpoint) -> None:
         there, here = _shape(checkpoint, name)[1], sae.get_parameter(name).shape[1]
         if there != here:
             raise ConfigError(
-                f"{checkpoint.store.url}: the dictionary to start from is for activations of width "
-                f"{there}, these have width {here}"
+                f"{checkpoint.store.url}: the initial dictionary expects activations of width "
+                f"{there}, but got {here}"
             )
     n_known = min(max(width(checkpoint) - sae.first_latent, 0), len(sae.W_enc))
     weights = weights_of(checkpoint)

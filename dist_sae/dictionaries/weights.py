@@ -99,7 +99,7 @@ class Weights(nn.Module):
         """
         if name not in self._per_latent:
             raise ValueError(
-                f"{type(self).__name__}.{name} is neither declared per latent nor replicated; "
+                f"{type(self).__name__}.{name} is declared neither per latent nor replicated; "
                 f"add it with add_tensor"
             )
         return self._per_latent[name]

@@ -65,7 +65,7 @@ def open_index(
     plan = load_plan(store, run)
     if checkpoint.scalars["plan"] != plan.hash:
         raise PlanMismatchError(
-            f"{runs.url}/{run.name}: was trained on another activation set than {store.url}; "
+            f"{runs.url}/{run.name}: was trained on a different activation set than {store.url}; "
             f"restore store.activations"
         )
     name = index_name(run, checkpoint.step)

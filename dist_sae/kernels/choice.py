@@ -34,9 +34,9 @@ def choose_kernels(
 
                 kernels = TRITON
         case "native", _:
-            reason = f"it is for the CPU, not for {device.type}"
+            reason = f"it runs only on the CPU, not on {device.type}"
         case "triton", _:
-            reason = f"it is for NVIDIA GPUs, not for {device.type}"
+            reason = f"it runs only on NVIDIA GPUs, not on {device.type}"
     if reason is not None and wish != "auto":
         raise ConfigError(f"train.kernels: {wish}: {reason}; use auto or torch")
     why = f" ({reason})" if reason else ""

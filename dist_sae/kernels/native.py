@@ -186,14 +186,14 @@ def _library() -> ctypes.CDLL:
     """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        raise OSError("there is no C++ compiler (g++ or clang++)")
+        raise OSError("no C++ compiler found (g++ or clang++)")
     # part of the name: a home folder may be shared by machines with different processors
     made_from = (_SOURCE.read_bytes(), " ".join((compiler, *_FLAGS)).encode(), _processor())
     digest = hashlib.sha256(b"\0".join(made_from)).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dist_sae"
     path = folder / f"native-{digest}.so"
     if not path.exists():
-        logger.info("compiling the sparse products for this processor, once")
+        logger.info("compiling the sparse products for this CPU (once)")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as made:  # several ranks may compile at once
             library = Path(made) / "native.so"

@@ -145,7 +145,7 @@ def _all_chunks(n: int, width: int, layers: int, device: torch.device) -> Iterat
 def _chunks_among(
     among: Tensor, width: int, layers: int, counts: Sequence[int] | None
 ) -> Iterator[_Chunk]:
-    assert counts is None or len(counts) == layers, "counts are of each layer"
+    assert counts is None or len(counts) == layers, "one count per layer is required"
     for layer in range(layers):
         latents = among
         if layers > 1:

@@ -269,7 +269,9 @@ class OpenedRun:
     def _check(self, step: int | None) -> None:
         if step is not None and step not in (steps := self.steps()):
             there = ", ".join(map(str, steps)) or "none"
-            raise ConfigError(f"{self._place}: has no checkpoint of step {step}; it has: {there}")
+            raise ConfigError(
+                f"{self._place}: has no checkpoint of step {step}; available steps: {there}"
+            )
 
     @property
     def _place(self) -> str:

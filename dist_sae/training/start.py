@@ -163,7 +163,7 @@ def find_checkpoints(
             for stream, place in cursors_of(checkpoint).items()
         ):
             raise PlanMismatchError(
-                f"{run.store.runs}/{run.name}: was trained on another activation set than "
+                f"{run.store.runs}/{run.name}: was trained on a different activation set than "
                 f"{run.store.activations}; restore store.activations or choose another name"
             )
     return found
@@ -191,7 +191,7 @@ def restore(
             damage = exc
         if mesh.any_rank(damage is not None):
             if damage is not None:
-                logger.error("%s; using the checkpoint before it", damage)
+                logger.error("%s; using the previous checkpoint", damage)
             continue
         take()
         if mesh.is_first:  # otherwise the next start would try the damaged ones first

@@ -183,5 +183,5 @@ def test_mistakes_are_one_line(
     twice = analyse(capsys, folder(ideal[0]), folder(ideal[0]), code=2)
     assert twice == "error: ideal96: is named twice; runs are told apart by their names\n"
     bare = world.model_copy(update={"name": "bare"})
-    with pytest.raises(ConfigError, match="bare: holds no checkpoint yet"):
+    with pytest.raises(ConfigError, match="bare: has no checkpoint yet"):
         study(bare)

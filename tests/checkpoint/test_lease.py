@@ -42,7 +42,7 @@ def test_the_second_trainer_of_a_run_is_refused_in_one_line(store: ObjectStore) 
     with hold(store), pytest.raises(RunInUseError) as caught, hold(store):
         pass
     (line,) = str(caught.value).splitlines()
-    assert line.startswith(f"{store.url}/run: is being trained by process ")
+    assert line.startswith(f"{store.url}/run: is already being trained by process ")
     assert caught.value.exit_code == 75
     with hold(store):
         assert store.size(KEY)

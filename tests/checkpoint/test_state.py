@@ -155,7 +155,7 @@ def test_a_mean_without_its_threshold_is_not_used(
     sae = make_state(run, "batchtopk").sae
     load_weights(sae, checkpoints.open(5))
     assert torch.equal(sae.W_enc, state.sae.W_enc)
-    assert "the running mean has no threshold, so the last weights are taken" in caplog.text
+    assert "the running mean lacks threshold, so the last weights are used" in caplog.text
     again = make_state(run, "batchtopk")
     again.read(checkpoints.open(5))()
     assert again.average is not None

@@ -189,5 +189,5 @@ def test_activations_of_another_width_are_refused(tmp_path: Path) -> None:
     warm_start.prepare(checkpoint(tmp_path), runs, run)
     found = warm_start.find(runs, run, "plan")
     assert found is not None
-    with pytest.raises(ConfigError, match="width 16, these have width 8"):
+    with pytest.raises(ConfigError, match="width 16, but got 8"):
         warm_start.load(build_sae(run.sae, 8), found)

@@ -151,9 +151,9 @@ def test_a_stuck_latent_fires_again(kind: str) -> None:
 @pytest.mark.parametrize(
     ("reads", "writes", "message"),
     [
-        ((4, 4, 4), (4, 4), "sae.writes: a cross-layer transcoder of 3 layers needs as many sites"),
-        ((4, 8, 4), (4, 4, 4), "sae.reads: .* these have widths 4, 8, 4"),
-        ((4, 4), (3, 3), "sae.writes: the sites have width 3; for an even number of layers"),
+        ((4, 4, 4), (4, 4), "sae.writes: a cross-layer transcoder of 3 layers needs 3 sites"),
+        ((4, 8, 4), (4, 4, 4), "sae.reads: .* got widths 4, 8, 4"),
+        ((4, 4), (3, 3), "sae.writes: the sites have width 3; with an even number of layers"),
     ],
 )
 def test_widths_that_do_not_fit_are_one_clear_line(

@@ -400,7 +400,7 @@ def test_what_is_read_and_what_is_reconstructed_may_differ(kind: str) -> None:
 
 def test_a_tensor_says_how_it_is_sharded() -> None:
     sae = make(CONFIGS["topk"], axis=LatentAxis(shard=1, shards=2))
-    undeclared = "is neither declared per latent nor replicated"
+    undeclared = "is declared neither per latent nor replicated"
     with pytest.raises(ValueError, match=undeclared):
         sae.register_buffer("counts", torch.zeros(3))
     with pytest.raises(ValueError, match=undeclared):

@@ -337,7 +337,9 @@ def test_a_step_that_is_not_the_newest_has_results_of_its_own(run: Run) -> None:
     assert evaluate(run, step=10) == newest
     assert export(run, step=4).endswith("/export-step-00000004")
     assert report(run, step=4).endswith("/report/report-step-00000004.html")
-    with pytest.raises(ConfigError, match=r"--step: .* has no checkpoint 5; it has: 4, 10"):
+    with pytest.raises(
+        ConfigError, match=r"--step: .* has no checkpoint of step 5; available steps: 4, 10"
+    ):
         evaluate(run, step=5)
 
 

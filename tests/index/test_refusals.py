@@ -39,7 +39,7 @@ def fails(kind: type[DistSaeError], text: str, call: Callable[[], object]) -> No
 
 def test_without_a_checkpoint_there_is_nothing_to_index(tmp_path: Path) -> None:
     run = produced(tmp_path)
-    fails(ConfigError, "holds no checkpoint yet; run `dist-sae train`", lambda: make_index(run))
+    fails(ConfigError, "has no checkpoint yet; run `dist-sae train`", lambda: make_index(run))
 
 
 @pytest.mark.system
@@ -72,7 +72,7 @@ def test_a_run_on_another_set_is_refused(tmp_path: Path) -> None:
     path.write_bytes(changed(path.read_bytes(), scalars=scalars))
     fails(
         PlanMismatchError,
-        "was trained on another activation set than .*restore store.activations",
+        "was trained on a different activation set than .*restore store.activations",
         lambda: make_index(run),
     )
 

@@ -90,7 +90,7 @@ def test_a_run_is_opened_by_folder_file_or_url(made: Run, tmp_path: Path) -> Non
     assert open_run(folder, ["train.keep_checkpoints=9"]).config.train.keep_checkpoints == 9
     with pytest.raises(DistSaeError, match="no such file; give the path of a run file"):
         open_run(tmp_path / "nothing")
-    with pytest.raises(DistSaeError, match=r"has no run\.yaml; give a run file, or the folder of"):
+    with pytest.raises(DistSaeError, match=r"has no run\.yaml; pass a run file, or the folder of"):
         open_run(tmp_path)
 
 
@@ -120,16 +120,18 @@ def test_a_dictionary_is_that_of_its_checkpoint(run: OpenedRun, made: Run) -> No
         for name, tensor in dictionary.sae.state_dict().items():
             torch.testing.assert_close(tensor, stored.read(name))  # rows are made unit again
         assert not any(parameter.requires_grad for parameter in dictionary.parameters())
-    with pytest.raises(DistSaeError, match=r"/tiny: has no checkpoint of step 5; it has: 4, 10$"):
+    with pytest.raises(
+        DistSaeError, match=r"/tiny: has no checkpoint of step 5; available steps: 4, 10$"
+    ):
         run.dictionary(5)
 
 
 def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
     opened = OpenedRun(make_run(tmp_path, TINY))
     assert opened.steps() == []
-    with pytest.raises(DistSaeError, match=r"holds no checkpoint yet; run `dist-sae train` first$"):
+    with pytest.raises(DistSaeError, match=r"has no checkpoint yet; run `dist-sae train` first$"):
         opened.dictionary()
-    with pytest.raises(DistSaeError, match=r"has no checkpoint of step 5; it has: none$"):
+    with pytest.raises(DistSaeError, match=r"has no checkpoint of step 5; available steps: none$"):
         opened.dictionary(5)
     with pytest.raises(DistSaeError, match=r"has no plan yet; run `dist-sae plan` first$"):
         opened.rows()
@@ -336,7 +338,7 @@ def test_the_latents_of_a_text_need_no_decoder(language: Run, tmp_path: Path) ->
             assert [token.latents for token in found] == [token.latents for token in expected]
             for one, other in zip(found, expected, strict=True):
                 assert one.acts == pytest.approx(other.acts, rel=1e-5)
-    with pytest.raises(DistSaeError, match=r"has no checkpoint of step 5; it has: 7$"):
+    with pytest.raises(DistSaeError, match=r"has no checkpoint of step 5; available steps: 7$"):
         opened.active_on("some text", step=5)
 
 

@@ -128,4 +128,4 @@ def test_another_activation_set_is_refused(
     call(capsys, "plan", str(other))
     for program in ("evaluate", "report"):
         line = call(capsys, program, str(other), code=2)
-        assert "was trained on another activation set" in line
+        assert "was trained on a different activation set" in line

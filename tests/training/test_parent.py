@@ -123,22 +123,22 @@ def go_on(path: Path, settings: Sequence[str], plan: Plan) -> None:
         ({"train.parent.run": "gone"}, "train.parent.run: {runs}/gone has no checkpoint"),
         (
             {"train.parent.step": 7},
-            "train.parent.step: {runs}/world has no checkpoint 7; it has: 20, 30",
+            "train.parent.step: {runs}/world has no checkpoint of step 7; available steps: 20, 30",
         ),
         ({"name": "world"}, "train.parent.run: world is this run; give it a name of its own"),
         (
             {"sae.n_latents": 32},
-            "sae.n_latents: 32 is less than the 64 latents that it is to start from",
+            "sae.n_latents: 32 is less than the 64 latents of the initial dictionary",
         ),
         (
             {"sae.n_latents": 128},
             "train.parent.state: {runs}/world has 64 latents, not 128, so only its weights can "
-            "be taken; use false",
+            "be loaded; set this to false",
         ),
         ({"sae.kind": "batchtopk"}, "sae.kind: batchtopk cannot start from the weights of topk"),
         (
             {"activations.seed": 1},
-            "train.parent.data: {runs}/world was trained on another activation set than",
+            "train.parent.data: {runs}/world was trained on a different activation set than",
         ),
         (
             {"train.rows": 9600, "train.max_passes": 1},

@@ -103,7 +103,7 @@ def test_a_wider_dictionary_begins_with_a_narrower_one(
     assert evaluate(load_run(paths[0]))["fvu"] < evaluate(old)["fvu"]
     cosines = (final(folders[0]).read("W_dec")[:64] * final(calm).read("W_dec")).sum(1)
     assert float(cosines.median()) > 0.99  # latent 17 stays latent 17
-    with pytest.raises(ConfigError, match="world: has been trained already; choose another name"):
+    with pytest.raises(ConfigError, match="world: has already been trained; choose another name"):
         convert_to_run(old, load_run(paths[0]), step=None)
 
 
@@ -179,7 +179,7 @@ def test_a_run_does_not_go_on_with_another_activation_set(
     )
     assert sorted(cursors_of(saved)) == [0, 1, 2, 3]
     other = plan(load_run(write_run(tmp_path, activations={"seed": 1})))
-    with pytest.raises(PlanMismatchError, match="was trained on another activation set"):
+    with pytest.raises(PlanMismatchError, match="was trained on a different activation set"):
         find_checkpoints(checkpoints, runs, run, other, alone)
 
 

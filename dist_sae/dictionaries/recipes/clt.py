@@ -235,11 +235,11 @@ def _check_widths(layers: int, widths: Widths) -> None:
         if len(of_sites) != layers or len(set(of_sites)) > 1:
             there = ", ".join(map(str, of_sites))
             raise ConfigError(
-                f"sae.{key}: a cross-layer transcoder of {layers} layers needs as many sites of "
-                f"one width; these have widths {there}"
+                f"sae.{key}: a cross-layer transcoder of {layers} layers needs {layers} sites "
+                f"of equal width; got widths {there}"
             )
     if (layers + 1) * widths.writes[0] % 2:
         raise ConfigError(
-            f"sae.writes: the sites have width {widths.writes[0]}; for an even number of layers it "
-            f"must be even"
+            f"sae.writes: the sites have width {widths.writes[0]}; with an even number of layers, "
+            f"the width must be even"
         )

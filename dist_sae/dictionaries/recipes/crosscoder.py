@@ -62,7 +62,7 @@ class AcrossSites(Dictionary):
             raise ConfigError(
                 f"sae.shared_latents: the sites have widths "
                 f"{', '.join(map(str, self.widths.writes))}; a shared latent has the same decoder "
-                f"row at all sites, so they must have one width; use 0"
+                f"row at all sites, so all sites must have the same width; set this to 0"
             )
 
     @property

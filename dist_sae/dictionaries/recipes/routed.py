@@ -200,7 +200,7 @@ class Routed(WithAuxK):
 
     def slots(self, first: int) -> Slots:
         """Assign each row to the next uninitialized latent of the row's first expert."""
-        assert first == 0, "routed dictionaries are not widened"
+        assert first == 0, "routed dictionaries cannot be widened"
         filled = torch.zeros(self.config.experts, dtype=torch.int64, device=self.W_enc.device)
 
         def slots(inputs: Tensor) -> Tensor:
