@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dist_sae.analysis.names import token_names
 from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.checkpoint.lineage import Lineage
-from dist_sae.checkpoint.trained import find_checkpoint, none_yet, trained_run
+from dist_sae.checkpoint.trained import find_checkpoint, no_checkpoint_error, trained_run
 from dist_sae.config import Run
 from dist_sae.data.plan import as_planned, load_plan
 from dist_sae.errors import CorpusError, ModelError, PlanMismatchError, StoreError
@@ -56,7 +56,7 @@ def open_indexed_run(run: Run) -> IndexedRun:
     store = open_store(run.store.runs, run.store.s3)
     checkpoint = find_checkpoint(store, run, None)
     if checkpoint is None:
-        raise none_yet(store, run)
+        raise no_checkpoint_error(store, run)
     index = index_of(store, run.name, checkpoint)
     return IndexedRun(trained_run(checkpoint, run), checkpoint, index)
 

@@ -93,7 +93,7 @@ def _time_saves(
         state=step.state,
         scalars={},
         all_gather=lambda value, _: [value],
-        first=True,
+        writes_manifest=True,
         before_commit=lambda: None,
         on_durable=durable.append,
         last_step=0,
@@ -123,8 +123,8 @@ def _time_load(shape: StepShape, url: str, s3: S3Config, shards: int) -> tuple[f
     before = resident_bytes()
     with peak_memory() as peak:
         since = time.perf_counter()
-        take = state.read(checkpoint)
-        take()
+        apply = state.read(checkpoint)
+        apply()
         lasted = time.perf_counter() - since
     return lasted, float(peak[0] - before)
 

@@ -51,7 +51,7 @@ def open_run(argument: str, overrides: Sequence[str] = ()) -> Run:
     return run
 
 
-def begun_run(runs: ObjectStore, name: str) -> Run | None:
+def started_run(runs: ObjectStore, name: str) -> Run | None:
     """Read the run file that training last started with. None if it has never started.
 
     Raises:

@@ -277,7 +277,7 @@ class Checkpoints:
         """Return the steps of complete and incomplete checkpoints."""
         return {int(key["step"]) for key in self._keys.keys(self._store)}
 
-    def has_raised(self, exc: StoreError) -> bool:
+    def is_source_of(self, exc: StoreError) -> bool:
         """Return whether an error is about an object of these checkpoints."""
         key = self._prefix if exc.key is None else exc.key
         return exc.url == self._store.url and key.startswith(self._prefix)

@@ -22,7 +22,7 @@ from dist_sae.dictionaries.axis import WHOLE, LatentAxis, PageAxis
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.interface import Codes, Inferred, Rows, Widths
 from dist_sae.kernels import Entries, select
-from dist_sae.kernels.keys import NOTHING, from_keys, to_keys
+from dist_sae.kernels.keys import NO_ENTRY, from_keys, to_keys
 
 SLICE_ROWS = 4096
 """Maximum number of rows that a page processes at a time."""
@@ -92,7 +92,7 @@ class PagedDictionary:
         row_bytes = 4 * self._widths.d_in + 8 * self._widths.d_out + 12 * (self._row_limit or 0)
         product_bytes = 12 * min(self._page_latents, select.CHUNK_LATENTS)  # per row, with copies
         self._slice_rows = max(1, min(SLICE_ROWS, quarter // product_bytes))
-        self._turn_rows = max(1, quarter // row_bytes // self._slice_rows) * self._slice_rows
+        self._rows_per_pass = max(1, quarter // row_bytes // self._slice_rows) * self._slice_rows
 
     @property
     def device(self) -> torch.device:
@@ -139,7 +139,7 @@ class PagedDictionary:
         if self._in_memory is not None:
             tensor = rows(self._in_memory)
             for shard in range(self._axis.shards):
-                yield self._axis.of_shard(tensor, shard).cpu()
+                yield self._axis.broadcast_shard(tensor, shard).cpu()
             return
         for page in self._pages(self._per_latent - {name}):
             yield rows(page)
@@ -153,17 +153,17 @@ class PagedDictionary:
         if self._in_memory is not None:
             yield from batches
             return
-        inputs, n = torch.empty(self._turn_rows, self._widths.d_in), 0
+        inputs, n = torch.empty(self._rows_per_pass, self._widths.d_in), 0
         joined = Rows(inputs, inputs)
         for batch in batches:
             if batch.targets is not batch.inputs and joined.targets is inputs:
-                joined = Rows(inputs, torch.empty(self._turn_rows, self._widths.d_out))
+                joined = Rows(inputs, torch.empty(self._rows_per_pass, self._widths.d_out))
             for piece in zip(*(torch.split(part, self._slice_rows) for part in batch), strict=True):
-                fits = min(len(piece[0]), self._turn_rows - n)
+                fits = min(len(piece[0]), self._rows_per_pass - n)
                 for part, new in zip(joined, piece, strict=True):
                     part[n : n + fits] = new[:fits]
                 n += fits
-                if n == self._turn_rows:
+                if n == self._rows_per_pass:
                     yield joined
                     n = len(piece[0]) - fits
                     for part, new in zip(joined, piece, strict=True):
@@ -201,7 +201,9 @@ class PagedDictionary:
         x = x.to(self.device)
         if self._in_memory is not None:
             x_hat, fired = self._in_memory.infer(x)
-            shards = [self._axis.of_shard(fired, shard) for shard in range(self._axis.shards)]
+            shards = [
+                self._axis.broadcast_shard(fired, shard) for shard in range(self._axis.shards)
+            ]
             return Inferred(x_hat, torch.cat(shards))
         largest = self._largest(x, self._row_limit) if self._row_limit else None
         x_hat = torch.zeros(len(x), self._widths.d_out, dtype=self._dtype)
@@ -220,11 +222,11 @@ class PagedDictionary:
                 firings.append(fired)
         return Inferred(x_hat, torch.cat(firings))
 
-    def _largest(self, x: Tensor, limit: int) -> "_Largest":
-        largest = _Largest(len(x), limit, self._dtype)
+    def _largest(self, x: Tensor, limit: int) -> "_LargestCodes":
+        largest = _LargestCodes(len(x), limit, self._dtype)
         for page in self._pages(self._decoder):
             for rows in _slices(x, self._slice_rows):
-                largest.take(rows, page.encode(x[rows]), page.first_latent)
+                largest.merge(rows, page.encode(x[rows]), page.first_latent)
         return largest
 
     def _pages(self, leave_out: Container[str]) -> Iterator[Dictionary]:
@@ -234,11 +236,11 @@ class PagedDictionary:
         """
         n_pages = -(-self.n_latents // self._page_latents)
         with ThreadPoolExecutor(1, "page") as reader:
-            coming = reader.submit(self._read, 0, leave_out)
+            next_page = reader.submit(self._read, 0, leave_out)
             for number in range(1, n_pages):
-                page, coming = coming.result(), reader.submit(self._read, number, leave_out)
+                page, next_page = next_page.result(), reader.submit(self._read, number, leave_out)
                 yield page
-            yield coming.result()
+            yield next_page.result()
 
     def _read(self, number: int, leave_out: Container[str]) -> Dictionary:
         first = number * self._page_latents
@@ -255,7 +257,7 @@ class PagedDictionary:
         return page
 
 
-class _Largest:
+class _LargestCodes:
     """The largest codes of each row over the pages so far.
 
     Args:
@@ -265,15 +267,15 @@ class _Largest:
     """
 
     def __init__(self, rows: int, limit: int, dtype: torch.dtype) -> None:
-        self._keys = torch.full((rows, limit), NOTHING)
+        self._keys = torch.full((rows, limit), NO_ENTRY)
         self._acts = torch.zeros(rows, limit, dtype=dtype)
 
-    def take(self, rows: slice, codes: Codes, first: int) -> None:
+    def merge(self, rows: slice, codes: Codes, first: int) -> None:
         """Merge a page's codes for a slice of rows. `first` is the number of its first latent."""
         limit = self._keys.shape[1]
         entries = Entries(codes.latents, codes.starts, 0)
         places = torch.arange(len(codes.acts)) - codes.starts[entries.rows]
-        keys = torch.full((len(codes.starts), limit), NOTHING)
+        keys = torch.full((len(codes.starts), limit), NO_ENTRY)
         acts = torch.zeros(len(codes.starts), limit, dtype=self._acts.dtype)
         keys[entries.rows, places] = to_keys(codes.acts, codes.latents + first)
         acts[entries.rows, places] = codes.acts
@@ -285,7 +287,7 @@ class _Largest:
         """Return the codes of a slice of rows and a range of latents, numbered from its first."""
         keys = self._keys[rows]
         which = from_keys(keys)[1]
-        here = (keys > NOTHING) & (which >= latents.start) & (which < latents.stop)
+        here = (keys > NO_ENTRY) & (which >= latents.start) & (which < latents.stop)
         counts = here.sum(1)
         return Codes(self._acts[rows][here], which[here] - latents.start, counts.cumsum(0) - counts)
 

@@ -50,7 +50,7 @@ class Saver:
     """Numbers and settings that are the same in every checkpoint of the run."""
     all_gather: Callable[[Any, Any], list[Any]]
     """Gathers a value from every rank, in rank order, given its type. Called in the thread."""
-    first: bool
+    writes_manifest: bool
     """Whether this rank writes the manifest."""
     before_commit: Callable[[], None]
     """Called in the thread on rank 0 before the manifest is written, to make other data that
@@ -64,7 +64,7 @@ class Saver:
     checkpoint is written."""
     thread: ThreadPoolExecutor = field(default_factory=saver_thread)
     """The thread that writes the copies; see `saver_thread`."""
-    _under_way: Future[None] | None = field(default=None, init=False)
+    _pending: Future[None] | None = field(default=None, init=False)
 
     def __enter__(self) -> "Saver":
         return self
@@ -101,12 +101,12 @@ class Saver:
             return
         copies = [piece._replace(rows=copied_to_cpu(piece.rows)) for piece in self.state.pieces()]
         parts = _consumed(copies)
-        self._under_way = self.thread.submit(self._store, step, parts, cursors, scalars, since)
+        self._pending = self.thread.submit(self._store, step, parts, cursors, scalars, since)
 
     @property
     def saving(self) -> bool:
         """Whether a save is in progress."""
-        return self._under_way is not None and not self._under_way.done()
+        return self._pending is not None and not self._pending.done()
 
     def finish(self) -> None:
         """Wait until the last checkpoint is durable.
@@ -115,9 +115,9 @@ class Saver:
             StoreError: The save failed.
             Stopped: The save failed on another rank.
         """
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            under_way.result()
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def _store(
         self,
@@ -135,7 +135,7 @@ class Saver:
         everywhere = {v: cursor for _, own in parts for v, cursor in own.items()}
 
         def commit() -> int:
-            if not self.first:
+            if not self.writes_manifest:
                 return 0
             self.before_commit()
             records = [records for records, _ in parts]

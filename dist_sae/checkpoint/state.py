@@ -88,15 +88,15 @@ class TrainingState(NamedTuple):
         has_mean = checkpoint.has(f"{_EMA}W_enc")
         # stored separately because a child's mean may be younger than Adam's state; not in older
         # checkpoints
-        taken_in = checkpoint.scalars.get(_UPDATES, updates) if has_mean else 0
+        mean_updates = checkpoint.scalars.get(_UPDATES, updates) if has_mean else 0
 
-        def take() -> None:
-            self.dead.take(idle_rows)
+        def apply() -> None:
+            self.dead.set_idle_rows(idle_rows)
             if self.average:
-                self.average.updates = taken_in
+                self.average.updates = mean_updates
             self.engine.restore(updates, moments)
 
-        return take
+        return apply
 
     def _piece(self, name: str, tensor: Tensor) -> Piece:
         axis, n = self.sae.axis, len(tensor)

@@ -144,7 +144,7 @@ def use_checkpoint(
         try:
             return use(checkpoints.open(left[-1]))
         except (CorruptObjectError, ObjectNotFoundError) as exc:
-            if not checkpoints.has_raised(exc):  # about another object that `use` reads
+            if not checkpoints.is_source_of(exc):  # about another object that `use` reads
                 raise
             if left[-1] in checkpoints.steps():
                 logger.error("skipping the checkpoint of step %d: %s", left[-1], exc)
@@ -154,7 +154,7 @@ def use_checkpoint(
     return None
 
 
-def none_yet(runs: ObjectStore, run: Run) -> ConfigError:
+def no_checkpoint_error(runs: ObjectStore, run: Run) -> ConfigError:
     """Return the error for a program that needs a checkpoint when the run has none."""
     place = f"{runs.url}/{run.name}"
     return ConfigError(f"{place}: has no checkpoint yet; run `dist-sae train` first")
@@ -208,10 +208,10 @@ def trained_run(checkpoint: Checkpoint, run: Run) -> Run:
     Raises:
         PlanMismatchError: The settings differ.
     """
-    return check_own(checkpoint.scalars["run"], run)
+    return check_same_settings(checkpoint.scalars["run"], run)
 
 
-def check_own(settings: Mapping[str, Any], run: Run) -> Run:
+def check_same_settings(settings: Mapping[str, Any], run: Run) -> Run:
     """Call `check_same_run`, with a remedy in the error for programs that only read."""
     place = f"{run.store.runs}/{run.name}"
     remedy = (

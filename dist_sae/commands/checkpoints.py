@@ -26,7 +26,7 @@ def add(commands: shared.Commands) -> None:
 
 def _ls(options: argparse.Namespace) -> None:
     run = shared.load(options)
-    from dist_sae.checkpoint.upkeep import ls
+    from dist_sae.checkpoint.maintenance import ls
 
     found = ls(run)
     lines = [
@@ -43,7 +43,7 @@ def _ls(options: argparse.Namespace) -> None:
 
 def _verify(options: argparse.Namespace) -> None:
     run = shared.load(options)
-    from dist_sae.checkpoint.upkeep import verify
+    from dist_sae.checkpoint.maintenance import verify
 
     found = verify(run)
     shared.print_result(options, found)
@@ -58,7 +58,7 @@ def _verify(options: argparse.Namespace) -> None:
 def _convert(options: argparse.Namespace) -> None:
     run = shared.load(options)
     from dist_sae.checkpoint.folder import open_run
-    from dist_sae.checkpoint.upkeep import convert, convert_to_run
+    from dist_sae.checkpoint.maintenance import convert, convert_to_run
     from dist_sae.errors import ConfigError
 
     if options.to_run and options.moments:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dist_sae.checkpoint.trained import Trained, none_yet, use_trained
+from dist_sae.checkpoint.trained import Trained, no_checkpoint_error, use_trained
 from dist_sae.config import Run
 from dist_sae.dictionaries.metrics import DUPLICATE_COSINE, DUPLICATES_CHUNK_LATENTS, DUPLICATES_OF
 from dist_sae.dictionaries.normaliser import SiteNormalisers
@@ -87,7 +87,7 @@ def use_newest(run: Run, use: Callable[[Trained], Result]) -> Result:
     store = open_store(run.store.runs, run.store.s3)
     found = use_trained(store, run, None, use, memory_bytes=run.evaluate.memory_bytes)
     if found is None:
-        raise none_yet(store, run)
+        raise no_checkpoint_error(store, run)
     return found
 
 

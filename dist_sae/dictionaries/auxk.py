@@ -33,7 +33,7 @@ from dist_sae.kernels import Entries, select
 _LEAST_LENGTH = 0.01  # a latent with an encoder row of length 0 would never be active
 _MOST_LENGTH = 1.0  # an error is a part of its row, so it is not longer than the row
 _LEAST_SPREAD = 1e-4  # share of the squared errors; bf16 products of equal rows may differ by this
-_SHARE_OF_ONE = 0.98  # see `initial_share`
+_RATIO_IF_K_IS_1 = 0.98  # see `initial_length_ratio`
 _ROUNDINGS = 16  # errors up to this many machine epsilons of their row count as 0
 
 
@@ -107,7 +107,7 @@ class WithAuxK(Dictionary):
             counts: Numbers of dead latents, one per input layer. Without them the host waits for
                 the device.
         """
-        among = select.places_of(dead, None if counts is None else sum(counts))
+        among = select.true_indices(dead, None if counts is None else sum(counts))
         products = self.products(centred, self.product_dtype, among, counts)
         return self.by_row.select(products, self.config.auxk)
 
@@ -143,14 +143,14 @@ class WithAuxK(Dictionary):
         return list(zip(torch.split(acts, counts), apart, strict=True))
 
     @property
-    def initial_share(self) -> float:
+    def initial_length_ratio(self) -> float:
         """Initial encoder length over the optimal one: 1, or a little less if k is 1.
 
         With k = 1 and the optimal length, a row's error is orthogonal to its only latent. The
         encoder's gradient would be pure rounding error, which Adam would amplify to full steps.
         """
         k = annealed(0.0, self.config.k, self.config.k_start, self.config.k_anneal_share)
-        return _SHARE_OF_ONE if k == 1 else 1.0
+        return _RATIO_IF_K_IS_1 if k == 1 else 1.0
 
     def initialise(self, rows: Rows, seed: int, *, rescale: bool = True) -> None:
         initialise_tied(self, rows, seed, rescale=rescale)

@@ -76,11 +76,11 @@ class LatentAxis:
         """Exchange one row of counts with each shard of the replica (all-to-all)."""
         return counts
 
-    def of_shard(self, tensor: Tensor, shard: int) -> Tensor:  # noqa: ARG002 - there is one
+    def broadcast_shard(self, tensor: Tensor, shard: int) -> Tensor:  # noqa: ARG002 - there is one
         """Broadcast one shard's tensor within the replica. All shards pass the same shape."""
         return tensor
 
-    def across_replicas(self, tensor: Tensor) -> Tensor:
+    def sum_replicas(self, tensor: Tensor) -> Tensor:
         """Return the sum over the ranks that hold the same shard. No gradient."""
         return tensor
 

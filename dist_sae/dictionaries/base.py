@@ -18,9 +18,9 @@ from dist_sae.dictionaries.interface import (
     Inferred,
     Output,
     Products,
+    RowAssigner,
     Rows,
     Selection,
-    Slots,
     StepContext,
     Widths,
 )
@@ -224,7 +224,7 @@ class Dictionary(Weights):
         return self.objective(rows, StepContext(1.0, none_dead, 0, progress)).error
 
     @property
-    def initial_share(self) -> float:
+    def initial_length_ratio(self) -> float:
         """Initial length of the encoder, divided by the length with the least squared error."""
         return 1.0
 
@@ -283,7 +283,7 @@ class Dictionary(Weights):
                 parts[here] += self.decode_at(acts, entries, self.W_dec)
             else:
                 acts = self.codes_of(pre_acts, latents).mul_(active)
-                columns, decoder = self.written_by(latents, self.W_dec)
+                columns, decoder = self.decoder_block(latents, self.W_dec)
                 parts[here, columns].addmm_(acts, decoder)
         return parts, fired
 
@@ -293,10 +293,15 @@ class Dictionary(Weights):
 
     @property
     def directions(self) -> nn.Parameter:
-        """The weight whose rows are initialized from data. `follow` derives the other weights."""
+        """The weight whose rows are initialized from data.
+
+        `derive_from_directions` sets the other weights.
+        """
         return self.W_dec
 
-    def guides(self, rows: Rows, new: slice, *, alone: bool) -> Float[Tensor, "batch width"]:
+    def init_directions(
+        self, rows: Rows, new: slice, *, all_new: bool
+    ) -> Float[Tensor, "batch width"]:
         """Return this rank's rows that the directions of new latents will point at. Collective.
 
         By default these are the residuals of the targets: after b_dec if all latents are new, else
@@ -305,18 +310,18 @@ class Dictionary(Weights):
         Args:
             rows: Rows of this rank.
             new: The new latents of this shard. Their b_enc is 0.
-            alone: Whether all latents of all shards are new.
+            all_new: Whether all latents of all shards are new.
         """
-        if alone:
+        if all_new:
             return rows.targets - self.b_dec
         self.W_enc[new] = 0  # so that they stay inactive
         return rows.targets - self.infer(rows.inputs).x_hat
 
-    def follow(self, latents: slice | Tensor) -> None:
+    def derive_from_directions(self, latents: slice | Tensor) -> None:
         """Derive the other weights from new unit-norm directions. By default W_enc = W_dec."""
         self.W_enc[latents] = self.W_dec[latents]
 
-    def slots(self, first: int) -> Slots:
+    def row_assigner(self, first: int) -> RowAssigner:
         """Return a function that assigns each row of the next batches to a latent to initialize.
 
         By default latents are assigned in order, from `first` on. A row that gets a number of
@@ -324,15 +329,15 @@ class Dictionary(Weights):
         """
         done = first
 
-        def slots(inputs: Tensor) -> Tensor:
+        def assign(inputs: Tensor) -> Tensor:
             nonlocal done
             rows = len(inputs) * self.axis.replicas * self.axis.shards
             done += rows
             return torch.arange(done - rows, done, device=inputs.device)
 
-        return slots
+        return assign
 
-    def settle(self, new: slice | Tensor, x: Float[Tensor, "batch d_in"]) -> None:
+    def adapt_new_latents(self, new: slice | Tensor, x: Float[Tensor, "batch d_in"]) -> None:
         """Adapt new latents to the known ones. Does nothing by default. Collective.
 
         Args:

@@ -36,7 +36,7 @@ class DeadLatents:
         self._last_rows = 0
         self._known: list[int] = []
         self._unread: Tensor | None = None
-        self.take(torch.zeros(n_local, dtype=torch.int64, device=device))
+        self.set_idle_rows(torch.zeros(n_local, dtype=torch.int64, device=device))
 
     @property
     def mask(self) -> Bool[Tensor, " n_local"]:
@@ -74,29 +74,31 @@ class DeadLatents:
         return self.count / (len(self.idle_rows) * self._axis.shards)
 
     def update(
-        self, fired: Bool[Tensor, " n_local"], rows: int, also: int = 0
+        self, fired: Bool[Tensor, " n_local"], rows: int, extra: int = 0
     ) -> Int[Tensor, " _"]:
         """Count a global batch of `rows` rows. Collective.
 
         Args:
             fired: Mask of this shard's latents that fired on this replica's rows.
             rows: Rows of the global batch.
-            also: A number to sum over all ranks in the same collective.
+            extra: A number to sum over all ranks in the same collective.
 
         Returns:
             A tensor on the device: the numbers of dead and stuck latents over all shards,
-            `counts_here`, and the sum of `also`. A caller that syncs with the device anyway can
+            `counts_here`, and the sum of `extra`. A caller that syncs with the device anyway can
             copy all but the last value and pass them to `counted`, which saves another sync.
         """
-        hit = self._axis.across_replicas(fired.int()) > 0
+        hit = self._axis.sum_replicas(fired.int()) > 0
         self._last_rows = rows
-        return self.take(torch.where(hit, 0, self.idle_rows + rows), also)
+        return self.set_idle_rows(torch.where(hit, 0, self.idle_rows + rows), extra)
 
-    def take(self, idle_rows: Int[Tensor, " n_local"], also: int = 0) -> Int[Tensor, " _"]:
-        """Replace the idle-row counts. Collective. For `also` and the result see `update`."""
+    def set_idle_rows(
+        self, idle_rows: Int[Tensor, " n_local"], extra: int = 0
+    ) -> Int[Tensor, " _"]:
+        """Replace the idle-row counts. Collective. For `extra` and the result see `update`."""
         self.idle_rows = idle_rows
         here = self.mask.view(-1, self._layers).sum(0)
-        numbers = torch.stack([here.sum(), self.stuck.sum(), here.new_full((), also)])
+        numbers = torch.stack([here.sum(), self.stuck.sum(), here.new_full((), extra)])
         sums = self._axis.total(numbers)
         self._unread = torch.cat([sums[:2] // self._axis.replicas, here])
         return torch.cat([self._unread, sums[2:]])

@@ -62,7 +62,7 @@ class Densities:
             rare: Share of rows below which a latent counts as rare.
         """
         rows = self._rows_before + self._rows_now
-        shares = self._axis.across_replicas(self._before + self._now).double() / rows
+        shares = self._axis.sum_replicas(self._before + self._now).double() / rows
         # without the first edge, so that all densities below the second are in the first bucket
         bounds = 10.0 ** torch.tensor(log10_edges[1:], dtype=torch.float64, device=shares.device)
         buckets = torch.bucketize(shares, bounds, right=True)

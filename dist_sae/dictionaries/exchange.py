@@ -19,7 +19,7 @@ class ExpertExchange:
         axis: This rank's place.
         experts: Experts of this rank's rows, numbered over all shards.
         n_experts: Number of experts over all shards.
-        also: Extra device numbers to copy to the host together with the row counts.
+        extra: Extra device numbers to copy to the host together with the row counts.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class ExpertExchange:
         axis: LatentAxis,
         experts: Int[Tensor, "rows chosen"],
         n_experts: int,
-        also: Int[Tensor, " some"] | None = None,
+        extra: Int[Tensor, " some"] | None = None,
     ) -> None:
         flat, per_shard = experts.flatten(), n_experts // axis.shards
         self._axis = axis
@@ -37,17 +37,17 @@ class ExpertExchange:
         """Number of this rank's rows for each expert."""
         self.load.scatter_add_(0, flat, torch.ones_like(flat))
         counts = axis.exchange_counts(self.load.view(axis.shards, per_shard))
-        sent, also = (
+        sent, extra = (
             self.load.view(axis.shards, per_shard).sum(1),
-            flat[:0] if also is None else also,
+            flat[:0] if extra is None else extra,
         )
-        parts = [sent, counts.sum(1), counts.sum(0), also]
+        parts = [sent, counts.sum(1), counts.sum(0), extra]
         numbers: Iterator[int] = iter(torch.cat(parts).tolist())  # the only host sync
-        self._sent, self._received, self.arrived, self.also = (
+        self._sent, self._received, self.arrived, self.extra = (
             list(islice(numbers, len(part))) for part in parts
         )
         """Numbers of rows sent to each shard, received from each shard, and received for each of
-        this shard's experts, and the values of `also`."""
+        this shard's experts, and the values of `extra`."""
         self._by_expert: Tensor | None = None  # order by expert; rows arrive by rank, then expert
         if axis.shards > 1:
             experts = torch.arange(per_shard, device=flat.device).repeat(axis.shards)

@@ -16,7 +16,7 @@ _MEDIAN_TOLERANCE = 1e-6
 _FROM_DATA = 0.8  # component of a direction along data; the random part is nearly orthogonal to it
 _NEW_LENGTH = 0.5  # length of a new encoder row over the mean length of known ones
 _BLOCK = 1024  # latents that share a random generator; rows that are compared at once
-_MOST = 2047  # largest integer magnitude used; TF32 represents it exactly
+_MAX_INTEGER = 2047  # largest integer magnitude used; TF32 represents it exactly
 _STRIDE = 0x9E37_79B1  # odd, 2^32 over the golden ratio: its multiples are far apart
 
 
@@ -36,7 +36,7 @@ def initialise_tied(sae: Dictionary, rows: Rows, seed: int, *, rescale: bool = T
     """
     random_rows(sae.W_dec, seed, sae.first_latent)
     normalise_rows_(sae.W_dec)
-    sae.follow(slice(None))
+    sae.derive_from_directions(slice(None))
     sae.b_enc.zero_()
     sae.b_dec.copy_(geometric_median(rows.targets, sae.axis))
     if rescale:
@@ -47,9 +47,9 @@ def initialise_tied(sae: Dictionary, rows: Rows, seed: int, *, rescale: bool = T
 def initialise_from_data(sae: Dictionary, batches: Iterable[Rows], known: int = 0) -> None:
     """Turn the directions of new latents toward data: the i-th latent toward row i.
 
-    Call after `initialise`. The data are the recipe's `guides`, usually the residual. If all
-    latents are new, the residual is the target minus b_dec, and the encoder is tied, with the same
-    length for all rows.
+    Call after `initialise`. The data are the recipe's `init_directions`, usually the residual. If
+    all latents are new, the residual is the target minus b_dec, and the encoder is tied, with the
+    same length for all rows.
 
     A part of each direction stays random. Language models have rows with one very large coordinate,
     which all point the same way, and latents that are copies of each other die together.
@@ -70,21 +70,21 @@ def initialise_from_data(sae: Dictionary, batches: Iterable[Rows], known: int = 
     axis, n_local = sae.axis, len(sae.W_dec)
     new = slice(min(max(known - sae.first_latent, 0), n_local), n_local)
     sae.b_enc[new] = 0
-    towards, slots = torch.zeros_like(sae.directions[new]), sae.slots(known)
+    towards, assign = torch.zeros_like(sae.directions[new]), sae.row_assigner(known)
     for rows in batches:
-        guides = sae.guides(rows, new, alone=not known)
-        guides = first_rows(guides, len(guides) * axis.replicas * axis.shards, axis)
-        places = slots(rows.inputs) - (sae.first_latent + new.start)
-        blocks = (torch.split(part, _BLOCK) for part in (guides, places))
+        directions = sae.init_directions(rows, new, all_new=not known)
+        directions = first_rows(directions, len(directions) * axis.replicas * axis.shards, axis)
+        places = assign(rows.inputs) - (sae.first_latent + new.start)
+        blocks = (torch.split(part, _BLOCK) for part in (directions, places))
         for some, numbers in zip(*blocks, strict=True):
             ours = (numbers >= 0) & (numbers < len(towards))
             if sae.config.init_cosine < 1:
-                ours &= _unlike(some, towards, sae.config.init_cosine, axis)
+                ours &= _dissimilar(some, towards, sae.config.init_cosine, axis)
             towards[numbers[ours]] = some[ours]
-    _turn(sae, new, towards)
+    _turn_toward(sae, new, towards)
     if known:
         _match_scale(sae, slice(new.start), new)
-        sae.settle(new, rows.inputs)
+        sae.adapt_new_latents(new, rows.inputs)
     else:
         rescale_encoder(sae, rows)
 
@@ -94,38 +94,38 @@ def reinitialise(
     sae: Dictionary,
     stuck: Bool[Tensor, " n_local"],
     x: Float[Tensor, "batch d_in"],
-    guides: Float[Tensor, "batch width"],
+    directions: Float[Tensor, "batch width"],
 ) -> None:
     """Give dead latents new weights, similar to those of the latents active in this batch.
 
-    The i-th dead latent turns toward row i of the global batch's guides. (Bricken et al. 2023
-    sample rows by their loss.) A part of its old direction stays, so that no two latents are equal.
-    As in a widened dictionary, it gets the active latents' mean decoder length and threshold, half
-    of their mean encoder length, and few active rows. If there are more dead latents than rows, the
-    rest wait for a later batch. Collective.
+    The i-th dead latent turns toward row i of the global batch's `directions`. (Bricken et al.
+    2023 sample rows by their loss.) A part of its old direction stays, so that no two latents are
+    equal. As in a widened dictionary, it gets the active latents' mean decoder length and
+    threshold, half of their mean encoder length, and few active rows. If there are more dead
+    latents than rows, the rest wait for a later batch. Collective.
 
     Args:
         sae: The dictionary.
         stuck: Mask of this shard's dead latents.
         x: This rank's inputs.
-        guides: This rank's rows to turn toward, usually its targets minus the live latents'
+        directions: This rank's rows to turn toward, usually its targets minus the live latents'
             reconstruction.
     """
     axis = sae.axis
-    alive = axis.across_replicas(sae.infer(x).firings) > 0
+    alive = axis.sum_replicas(sae.infer(x).firings) > 0
     alive |= axis.total(alive.sum()) == 0  # if none is active, all count as alive
-    rows = first_rows(guides, len(guides) * axis.replicas * axis.shards, axis)
+    rows = first_rows(directions, len(directions) * axis.replicas * axis.shards, axis)
     counts = torch.zeros(axis.shards, device=x.device, dtype=torch.int64)
     counts[axis.shard] = stuck.sum()
     counts = axis.total(counts) // axis.replicas
     rows = rows[counts[: axis.shard].sum() :][: counts[axis.shard]]
     new = stuck.nonzero()[: len(rows), 0]
-    _turn(sae, new, rows)
+    _turn_toward(sae, new, rows)
     _match_scale(sae, alive, new)
-    sae.settle(new, x)
+    sae.adapt_new_latents(new, x)
 
 
-def _unlike(
+def _dissimilar(
     rows: Float[Tensor, "rows width"],
     known: Float[Tensor, "some width"],
     bound: float,
@@ -145,9 +145,9 @@ def _unlike(
 
     def integers(some: Tensor) -> Tensor:
         unit = torch.nn.functional.normalize(some.float(), dim=1)
-        return unit.mul_(_MOST).round_()
+        return unit.mul_(_MAX_INTEGER).round_()
 
-    ours, bound = integers(rows), bound * _MOST**2
+    ours, bound = integers(rows), bound * _MAX_INTEGER**2
     alike = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
     for some in torch.split(known, _BLOCK):
         alike += (ours @ integers(some).T >= bound).any(1)
@@ -158,7 +158,7 @@ def _unlike(
     return unlike.to(rows.device)
 
 
-def _turn(sae: Dictionary, latents: slice | Tensor, towards: Tensor) -> None:
+def _turn_toward(sae: Dictionary, latents: slice | Tensor, towards: Tensor) -> None:
     """Turn the directions of these latents toward rows. The rows are normalized in place."""
     own = sae.directions[latents]
     normalise_rows_(own)
@@ -166,7 +166,7 @@ def _turn(sae: Dictionary, latents: slice | Tensor, towards: Tensor) -> None:
     own.mul_((1 - _FROM_DATA**2) ** 0.5).add_(towards, alpha=_FROM_DATA)
     normalise_rows_(own)
     sae.directions[latents] = own
-    sae.follow(latents)
+    sae.derive_from_directions(latents)
 
 
 def _match_scale(sae: Dictionary, known: slice | Tensor, new: slice | Tensor) -> None:
@@ -196,7 +196,7 @@ def rescale_encoder(sae: Dictionary, rows: Rows) -> None:
     """
     sae.set_initial_sparsity(rows.inputs)
     y, error = rows.targets - sae.b_dec, sae.measure(rows)
-    sae.scale_encoder(sae.initial_share * least_squares_scale(sae.axis, y, y - error))
+    sae.scale_encoder(sae.initial_length_ratio * least_squares_scale(sae.axis, y, y - error))
 
 
 def least_squares_scale(

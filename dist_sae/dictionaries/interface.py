@@ -57,9 +57,9 @@ class Products(NamedTuple):
     """Computes the blocks. Each block is overwritten by the next."""
     replica_rows: int
     """Number of rows in the replica's batch."""
-    most: int
+    max_rows: int
     """Upper bound on the number of rows, the same on all ranks."""
-    met: Sequence[tuple[int, int]]
+    row_groups: Sequence[tuple[int, int]]
     """Pairs (n, m): n rows that meet m of this shard's latents each. Other rows meet none."""
 
 
@@ -171,6 +171,6 @@ class Output(NamedTuple):
         return self.firings > 0
 
 
-Slots = Callable[[Tensor], Tensor]
+RowAssigner = Callable[[Tensor], Tensor]
 """Maps this rank's inputs of the next batch to the latents that get their directions from the rows
 of all ranks, in order. Collective."""

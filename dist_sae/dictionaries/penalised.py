@@ -21,7 +21,7 @@ from dist_sae.dictionaries.constraints import remove_parallel_
 from dist_sae.dictionaries.init import first_rows, initialise_tied, reinitialise
 from dist_sae.dictionaries.interface import LossTerms, Output, Rows, StepContext, Widths
 from dist_sae.dictionaries.selection import Threshold
-from dist_sae.kernels import Entries, autograd, queued, select, starts_of
+from dist_sae.kernels import Entries, autograd, device_select, select, starts_of
 from dist_sae.kernels.select import Candidates
 
 Activation = Callable[..., tuple[Tensor, ...]]
@@ -109,7 +109,7 @@ class Penalised(Dictionary):
         self.W_enc.mul_(factor)
         self.b_enc.copy_(theta + factor * (self.b_enc - theta))
 
-    def settle(self, new: slice | Tensor, x: Float[Tensor, "batch d_in"]) -> None:
+    def adapt_new_latents(self, new: slice | Tensor, x: Float[Tensor, "batch d_in"]) -> None:
         self.make_active(new, x, RARE)
 
     def revive(
@@ -187,7 +187,7 @@ def _entries_above(sae: Penalised, x: Tensor, bound: Tensor, limit: int) -> Cand
     if x.device.type == "cpu":
         return select.above(blocks(), sae.b_enc, bound, sae.kernels, limit=limit)
     share = None if sae.n_entries is None else sae.n_entries / size
-    return queued.above(blocks, sae.b_enc, bound, size=size, share=share, limit=limit)
+    return device_select.above(blocks, sae.b_enc, bound, size=size, share=share, limit=limit)
 
 
 class _Dense(torch.autograd.Function):
@@ -212,7 +212,7 @@ class _Dense(torch.autograd.Function):
         for chunk, _, pre_acts, values in _chunks(sae, x, tensors):
             acts, more, *second = activation(pre_acts, *values)
             parts = parts or [x.new_zeros(len(x), sae.widths.d_out) for _ in (acts, *second)]
-            written, W_dec = sae.written_by(chunk, tensors[2])
+            written, W_dec = sae.decoder_block(chunk, tensors[2])
             for part, codes in zip(parts, (acts, *second), strict=True):
                 part[:, written].addmm_(codes, W_dec)
             penalty += more.sum()
@@ -228,7 +228,7 @@ class _Dense(torch.autograd.Function):
         grads = [sae.kernels.empty(t) if t.ndim > 1 else torch.empty_like(t) for t in tensors]
         grad_W_enc, grad_b_enc, grad_W_dec, *grad_values = grads
         for chunk, read, pre_acts, values in _chunks(sae, x, tensors):
-            written, W_dec = sae.written_by(chunk, tensors[2])
+            written, W_dec = sae.decoder_block(chunk, tensors[2])
             inputs = [t.detach().requires_grad_() for t in (pre_acts, *values)]
             with torch.enable_grad():
                 acts, penalty, *second = ctx.activation(*inputs)
@@ -237,7 +237,7 @@ class _Dense(torch.autograd.Function):
             grad_pre_acts, *more = torch.autograd.grad([acts, penalty, *second], inputs, outputs)
             torch.mm(grad_pre_acts.T, x[:, read], out=grad_W_enc[chunk])
             grad_b_enc[chunk] = grad_pre_acts.sum(0)
-            _, grad_written = sae.written_by(chunk, grad_W_dec)
+            _, grad_written = sae.decoder_block(chunk, grad_W_dec)
             torch.mm(acts.detach().T, grad[:, written], out=grad_written)
             if sae.unit_rows:
                 remove_parallel_(grad_written, W_dec)
@@ -251,7 +251,7 @@ def _chunks(
 ) -> Iterator[tuple[slice, slice, Tensor, list[Tensor]]]:
     """Yield chunks: latents, the columns they read, pre-activations, and per-latent values."""
     rows, (W_enc, b_enc, _, *values) = x.to(sae.product_dtype), tensors
-    width = max(1, min(_CHUNK, select.at_once(CHUNK_BYTES, x.device) // (4 * len(x))))
+    width = max(1, min(_CHUNK, select.block_size(CHUNK_BYTES, x.device) // (4 * len(x))))
     for chunk, read in sae.tiles(width):
         products = rows[:, read] @ W_enc[chunk].to(rows.dtype).T
         yield chunk, read, products.to(x.dtype) + b_enc[chunk], [value[chunk] for value in values]

@@ -20,8 +20,8 @@ from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.interface import Products, Selected
 from dist_sae.dictionaries.schedules import GROWTH
-from dist_sae.kernels import Entries, queued, select, starts_of
-from dist_sae.kernels.keys import NOTHING, from_ordered, ordered
+from dist_sae.kernels import Entries, device_select, select, starts_of
+from dist_sae.kernels.keys import NO_ENTRY, from_ordered, ordered
 from dist_sae.kernels.select import Candidates
 
 _DIGIT = 11  # bits
@@ -72,10 +72,10 @@ class RowTopK:
         for k in ks:
             threshold, count = self._axis.kth_largest(keys, k), None
             if self._axis.shards == 1:
-                count = sum(n * min(k, met) for n, met in products.met) - before
+                count = sum(n * min(k, met) for n, met in products.row_groups) - before
                 before += count
             pre_acts, entries = select.entries_of(left, threshold, first, n_local, count)
-            left = left.masked_fill(left >= threshold[:, None], NOTHING)
+            left = left.masked_fill(left >= threshold[:, None], NO_ENTRY)
             if products.dtype == torch.float64:  # keys contain only fp32 values
                 pre_acts = sae.pre_acts_at(products.rows, entries)
             found.append((pre_acts.to(sae.W_enc.dtype), entries))
@@ -168,11 +168,11 @@ class BatchTopK:
         found = self._candidates(products, count)
         n_found = torch.full((), len(found.values), device=sae.b_enc.device)
         total = axis.total(n_found)
-        chosen, least = self._reach(found, total.clamp(max=count), products.most)
+        chosen, least = self._choose(found, total.clamp(max=count), products.max_rows)
         if sae.training:
-            self.follow(least.double(), total > 0)
+            self.update_threshold(least.double(), total > 0)
         alone = axis.replicas * axis.shards == 1
-        places = select.places_of(chosen, min(count, len(found.values)) if alone else None)
+        places = select.true_indices(chosen, min(count, len(found.values)) if alone else None)
         found = select.by_row(Candidates(*(part[places] for part in found)))
         starts = starts_of(found.rows, len(products.rows))
         return found.values, Entries(found.latents, starts, len(sae.W_enc))
@@ -181,12 +181,12 @@ class BatchTopK:
         """Return all of this shard's entries that may be among the `count` largest, and others."""
         b_enc, found = self._sae.b_enc, None
         if b_enc.device.type != "cpu":
-            found = queued.largest(products.blocks(), b_enc, count)
+            found = device_select.largest(products.blocks(), b_enc, count)
         if found is not None:
             return found
         return select.largest(products.blocks(), b_enc, count, self._sae.kernels)
 
-    def follow(self, least: Float[Tensor, ""], is_there: Bool[Tensor, ""]) -> None:
+    def update_threshold(self, least: Float[Tensor, ""], is_there: Bool[Tensor, ""]) -> None:
         """Update the running mean with the smallest code of a batch, if the batch has any codes.
 
         Codes change a lot in the first steps. So the mean covers only the last tenth of the batches
@@ -200,8 +200,8 @@ class BatchTopK:
         followed = torch.stack([weight * least.lerp(theta, kept), weight])
         self.threshold.copy_(torch.where(is_there, followed, self.threshold))
 
-    def _reach(
-        self, found: Candidates, count: Int[Tensor, ""], most: int
+    def _choose(
+        self, found: Candidates, count: Int[Tensor, ""], max_rows: int
     ) -> tuple[Bool[Tensor, " _"], Float[Tensor, ""]]:
         """Return a mask of the candidates among all ranks' `count` largest, and the least value."""
         axis = self._sae.axis
@@ -211,8 +211,8 @@ class BatchTopK:
         missing = count - before
         # only on a CPU is it known without a device sync whether there are too many ties
         if tied.device.type != "cpu" or int(axis.total(tied.sum())) > missing:
-            position = (found.latents + self._sae.first_latent) * (most * axis.replicas)
-            position += found.rows + most * axis.replica
+            position = (found.latents + self._sae.first_latent) * (max_rows * axis.replicas)
+            position += found.rows + max_rows * axis.replica
             last, _ = kth_largest(axis, -position, missing, bits=64, among=tied)
             chosen &= ~tied | (-position >= last)
         return chosen, from_ordered(least)

@@ -2,7 +2,7 @@
 
 W_enc is `[n_latents, d_in]` and W_dec is `[n_latents, d_out]`. Dim 0 is sharded, and decoder rows
 are contiguous. In some recipes a latent reads and writes only some of the columns. `tiles`,
-`written_by` and `decoder_rows` hide that.
+`decoder_block` and `decoder_rows` hide that.
 """
 
 from collections.abc import Iterator
@@ -152,7 +152,7 @@ class Weights(nn.Module):
                 latents = slice(start + layer, stop, self.layers)
                 yield latents, slice(layer * read, (layer + 1) * read)
 
-    def written_by(
+    def decoder_block(
         self, latents: slice | Int[Tensor, " some"], W_dec: Float[Tensor, "n_local written"]
     ) -> tuple[slice, Float[Tensor, "some columns"]]:
         """Return the target columns that these latents write, and their decoder rows there.

@@ -67,13 +67,13 @@ class ShardedAxis(LatentAxis):
         ones = [1] * self.shards
         return _exchanged(counts, ones, ones, self.within)
 
-    def of_shard(self, tensor: Tensor, shard: int) -> Tensor:
+    def broadcast_shard(self, tensor: Tensor, shard: int) -> Tensor:
         tensor = tensor.clone() if shard == self.shard else torch.empty_like(tensor)
         with collective():
             dist.broadcast(tensor, self.replica * self.shards + shard, self.within)
         return tensor
 
-    def across_replicas(self, tensor: Tensor) -> Tensor:
+    def sum_replicas(self, tensor: Tensor) -> Tensor:
         return _summed(tensor, self.across)
 
     def sum_replicas_(self, tensor: Tensor) -> None:

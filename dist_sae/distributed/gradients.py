@@ -109,7 +109,7 @@ class ReplicaSums:
             every,
             axis.gather_replicas(rows),
             W,
-            along if along is None else axis.across_replicas(along),
+            along if along is None else axis.sum_replicas(along),
         )
 
     def _counts_of(self, entries: Entries) -> list[list[int]]:

@@ -14,7 +14,13 @@ from dist_sae import __version__, logs
 from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.checkpoint.pages import PagedDictionary
-from dist_sae.checkpoint.trained import Trained, find_checkpoint, none_yet, suffix, use_trained
+from dist_sae.checkpoint.trained import (
+    Trained,
+    find_checkpoint,
+    no_checkpoint_error,
+    suffix,
+    use_trained,
+)
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.activation_set import ActivationSet
@@ -114,7 +120,7 @@ def evaluate(
         memory_bytes = run.evaluate.memory_bytes
         result = use_trained(runs, run, step, measure, memory_bytes=memory_bytes, **place)
         if result is None:
-            raise none_yet(runs, run)
+            raise no_checkpoint_error(runs, run)
     for name, value, labels in gauges("evaluate", result):
         meter.set(name, value, **labels)
     return result

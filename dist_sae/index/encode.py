@@ -77,7 +77,7 @@ class Encoder:
         self._closed = threading.Event()
         self._activations = activations.until(self._closed)
         self._normalisers = normalisers
-        self._height = math.lcm(select.ALIKE_ROWS, sae.axis.shards)
+        self._height = math.lcm(select.ROW_ALIGNMENT, sae.axis.shards)
         readers = min(len(normalisers.of), _MOST_READERS)
         # one more thread than readers, since `_begin` may wait in one until a unit is produced
         self._pool = ThreadPoolExecutor(1 + readers, "blocks")

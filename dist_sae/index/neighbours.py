@@ -18,7 +18,7 @@ from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.index.cells import Cells, kernels_on
 from dist_sae.index.decoder import Decoder, directions
 from dist_sae.kernels import Kernels, select
-from dist_sae.kernels.keys import NOTHING, from_keys, to_keys
+from dist_sae.kernels.keys import NO_ENTRY, from_keys, to_keys
 
 WINDOW_BYTES = 256 * 2**20
 """Bytes of decoder rows in memory when cells are used, unless `Decoder.keep_bytes` allows more."""
@@ -78,13 +78,13 @@ def _of_range(
     queries = directions(rows).to(device)
     kernels = kernels_on(device)
     n_candidates = min(decoder.n_latents, 2 * m + 2)
-    best = torch.full((len(queries), n_candidates), NOTHING, device=device)
+    best = torch.full((len(queries), n_candidates), NO_ENTRY, device=device)
     if cells is None:
         for first, others in decoder.directions():
             best = _nearer(best, queries, others.to(device), first, kernels)
     else:
         _compare_in_cells(best, queries, decoder, cells, kernels)
-    candidates = from_keys(best)[1].where(best > NOTHING, -1).cpu()
+    candidates = from_keys(best)[1].where(best > NO_ENTRY, -1).cpu()
     return _ranked(rows, latents.start, candidates, decoder, m)
 
 
@@ -151,7 +151,7 @@ def _ranked(
         decoder: The decoder, which has the candidates' rows.
         m: Number of neighbors per latent.
     """
-    keys = torch.full((len(rows), max(m, candidates.shape[1])), NOTHING)
+    keys = torch.full((len(rows), max(m, candidates.shape[1])), NO_ENTRY)
     own = torch.arange(first, first + len(rows))[:, None]
     candidates = candidates.where(candidates != own, -1)
     at_a_time = max(1, PAIRS_BYTES // (8 * decoder.d_out))
@@ -162,7 +162,7 @@ def _ranked(
             keys[who, place] = to_keys(_cosines(rows[who], part[others - start]), others)
     keys = keys.topk(m, dim=1).values
     cosines, latents = from_keys(keys)
-    none = keys == NOTHING
+    none = keys == NO_ENTRY
     return Neighbours(latents.masked_fill(none, -1).int(), cosines.masked_fill(none, 0.0))
 
 

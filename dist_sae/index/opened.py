@@ -5,7 +5,12 @@ import threading
 from typing import NamedTuple
 
 from dist_sae.checkpoint.layout import Checkpoint
-from dist_sae.checkpoint.trained import find_checkpoint, none_yet, normalisers_of, trained_run
+from dist_sae.checkpoint.trained import (
+    find_checkpoint,
+    no_checkpoint_error,
+    normalisers_of,
+    trained_run,
+)
 from dist_sae.config import Run
 from dist_sae.config.data import ModelConfig
 from dist_sae.data.consumers import kept_units
@@ -60,7 +65,7 @@ def open_index(
     store = open_store(run.store.activations, run.store.s3, telemetry, stopping)
     checkpoint = find_checkpoint(runs, run, step)
     if checkpoint is None:
-        raise none_yet(runs, run)
+        raise no_checkpoint_error(runs, run)
     own = trained_run(checkpoint, run)
     plan = load_plan(store, run)
     if checkpoint.scalars["plan"] != plan.hash:

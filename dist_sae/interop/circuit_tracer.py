@@ -192,7 +192,7 @@ def _decoder(run: Run, checkpoint: "Checkpoint", layer: int) -> "Iterator[Piecew
     def rows() -> "Iterator[Tensor]":
         for page in paged.pages(leave_out={"W_enc"}):
             latents = torch.arange(layer, len(page.b_enc), layers)
-            _, written = page.written_by(latents, page.W_dec.detach())
+            _, written = page.decoder_block(latents, page.W_dec.detach())
             by_layer: Any = written.reshape(-1, layers - layer, width)
             yield (by_layer.double() / scales.double()[:, None]).float()
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.checkpoint.trained import (
     find_checkpoint,
-    none_yet,
+    no_checkpoint_error,
     suffix,
     trained_run,
     use_checkpoint,
@@ -106,7 +106,7 @@ def export_checkpoint(
     runs = open_store(run.store.runs, run.store.s3, meter)
     checkpoint = find_checkpoint(runs, run, step)
     if checkpoint is None:
-        raise none_yet(runs, run)
+        raise no_checkpoint_error(runs, run)
     own = trained_run(checkpoint, run).model_copy(update={"export": run.export})
     typed = run.filled(checkpoint.scalars["run"])  # open settings count as equal
     if changed := differences(plan_settings(own), plan_settings(typed)):

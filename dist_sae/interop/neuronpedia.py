@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from dist_sae import __version__
 from dist_sae.checkpoint.trained import (
     find_checkpoint,
-    none_yet,
+    no_checkpoint_error,
     normalisers_of,
     suffix,
     trained_run,
@@ -143,7 +143,7 @@ def _write_pages(
 ) -> None:
     checkpoint = find_checkpoint(runs, run, index.manifest.step)
     if checkpoint is None:
-        raise none_yet(runs, run)
+        raise no_checkpoint_error(runs, run)
     if checkpoint.digest != index.manifest.checkpoint:
         raise NoIndexError(
             f"{index.place}: was built from another checkpoint; set a new index.name"

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def choose_kernels(
-    wish: Literal["auto", "torch", "native", "triton"], device: torch.device
+    requested: Literal["auto", "torch", "native", "triton"], device: torch.device
 ) -> Kernels:
     """Return the kernels that the run file names, or for `auto` the fastest for the device.
 
@@ -22,7 +22,7 @@ def choose_kernels(
         ConfigError: The named kernels cannot run on this device.
     """
     kernels, reason = TORCH, None
-    match wish, device.type:
+    match requested, device.type:
         case (("auto" | "native"), "cpu"):
             reason = native.available()
             kernels = native.kernels() if reason is None else TORCH
@@ -37,8 +37,8 @@ def choose_kernels(
             reason = f"it runs only on the CPU, not on {device.type}"
         case "triton", _:
             reason = f"it runs only on NVIDIA GPUs, not on {device.type}"
-    if reason is not None and wish != "auto":
-        raise ConfigError(f"train.kernels: {wish}: {reason}; use auto or torch")
+    if reason is not None and requested != "auto":
+        raise ConfigError(f"train.kernels: {requested}: {reason}; use auto or torch")
     why = f" ({reason})" if reason else ""
     logger.info("sparse products: %s, on %s%s", kernels.name, device, why)
     return kernels

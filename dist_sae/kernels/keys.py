@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-NOTHING = torch.iinfo(torch.int64).min
+NO_ENTRY = torch.iinfo(torch.int64).min
 """A key below all others, used as a placeholder for "no entry"."""
 _SIGN = 0x7FFF_FFFF
 _LOW = 0xFFFF_FFFF

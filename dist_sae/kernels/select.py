@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dist_sae.kernels.base import Entries, Kernels
-from dist_sae.kernels.keys import NOTHING, from_keys
+from dist_sae.kernels.keys import NO_ENTRY, from_keys
 
 CHUNK_LATENTS = 8192
 """Number of latents in a chunk. Their encoder rows are converted to the product's precision once
@@ -19,9 +19,9 @@ per chunk."""
 _GROUP = 16  # latents
 CHUNK_BYTES = 64 * 2**20
 """Size of a block of pre-activations, small enough to be in a CPU's cache when it is scanned."""
-_ON_CUDA = 8
+_CUDA_FACTOR = 8
 _FEW_ROWS = 8
-ALIKE_ROWS = 16
+ROW_ALIGNMENT = 16
 """Block heights are a multiple of this number of rows if the batch is.
 
 A product of only a few rows is rounded differently (measured: 1 to 3 rows, fp32). So no short block
@@ -54,7 +54,7 @@ class EncoderRows(Protocol):
         ...
 
 
-def at_once(on_a_cpu: int, device: torch.device) -> int:
+def block_size(on_a_cpu: int, device: torch.device) -> int:
     """Return the block size for a device, given the size that fits a CPU's cache.
 
     A GPU needs larger blocks. The ten or so kernels of a block take 50 us to launch whatever its
@@ -63,7 +63,7 @@ def at_once(on_a_cpu: int, device: torch.device) -> int:
     tenth of that. A selection that converts 2^28 products to fp32 needs 2 GiB. These figures are
     estimates, not measurements.
     """
-    return on_a_cpu * _ON_CUDA if device.type == "cuda" else on_a_cpu
+    return on_a_cpu * _CUDA_FACTOR if device.type == "cuda" else on_a_cpu
 
 
 class Block(NamedTuple):
@@ -74,7 +74,7 @@ class Block(NamedTuple):
     """The latents of the chunk, ascending."""
     products: Float[Tensor, "rows chunk"]
     """The products, overwritten by the next block."""
-    opens: bool
+    starts_new_range: bool
     """Whether this block starts a chunk of latents that are higher than all earlier latents."""
 
 
@@ -101,11 +101,11 @@ def products(
     """
     parts = x.to(product_dtype).chunk(layers, dim=1)
     n = len(W_enc) if among is None else len(among)
-    width = max(1, min(at_once(CHUNK_LATENTS, x.device), n))
-    most = at_once(CHUNK_BYTES, x.device) // (width * product_dtype.itemsize)
-    if most > ALIKE_ROWS:
-        most -= most % ALIKE_ROWS
-    height = max(1, min(most, len(x)))
+    width = max(1, min(block_size(CHUNK_LATENTS, x.device), n))
+    max_height = block_size(CHUNK_BYTES, x.device) // (width * product_dtype.itemsize)
+    if max_height > ROW_ALIGNMENT:
+        max_height -= max_height % ROW_ALIGNMENT
+    height = max(1, min(max_height, len(x)))
     # For a few rows on a CPU, W x^T takes a third to four fifths of the time of x W^T. Its last
     # bits differ, so it is used only with a stored encoder, whose codes are only shown for texts.
     of_texts = not isinstance(W_enc, Tensor) and len(x) <= _FEW_ROWS
@@ -116,7 +116,7 @@ def products(
         if among is None
         else _chunks_among(among, width, layers, counts)
     )
-    for layer, place, latents, opens in chunks:
+    for layer, place, latents, starts_new_range in chunks:
         weights = W_enc[place].to(product_dtype)
         for top in range(0, len(x) if len(latents) else 0, height):
             rows = slice(top, min(top + height, len(x)))
@@ -126,11 +126,12 @@ def products(
                 block.copy_(torch.mm(weights, parts[layer][rows].T).T)
             else:
                 torch.mm(parts[layer][rows], weights.T, out=block)
-            yield Block(rows, latents, block, opens and top == 0)
+            yield Block(rows, latents, block, starts_new_range and top == 0)
 
 
 _Chunk = tuple[int, slice | Tensor, Tensor, bool]
-"""The layer that a chunk's latents read, their place in W_enc, their numbers, and `Block.opens`."""
+"""The layer that a chunk's latents read, their place in W_enc, their numbers, and
+`Block.starts_new_range`."""
 
 
 def _all_chunks(n: int, width: int, layers: int, device: torch.device) -> Iterator[_Chunk]:
@@ -150,7 +151,7 @@ def _chunks_among(
         latents = among
         if layers > 1:
             count = None if counts is None else counts[layer]
-            latents = among[places_of(among % layers == layer, count)]
+            latents = among[true_indices(among % layers == layer, count)]
         for some in torch.split(latents, width):
             yield layer, some, some, layers == 1
 
@@ -170,11 +171,11 @@ def topk_keys(
         blocks: x W_enc^T, chunk by chunk.
         batch: Number of rows of x.
         b_enc: Encoder bias.
-        k: Number of keys per row. If a row meets fewer latents, the rest is `NOTHING`.
+        k: Number of keys per row. If a row meets fewer latents, the rest is `NO_ENTRY`.
         kernels: The sparse products.
         first: Number of the first latent.
     """
-    best = b_enc.new_full((batch, k), NOTHING, dtype=torch.int64)
+    best = b_enc.new_full((batch, k), NO_ENTRY, dtype=torch.int64)
     for rows, columns, block, _ in blocks:
         best[rows] = kernels.keep_largest(best[rows], block, b_enc[columns], columns + first)
     return best
@@ -199,13 +200,13 @@ def entries_of(
     if count == keys.numel():
         found, counts = keys.flatten(), keys.new_full((len(keys),), keys.shape[1])
     else:
-        chosen = (keys >= threshold[:, None]) & (keys > NOTHING)
-        found, counts = keys.flatten()[places_of(chosen.flatten(), count)], chosen.sum(1)
+        chosen = (keys >= threshold[:, None]) & (keys > NO_ENTRY)
+        found, counts = keys.flatten()[true_indices(chosen.flatten(), count)], chosen.sum(1)
     values, latents = from_keys(found)
     return values, Entries(latents - first, counts.cumsum(0) - counts, n_latents)
 
 
-def places_of(mask: Bool[Tensor, " _"], count: int | None = None) -> Int[Tensor, " count"]:
+def true_indices(mask: Bool[Tensor, " _"], count: int | None = None) -> Int[Tensor, " count"]:
     """Return the indices where a mask is true. Without `count` the host waits for the device."""
     places = mask.nonzero() if count is None else mask.nonzero_static(size=count)
     return places[:, 0]
@@ -231,7 +232,7 @@ def above(
     Returns:
         The entries by row, then by latent in chunk order, or None if there are more than `limit`.
     """
-    found = [nothing(b_enc)]
+    found = [no_candidates(b_enc)]
     for block in blocks:
         found.append(_above(block, b_enc, bound[block.latents], kernels))
         if limit is not None and sum(len(c.rows) for c in found) > limit:
@@ -257,20 +258,20 @@ def largest(
         smaller entries may be included. Of equal values, those of the lower latents are always
         included.
     """
-    found = nothing(b_enc)
+    found = no_candidates(b_enc)
     bound = least = b_enc.new_zeros(())
     for block in blocks:
         # cut early while there is no bound, or the next block would add all its positive entries
-        if len(found.values) > (count if block.opens or bound == 0 else 2 * count):
+        if len(found.values) > (count if block.starts_new_range or bound == 0 else 2 * count):
             found, bound = _cut(found, count)
         # values equal to the bound lose in a later chunk, but within a chunk, which has several
         # blocks of rows, a later row may have a lower latent
-        if block.opens:
+        if block.starts_new_range:
             least = bound
         over = torch.where(bound > least, _just_below(bound), least)
         if not len(found.values) and block.products.numel() > 4 * count:
             # a bound from the block itself, which drops most of the first block
-            reached = reached_by(block.products + b_enc[block.latents], count)
+            reached = kth_lower_bound(block.products + b_enc[block.latents], count)
             over = over if reached is None else torch.maximum(over, _just_below(reached))
         more = _above(block, b_enc, over.expand(len(block.latents)), kernels)
         found = Candidates(*map(torch.cat, zip(found, more, strict=True)))
@@ -287,7 +288,7 @@ def _just_below(value: Float[Tensor, ""]) -> Float[Tensor, ""]:
     return value.nextafter(value.new_tensor(-torch.inf))
 
 
-def reached_by(pre_acts: Float[Tensor, "rows chunk"], count: int) -> Float[Tensor, ""] | None:
+def kth_lower_bound(pre_acts: Float[Tensor, "rows chunk"], count: int) -> Float[Tensor, ""] | None:
     """Compute a lower bound on the `count`-th largest from group maxima.
 
     Return None if there are fewer groups than `count`.
@@ -303,7 +304,7 @@ def by_row(found: Candidates) -> Candidates:
     return Candidates(*(part[order] for part in found))
 
 
-def nothing(like: Tensor) -> Candidates:
+def no_candidates(like: Tensor) -> Candidates:
     """Return empty candidates with the dtype and device of a tensor."""
     rows, latents = like.new_empty((2, 0), dtype=torch.int64)
     return Candidates(like.new_empty(0), rows, latents)

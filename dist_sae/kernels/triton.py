@@ -185,7 +185,7 @@ def _block(d_in: int) -> int:
     return int(min(_COLUMNS, triton.next_power_of_2(d_in)))
 
 
-def worth_trying(configs: list[Any], named_args: dict[str, Any], **_: Any) -> list[Any]:
+def prune_configs(configs: list[Any], named_args: dict[str, Any], **_: Any) -> list[Any]:
     """Filter the autotuner's configurations: those whose blocks are not wider than a row needs."""
     widest = max(_PER_WARP, triton.next_power_of_2(named_args["D"]))
     return [config for config in configs if config.kwargs["COLUMNS"] <= widest]
@@ -249,7 +249,7 @@ def sum_chunks_kernel(
         tl.store(chunks + chunk * D + d, acc, mask=d < D)
 
 
-@triton.autotune(_TUNED, key=["SCALE", "D"], prune_configs_by={"early_config_prune": worth_trying})
+@triton.autotune(_TUNED, key=["SCALE", "D"], prune_configs_by={"early_config_prune": prune_configs})
 @triton.jit(do_not_specialize=["S", "SCALE", "E"])
 @no_type_check
 def sum_segments_kernel(

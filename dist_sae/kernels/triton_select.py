@@ -19,14 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from dist_sae.kernels import torch as plain
-from dist_sae.kernels.keys import NOTHING
+from dist_sae.kernels.keys import NO_ENTRY
 
 TILE_PRODUCTS = 512
 """Number of products that a warp compares at once: 32 bytes of bf16 per thread."""
-_MOST = 1024
+_MAX_KEYS = 1024
 """Number of keys that fit into a warp's registers. With more keys, the insertions would cost more
 than torch's top-k."""
-_NOTHING = tl.constexpr(NOTHING)
+_NO_ENTRY = tl.constexpr(NO_ENTRY)
 _NEVER_LEAST = tl.constexpr(torch.iinfo(torch.int64).max)
 _SIGN = tl.constexpr(0x7FFF_FFFF)
 _LOW = tl.constexpr(0xFFFF_FFFF)
@@ -35,7 +35,7 @@ _LOW = tl.constexpr(0xFFFF_FFFF)
 def keep_largest(best: Tensor, products: Tensor, bias: Tensor, latents: Tensor) -> Tensor:
     """See `Kernels.keep_largest`."""
     k = best.shape[1]
-    if k > _MOST or products.dtype == torch.float64:
+    if k > _MAX_KEYS or products.dtype == torch.float64:
         return plain.keep_largest(best, products, bias, latents)
     kept = torch.empty_like(best, memory_format=torch.contiguous_format)
     keep_largest_kernel[(len(best),)](
@@ -74,7 +74,7 @@ def keep_largest_kernel(
     slot = tl.arange(0, SLOTS)
     keys = tl.load(best + row * K + slot, mask=slot < K, other=_NEVER_LEAST)
     # Empty slots must differ, or one key would be inserted into all of them. No real key is as low.
-    keys = tl.where(keys == _NOTHING, keys + slot, keys)
+    keys = tl.where(keys == _NO_ENTRY, keys + slot, keys)
     least = tl.min(keys, 0)
     for start in range(0, C, TILE):
         c = start + tl.arange(0, TILE)
@@ -85,12 +85,12 @@ def keep_largest_kernel(
         order = bits ^ ((bits >> 31) & _SIGN)
         if tl.max(order, 0) >= (least >> 32):
             low = _LOW - tl.load(latents + c, mask=real, other=0)
-            found = tl.where(real, (order.to(tl.int64) << 32) | low, _NOTHING)
+            found = tl.where(real, (order.to(tl.int64) << 32) | low, _NO_ENTRY)
             largest = tl.max(found, 0)
             while largest > least:
                 keys = tl.where(keys == least, largest, keys)
-                found = tl.where(found == largest, _NOTHING, found)
+                found = tl.where(found == largest, _NO_ENTRY, found)
                 least = tl.min(keys, 0)
                 largest = tl.max(found, 0)
-    keys = tl.where(keys < _NOTHING + SLOTS, _NOTHING, keys)
+    keys = tl.where(keys < _NO_ENTRY + SLOTS, _NO_ENTRY, keys)
     tl.store(kept + row * K + slot, keys, mask=slot < K)

@@ -4,7 +4,7 @@ import threading
 from functools import cached_property
 from typing import Any
 
-from dist_sae.checkpoint.folder import begun_run
+from dist_sae.checkpoint.folder import started_run
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.config import Run, jobs_of
 from dist_sae.config.fingerprint import PLAN_SECTIONS, as_begun, changes, run_fingerprint
@@ -53,7 +53,7 @@ class StoredRun:
 
     def begun(self) -> Run | None:
         """Return the run file with which training last started, or None before the first start."""
-        return begun_run(self._runs, self._run.name)
+        return started_run(self._runs, self._run.name)
 
     def is_planned(self) -> bool:
         """Return whether the activation set has a plan, even one with other settings."""

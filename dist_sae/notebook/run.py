@@ -11,7 +11,7 @@ from dist_sae.checkpoint import folder
 from dist_sae.checkpoint.encoder import StoredEncoder
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.trained import (
-    none_yet,
+    no_checkpoint_error,
     normalisers_of,
     read_trained,
     trained_run,
@@ -95,7 +95,7 @@ class OpenedRun:
         self._check(step)
         trained = read_trained(self._runs, self.config, step)
         if trained is None:
-            raise none_yet(self._runs, self.config)
+            raise no_checkpoint_error(self._runs, self.config)
         return RawDictionary(
             trained.sae,
             trained.normalisers,
@@ -136,7 +136,7 @@ class OpenedRun:
 
         found = use_checkpoint(self._runs, self.config, step, find)
         if found is None:
-            raise none_yet(self._runs, self.config)
+            raise no_checkpoint_error(self._runs, self.config)
         return found
 
     def rows(

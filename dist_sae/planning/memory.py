@@ -12,7 +12,7 @@ from dist_sae.dictionaries import PRODUCT_DTYPES
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
 from dist_sae.dictionaries.penalised import CHUNK_BYTES as DENSE_BYTES
 from dist_sae.index.encode import ENCODE_ROWS
-from dist_sae.kernels.select import CHUNK_BYTES, CHUNK_LATENTS, at_once
+from dist_sae.kernels.select import CHUNK_BYTES, CHUNK_LATENTS, block_size
 from dist_sae.planning.basis import Basis, sites_of
 from dist_sae.training.memory import state_bytes
 
@@ -112,7 +112,7 @@ def _step(basis: Basis, device: torch.device) -> int:
     read = rows * d_in * (_FP32 + (product if product < _FP32 else 0))
     written = rows * d_out * _FP32 + 3 * own * d_out * _FP32
     if not isinstance(sae, KSelectionConfig):
-        return loaded + read + written + _DENSE_CHUNKS * at_once(DENSE_BYTES, device)
+        return loaded + read + written + _DENSE_CHUNKS * block_size(DENSE_BYTES, device)
     return loaded + read + written + rows * sae.k * _ENTRY_BYTES + _block(basis, device, rows)
 
 
@@ -134,21 +134,21 @@ def _new_start(basis: Basis, device: torch.device) -> int:
     if isinstance(sae, KSelectionConfig):
         return 0
     products = rows * sae.n_latents // basis.axis.shards * _FP32
-    return 2 * min(at_once(CHUNK_BYTES, device), products)
+    return 2 * min(block_size(CHUNK_BYTES, device), products)
 
 
 def _block(basis: Basis, device: torch.device, rows: int) -> int:
     """Return the bytes of a block of products, and of its encoder rows in the same precision."""
     sae, product = basis.run.sae, PRODUCT_DTYPES[basis.run.train.products].itemsize
     part = sae.group_size if sae.n_experts else sae.n_latents // basis.axis.shards
-    width = min(at_once(CHUNK_LATENTS, device), part)
+    width = min(block_size(CHUNK_LATENTS, device), part)
     met = (
         rows * sae.preacts_per_row * width // (sae.n_latents * part)
         if sae.n_experts
         else rows * width
     )
     cast = width * basis.widths.d_in * product if product < _FP32 else 0
-    return min(at_once(CHUNK_BYTES, device), met * product) + cast
+    return min(block_size(CHUNK_BYTES, device), met * product) + cast
 
 
 def _batches(jobs: Sequence[Basis]) -> int:

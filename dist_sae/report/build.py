@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from dist_sae.checkpoint.folder import begun_run
+from dist_sae.checkpoint.folder import started_run
 from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.checkpoint.trained import (
-    check_own,
     check_plan,
+    check_same_settings,
     find_checkpoint,
     normalisers_of,
     suffix,
@@ -75,8 +75,8 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
     activations = open_store(run.store.activations, run.store.s3, meter)
     plan = load_plan(activations, run)
     checkpoint = find_checkpoint(runs, run, step)
-    if checkpoint is None and (begun := begun_run(runs, run.name)):  # it may have curves already
-        check_own(run_fingerprint(begun), run)
+    if checkpoint is None and (begun := started_run(runs, run.name)):  # it may have curves already
+        check_same_settings(run_fingerprint(begun), run)
     name_suffix = "" if checkpoint is None else suffix(runs, run, checkpoint.step)
     evaluation = read_evaluation(runs, evaluation_key(run.name, name_suffix))
     history = read_history(runs, run.name)

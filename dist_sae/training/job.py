@@ -62,7 +62,7 @@ def training_step(
     end_phase("forward")
     engine.backward(output.terms.total)
     end_phase("backward")
-    numbers = dead.update(output.fired, batch_rows, also=int(wants_to_meet()))
+    numbers = dead.update(output.fired, batch_rows, extra=int(wants_to_meet()))
     gradient_norm, *counts, want_to_meet = engine.step(lr, numbers)
     dead.counted(counts)
     end_phase("optimiser")

@@ -275,7 +275,7 @@ def _saver(
         | {"plan": plan.hash, "run": run_fingerprint(run)}
         | begun.start.lineage.to_scalars(),
         all_gather=mesh.in_background().all_gather_objects,
-        first=mesh.is_first,
+        writes_manifest=mesh.is_first,
         before_commit=report.flush,
         on_durable=on_durable,
         last_step=position.step,

@@ -186,14 +186,14 @@ def restore(
     for checkpoint in found:
         damage: CorruptObjectError | ObjectNotFoundError | None = None
         try:
-            take = state.read(checkpoint)
+            apply = state.read(checkpoint)
         except (CorruptObjectError, ObjectNotFoundError) as exc:
             damage = exc
         if mesh.any_rank(damage is not None):
             if damage is not None:
                 logger.error("%s; using the previous checkpoint", damage)
             continue
-        take()
+        apply()
         if mesh.is_first:  # otherwise the next start would try the damaged ones first
             for step in checkpoints.steps():
                 if step > checkpoint.step:

@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from dist_sae.checkpoint import layout, piecewise, upkeep, warm_start
+from dist_sae.checkpoint import layout, maintenance, piecewise, warm_start
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.piecewise import PiecewiseTensor, safetensors_pieces, transposed
 from dist_sae.checkpoint.state import IDLE_ROWS
@@ -91,13 +91,13 @@ def exported(run: Run) -> None:
 def converted(run: Run) -> None:
     small_blocks()
     output = Path(run.store.runs) / "whole.safetensors"
-    upkeep.convert(run, output, step=None, moments=False)
+    maintenance.convert(run, output, step=None, moments=False)
 
 
 def left_to_another_run(run: Run) -> None:
     small_blocks()
     other = run.model_copy(update={"name": "other"})
-    upkeep.convert_to_run(run, other, step=None)
+    maintenance.convert_to_run(run, other, step=None)
 
 
 @pytest.mark.system
@@ -141,5 +141,5 @@ def test_rows_that_nobody_wrote_are_no_zeros(tmp_path: Path) -> None:
     checkpoints.commit(5, [tensors], checkpoint.scalars)
     output = tmp_path / "whole.safetensors"
     with pytest.raises(CorruptObjectError, match="W_enc is missing rows from 64 on"):
-        upkeep.convert(run, output, step=None, moments=False)
+        maintenance.convert(run, output, step=None, moments=False)
     assert not output.exists()

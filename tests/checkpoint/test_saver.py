@@ -52,7 +52,7 @@ def make_saver(
         state=state,
         scalars={"a": 1},
         all_gather=all_gather,
-        first=first,
+        writes_manifest=first,
         before_commit=before,
         on_durable=durable,
         last_step=0,

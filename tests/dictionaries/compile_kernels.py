@@ -93,7 +93,7 @@ def call_all(d_in: int, dtype: torch.dtype) -> None:
 def _check_tuned(compiler: Compiler, d_in: int) -> None:
     """Check that every configuration that a GPU could choose was compiled."""
     tuned = kernels.sum_segments_kernel
-    wanted = kernels.worth_trying(tuned.configs, {"D": d_in})
+    wanted = kernels.prune_configs(tuned.configs, {"D": d_in})
     tried = [c for name, c, _ in compiler.kernels.values() if name == "sum_segments_kernel"]
     assert {(c.kwargs["COLUMNS"], c.num_warps) for c in wanted} == {
         (config["COLUMNS"], config["num_warps"]) for config in tried

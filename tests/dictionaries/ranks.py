@@ -64,11 +64,11 @@ class ThreadAxis(LatentAxis):
     def exchange_counts(self, counts: Tensor) -> Tensor:
         return torch.stack([of_rank[self.shard] for of_rank in self._within(counts)])
 
-    def across_replicas(self, tensor: Tensor) -> Tensor:
+    def sum_replicas(self, tensor: Tensor) -> Tensor:
         return torch.stack(self._meeting.swap(self._rank, tensor)[self.shard :: self.shards]).sum(0)
 
     def sum_replicas_(self, tensor: Tensor) -> None:
-        tensor.copy_(self.across_replicas(tensor.clone()))  # clone: other ranks may still read it
+        tensor.copy_(self.sum_replicas(tensor.clone()))  # clone: other ranks may still read it
 
     def gather_replicas(self, tensor: Tensor) -> Tensor:
         return torch.cat(self._meeting.swap(self._rank, tensor)[self.shard :: self.shards])

@@ -101,7 +101,7 @@ def test_the_product_meets_each_latent_with_its_layer(
         full[layer::3, layer] = W_enc[layer::3]
     found, opened, lowest = torch.full((12, 33), torch.nan).double(), list[int](), 0
     for block in select.products(x, W_enc, torch.float64, among, layers=3):
-        if block.opens:
+        if block.starts_new_range:
             lowest = max(opened, default=-1) + 1
         opened += block.latents.tolist()
         assert int(block.latents.min()) >= lowest  # latents of a chunk are above those before

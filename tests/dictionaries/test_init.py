@@ -270,11 +270,11 @@ def test_new_latents_without_a_count_fire_rarely(kind: str) -> None:
     """On .3 % of the rows, or known ones would be drowned; not never, or they could not learn."""
     sae, x = make(CONFIGS[kind], torch.float32), batch(0, 2000)
     before = sae.b_enc.detach().clone()
-    sae.settle(slice(KNOWN, None), x)
+    sae.adapt_new_latents(slice(KNOWN, None), x)
     counts = torch.bincount(sae.encode(x).latents, minlength=N_LATENTS)
     assert set(counts[KNOWN:].tolist()) <= {6, 7}  # rounding decides about the last
     assert torch.equal(sae.b_enc[:KNOWN], before[:KNOWN])
-    sae.settle(slice(KNOWN, None), x[:20])
+    sae.adapt_new_latents(slice(KNOWN, None), x[:20])
     counts = torch.bincount(sae.encode(x[:20]).latents, minlength=N_LATENTS)
     assert set(counts[KNOWN:].tolist()) <= {1, 2}
 

@@ -192,7 +192,9 @@ def test_parts_of_a_step_do_not_wait_for_the_device() -> None:
     entries = Entries(torch.zeros(9000, dtype=torch.int64), torch.arange(9000), 4)
     assert isinstance(sae.selection, BatchTopK)
     with Reads() as reads:  # type: ignore[no-untyped-call]
-        sae.selection.follow(torch.tensor(2.0, dtype=torch.float64), torch.tensor(data=True))
+        sae.selection.update_threshold(
+            torch.tensor(2.0, dtype=torch.float64), torch.tensor(data=True)
+        )
         loss = auxk_loss(WHOLE, x, x, x / 2)
         nothing = auxk_loss(WHOLE, x, torch.ones_like(x), x / 2)
         sums = KERNELS.sum_by_latent(torch.ones(9000), entries, x)

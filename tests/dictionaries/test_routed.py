@@ -277,8 +277,8 @@ def test_directions_come_from_rows_that_come_to_the_expert() -> None:
     sae.initialise(sae_rows(x), 0)
     centred = (x - sae.b_dec).detach()
     experts = sae.route(centred).experts[:, 0]
-    slots = sae.slots(0)
-    places = torch.cat([slots(x[:50]), slots(x[50:])])
+    assign = sae.row_assigner(0)
+    places = torch.cat([assign(x[:50]), assign(x[50:])])
     taken = places[places < N_LATENTS]
     assert len(set(taken.tolist())) == len(taken)
     for expert in range(E):

@@ -16,8 +16,8 @@ from dist_sae.config.sae import BatchTopKConfig
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.recipes.topk import TopK
 from dist_sae.dictionaries.selection import kth_largest
-from dist_sae.kernels import Kernels, native, queued, select
-from dist_sae.kernels.keys import NOTHING, from_keys, ordered, to_keys
+from dist_sae.kernels import Kernels, device_select, native, select
+from dist_sae.kernels.keys import NO_ENTRY, from_keys, ordered, to_keys
 from dist_sae.kernels.select import Block, Candidates
 from dist_sae.kernels.torch import KERNELS as TORCH
 from tests.dictionaries.ranks import ThreadAxis, on_ranks
@@ -66,12 +66,12 @@ def oracle(pre_acts: Tensor, k: int, among: Tensor | None = None) -> list[list[i
 
 @pytest.mark.parametrize("implementation", ["torch", "native"])
 def test_the_best_so_far_may_lie_column_by_column(implementation: str) -> None:
-    best = torch.full((2, 3), NOTHING, dtype=torch.int64).T
+    best = torch.full((2, 3), NO_ENTRY, dtype=torch.int64).T
     products = torch.tensor([[1.0, 3.0, 2.0]] * 3)
     found = kernels(implementation).keep_largest(best, products, torch.zeros(3), torch.arange(3))
     latents = from_keys(found)[1].sort().values
     assert latents.tolist() == [[1, 2]] * 3
-    assert (best == NOTHING).all()
+    assert (best == NO_ENTRY).all()
 
 
 def kernels(name: str) -> Kernels:
@@ -178,7 +178,7 @@ def test_minus_zero_is_zero(n: int, implementation: str) -> None:
     products = torch.zeros(1, n)
     products[0, ::2] = -0.0
     assert products.signbit().any()
-    best = torch.full((1, 2), NOTHING)
+    best = torch.full((1, 2), NO_ENTRY)
     bias = torch.full((n,), -0.0)
     best = kernels(implementation).keep_largest(best, products, bias, torch.arange(n))
     values, latents = from_keys(best)
@@ -193,7 +193,7 @@ def test_keys_have_the_order_of_values_and_the_other_of_latents() -> None:
     keys = to_keys(values[:, None], torch.tensor([2**32 - 2, 7, 0]))
     flat = keys.flatten()
     assert torch.equal(flat.sort().values, flat)
-    assert int(flat[0]) > NOTHING
+    assert int(flat[0]) > NO_ENTRY
     back, latents = from_keys(keys)
     assert torch.equal(back, values[:, None].expand(11, 3))
     assert torch.equal(latents, torch.tensor([2**32 - 2, 7, 0]).expand(11, 3))
@@ -206,7 +206,7 @@ def _largest(kernels: str) -> Callable[..., Candidates]:
     return partial(select.largest, kernels=TORCH if kernels == "torch" else native.kernels())
 
 
-@pytest.mark.parametrize("largest", [_largest("torch"), _largest("native"), queued.largest])
+@pytest.mark.parametrize("largest", [_largest("torch"), _largest("native"), device_select.largest])
 @pytest.mark.parametrize("block_rows", [3, ROWS])
 @pytest.mark.parametrize("chunk", [16, 48, 10_000])
 @pytest.mark.parametrize("case", CASES)
@@ -250,7 +250,7 @@ def test_the_queued_selection_of_all_above_their_bound_is_the_other(
 ) -> None:
     monkeypatch.setattr(select, "CHUNK_LATENTS", 48)
     monkeypatch.setattr(select, "CHUNK_BYTES", 4 * 48 * 3)
-    monkeypatch.setattr(queued, "LEAST_ROOM", 0)
+    monkeypatch.setattr(device_select, "LEAST_ROOM", 0)
     for make in CASES.values():
         W_enc, bound = make(340).T.contiguous(), torch.linspace(-1, 1, 340)
         given = torch.zeros(340), bound
@@ -260,7 +260,9 @@ def test_the_queued_selection_of_all_above_their_bound_is_the_other(
         for limit in (len(wanted.values), len(wanted.values) - 1):
             again = partial(select.products, torch.eye(ROWS), W_enc, torch.float32)
             for share in (0.5, 0.01, None):
-                found = queued.above(again, *given, size=ROWS * 340, share=share, limit=limit)
+                found = device_select.above(
+                    again, *given, size=ROWS * 340, share=share, limit=limit
+                )
                 if limit < len(wanted.values):
                     assert found is None
                 else:
@@ -297,7 +299,7 @@ def test_a_queued_selection_that_does_not_fit_is_none(monkeypatch: pytest.Monkey
         return select.products(torch.eye(10), W_enc, torch.float32)
 
     zeros = torch.zeros(3000)
-    assert queued.largest(blocks(), zeros, 10) is None
+    assert device_select.largest(blocks(), zeros, 10) is None
 
 
 def _theta(sae: Dictionary) -> float:
@@ -377,6 +379,6 @@ def test_the_kth_largest_by_radix_is_the_sorts(numbers: str, ranks: int) -> None
 
 
 def test_a_gpu_takes_larger_blocks() -> None:
-    on_cpu, on_gpu = (select.at_once(512, torch.device(kind)) for kind in ("cpu", "cuda"))
+    on_cpu, on_gpu = (select.block_size(512, torch.device(kind)) for kind in ("cpu", "cuda"))
     assert on_cpu == 512
     assert on_gpu > on_cpu

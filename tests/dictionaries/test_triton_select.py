@@ -13,7 +13,7 @@ if sys.platform != "linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 
 from dist_sae.kernels import triton, triton_select
-from dist_sae.kernels.keys import NOTHING, from_keys
+from dist_sae.kernels.keys import NO_ENTRY, from_keys
 from dist_sae.kernels.torch import KERNELS
 from tests.dictionaries.products import DEVICE
 from tests.dictionaries.test_select import CASES
@@ -34,7 +34,7 @@ def check(best: Tensor, products: Tensor, bias: Tensor, latents: Tensor) -> Tens
 
 
 def nothing(k: int) -> Tensor:
-    return torch.full((_ROWS, k), NOTHING)
+    return torch.full((_ROWS, k), NO_ENTRY)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -68,7 +68,7 @@ def test_biases_are_added_in_fp32(dtype: torch.dtype) -> None:
 
 def test_fewer_products_than_k_leave_the_rest_empty() -> None:
     found = check(nothing(9), torch.ones(_ROWS, 3), torch.zeros(3), torch.arange(3))
-    assert (found == NOTHING).sum(1).tolist() == [6, 6]
+    assert (found == NO_ENTRY).sum(1).tolist() == [6, 6]
     check(nothing(2), torch.ones(_ROWS, 0), torch.zeros(0), torch.arange(0))
     assert check(nothing(4)[:0], torch.ones(0, 9), torch.zeros(9), torch.arange(9)).shape == (0, 4)
 
@@ -84,7 +84,7 @@ def test_latents_may_be_any_and_tensors_not_contiguous() -> None:
     generator = torch.Generator().manual_seed(1)
     latents = torch.tensor([3, 2**20, 2**31 + 5, 2**32 - 1]).repeat_interleave(2)[::2]
     products = torch.zeros(4, _ROWS).T
-    best = check(torch.full((3, _ROWS), NOTHING).T, products, torch.zeros(8)[::2], latents)
+    best = check(torch.full((3, _ROWS), NO_ENTRY).T, products, torch.zeros(8)[::2], latents)
     more = torch.randn(4, _ROWS, generator=generator).T
     check(best.T.contiguous().T, more, torch.zeros(4), torch.arange(4))
 

@@ -58,7 +58,7 @@ def go(what: str, mesh: Mesh, watch: Watch, stopping: threading.Event) -> None:
                 raise CorruptObjectError("is damaged", url="s3://bucket", key="unit")
             elif what == "stops":
                 stopping.set()
-        exchange = mesh.axis.across_replicas if what == "hangs in a group" else mesh.axis.total
+        exchange = mesh.axis.sum_replicas if what == "hangs in a group" else mesh.axis.total
         exchange(torch.ones(1))
         os.write(1, f"{step}\n".encode())
         if what == "waits" and step == 10:

@@ -26,7 +26,7 @@ from dist_sae.distributed.mesh import Mesh
 from dist_sae.evaluation.evaluate import evaluate
 from dist_sae.index.encode import open_encoder
 from dist_sae.index.opened import open_index
-from dist_sae.kernels import queued, select
+from dist_sae.kernels import device_select, select
 from dist_sae.kernels.torch import KERNELS
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
@@ -100,7 +100,7 @@ class Life:
 
     def idle(self, which: Tensor) -> None:
         """These latents have been idle for long, the others not at all."""
-        self.dead.take((which * DEAD_AFTER).to(self.device))
+        self.dead.set_idle_rows((which * DEAD_AFTER).to(self.device))
 
     def step(self) -> tuple[Output, float]:
         output, gradient_norm, _ = training_step(
@@ -176,7 +176,7 @@ def test_a_life_on_the_device_is_that_on_a_cpu(tmp_path: Path, kind: str) -> Non
 def test_what_does_not_fit_is_selected_with_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(queued, "largest", lambda *_: None)
+    monkeypatch.setattr(device_select, "largest", lambda *_: None)
     with pretend_device():
         _, tensors = lived(tmp_path, "batchtopk", DEVICE)
     for name, tensor in lived(tmp_path, "batchtopk", CPU)[1].items():
@@ -233,7 +233,7 @@ def test_dense_and_first_steps_wait_a_little_more_often(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And keep the entries that a CPU keeps; so do steps in which a block has no room for all."""
-    monkeypatch.setattr(queued, "LEAST_ROOM", 0)
+    monkeypatch.setattr(device_select, "LEAST_ROOM", 0)
     with pretend_device() as waits:
         found, n_entries, tensors = sparser_steps(tmp_path, kind, DEVICE, waits)
     steady = BUDGET[kind][0]

@@ -10,7 +10,7 @@ import torch
 
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.lineage import Lineage
-from dist_sae.checkpoint.upkeep import convert_to_run
+from dist_sae.checkpoint.maintenance import convert_to_run
 from dist_sae.config import load_run
 from dist_sae.config.sae import BatchTopKConfig
 from dist_sae.data.activation_set import ActivationSet

@@ -9,7 +9,7 @@ from torch import Tensor
 from dist_sae.bench.gpu_check.stage import Record, StageContext, comparison, relative_error
 from dist_sae.kernels import Adam, Entries, Kernels
 from dist_sae.kernels.choice import choose_kernels
-from dist_sae.kernels.keys import NOTHING
+from dist_sae.kernels.keys import NO_ENTRY
 from dist_sae.kernels.torch import KERNELS as TORCH
 
 _BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 4e-3}  # sums are fp32, then rounded once
@@ -98,7 +98,7 @@ def _selection(kernels: Kernels, shape: _Shape, k: int, device: torch.device) ->
     bias = torch.randn(width, generator=generator)
 
     def keep(which: Kernels, where: torch.device) -> Tensor:
-        best = torch.full((shape.rows, k), NOTHING, device=where)
+        best = torch.full((shape.rows, k), NO_ENTRY, device=where)
         for number, chunk in enumerate(chunks):
             latents = torch.arange(number * width, (number + 1) * width, device=where)
             best = which.keep_largest(best, chunk.to(where), bias.to(where), latents)

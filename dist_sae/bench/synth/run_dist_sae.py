@@ -135,7 +135,7 @@ def save(run: Run, mesh: Mesh, world: WorldRows, state: TrainingState) -> str:
         state=state,
         scalars=normalisers_of(world).to_scalars() | {"plan": _SITE, "run": run_fingerprint(run)},
         all_gather=mesh.in_background().all_gather_objects,
-        first=mesh.is_first,
+        writes_manifest=mesh.is_first,
         before_commit=lambda: None,
         on_durable=lambda _: None,
         last_step=0,

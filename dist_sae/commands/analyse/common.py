@@ -69,13 +69,13 @@ def answer(
 
 def _newest(runs: "Sequence[Run]") -> dict[str, str]:
     """Return the digests of the runs' newest checkpoints, by run name."""
-    from dist_sae.checkpoint.trained import find_checkpoint, none_yet
+    from dist_sae.checkpoint.trained import find_checkpoint, no_checkpoint_error
     from dist_sae.storage import open_store
 
     digests = {}
     for run in runs:
         store = open_store(run.store.runs, run.store.s3)
         if (checkpoint := find_checkpoint(store, run, None)) is None:
-            raise none_yet(store, run)
+            raise no_checkpoint_error(store, run)
         digests[run.name] = checkpoint.digest
     return digests

@@ -68,7 +68,7 @@ class CrossLayer(Dictionary):
     def row_widths(self) -> tuple[int, int]:
         return self.widths.reads[0], self._pairs_of_group * self.widths.writes[0] // self.layers
 
-    def written_by(
+    def decoder_block(
         self, latents: slice | Int[Tensor, " some"], W_dec: Float[Tensor, "n_local written"]
     ) -> tuple[slice, Float[Tensor, "some columns"]]:
         layers, d_write = self.layers, self.widths.writes[0]
@@ -94,7 +94,7 @@ class CrossLayer(Dictionary):
         for layer in range(self.layers):
             here = (chosen % self.layers == layer).nonzero()[:, 0]
             if len(here):
-                columns, decoder = self.written_by(chosen[here], self.W_dec)
+                columns, decoder = self.decoder_block(chosen[here], self.W_dec)
                 rows[here, columns] = decoder
         return rows
 

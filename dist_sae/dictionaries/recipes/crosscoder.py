@@ -79,7 +79,7 @@ class AcrossSites(Dictionary):
         share, first = self.config.shared_latents, self.first_latent
         return math.floor((first + stop) * share) - math.floor((first + start) * share)
 
-    def weigh(self, rows: Float[Tensor, "some d_out"]) -> Float[Tensor, " some"]:
+    def row_weights(self, rows: Float[Tensor, "some d_out"]) -> Float[Tensor, " some"]:
         """Compute |d_i|, the weight of each decoder row over all sites."""
         if self.config.weighting == "l2":
             return autograd.site_norms(rows, rows.shape[1:])[:, 0]
@@ -102,12 +102,12 @@ class AcrossSites(Dictionary):
         if not self.config.shared_latents:  # sites may then differ in width
             return
         apart_as = (len(self.widths.writes), self.widths.writes[0])
-        for some in torch.split(select.places_of(shared, n_shared), _BLOCK):
+        for some in torch.split(select.true_indices(shared, n_shared), _BLOCK):
             apart = rows[some].view(-1, *apart_as)
             rows[some] = apart.mean(1, keepdim=True).expand_as(apart).flatten(1)
 
     @torch.no_grad()
-    def hold(self, latents: slice | Tensor) -> None:
+    def constrain_rows(self, latents: slice | Tensor) -> None:
         """Enforce the constraints on latents' new decoder rows."""
         rows, shared = self.W_dec[latents], self.shared[latents]
         self.tie_sites_(
@@ -125,9 +125,9 @@ class AcrossSites(Dictionary):
         """Normalize new decoder rows to their length."""
         normalise_rows_(rows)
 
-    def follow(self, latents: slice | Tensor) -> None:
-        self.hold(latents)
-        super().follow(latents)
+    def derive_from_directions(self, latents: slice | Tensor) -> None:
+        self.constrain_rows(latents)
+        super().derive_from_directions(latents)
 
 
 class Crosscoder(AcrossSites, TopK):
@@ -171,13 +171,13 @@ class Crosscoder(AcrossSites, TopK):
 
     @torch.no_grad()
     def normalise_(self, rows: Float[Tensor, "some d_out"], shared: Bool[Tensor, " some"]) -> None:
-        scale = self.weigh(rows) / self._lengths(shared)
+        scale = self.row_weights(rows) / self._lengths(shared)
         rows /= scale.clamp_min_(torch.finfo(rows.dtype).tiny)[:, None]
 
     def constrain_others(self) -> None:
         """Restore |d_i| and the equality of shared rows over sites, unless unit norm is enough."""
         if not self.unit_rows:
-            self.hold(slice(None))
+            self.constrain_rows(slice(None))
 
-    def settle(self, new: slice | Tensor, x: Float[Tensor, "batch d_in"]) -> None:  # noqa: ARG002
-        self.hold(new)
+    def adapt_new_latents(self, new: slice | Tensor, x: Float[Tensor, "batch d_in"]) -> None:  # noqa: ARG002
+        self.constrain_rows(new)

@@ -43,8 +43,8 @@ from dist_sae.dictionaries.interface import (
     Output,
     Products,
     Routing,
+    RowAssigner,
     Rows,
-    Slots,
     StepContext,
     Widths,
 )
@@ -102,7 +102,7 @@ class Routed(WithAuxK):
         log_p = logits.log_softmax(1)  # p may underflow to 0 for an expert chosen by its bias
         wanted = log_p.detach() + self.balance
         experts = wanted.topk(self.config.experts_per_row, dim=1).indices
-        log_gates = _chosen(log_p, experts)
+        log_gates = _gather_distinct(log_p, experts)
         if self.config.gate == "straight_through":
             log_gates = log_gates - log_gates.detach().logsumexp(1, keepdim=True)
         return Route(log_p.exp(), experts, log_gates.exp())
@@ -121,15 +121,15 @@ class Routed(WithAuxK):
             arrived, exchange.arrived, self.product_dtype, replica_rows, limit=limit
         )
         selected = [self.selection.select(products, k)]
-        if exchange.also:
+        if exchange.extra:
             dead = self._dead_products(arrived, exchange, context.dead)
             selected.append(self.by_row.select(dead, config.auxk))
         (acts, parts), *aux = self.reconstruct(selected, arrived, centre)
-        error = rows.targets - (_mixed(route.gates, exchange.combine(parts)) + b_dec)
+        error = rows.targets - (_weighted_sum(route.gates, exchange.combine(parts)) + b_dec)
         fvu = error.square().sum() / (replica_rows * context.variance)
         auxk = fvu.new_zeros(())
         for _, parts in aux:
-            e_hat = _mixed(route.gates.detach(), exchange.combine(parts))
+            e_hat = _weighted_sum(route.gates.detach(), exchange.combine(parts))
             auxk = auxk_loss(axis, rows.targets, error.detach(), e_hat)
         load = axis.total(exchange.load)
         penalty = self._imbalance(load, route.p) / replica_rows
@@ -149,7 +149,7 @@ class Routed(WithAuxK):
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
         """Route all of the replica's rows, and encode those of this shard's experts."""
         centred = self.encoder_inputs(x)
-        rows, gates, arrived = self._come_here(centred)
+        rows, gates, arrived = self._rows_sent_here(centred)
         products = self._expert_products(centred[rows], arrived, self.W_enc.dtype, len(centred))
         acts, entries = self.selection.encode(products)
         acts = acts * gates[entries.rows]
@@ -164,14 +164,14 @@ class Routed(WithAuxK):
         if thresholds is None:
             return super().infer_shard(x)
         centred = self.encoder_inputs(x)
-        rows, gates, arrived = self._come_here(centred)
+        rows, gates, arrived = self._rows_sent_here(centred)
         products = self._expert_products(centred[rows], arrived, self.W_enc.dtype, len(centred))
         parts, fired = self.decode_above(products.blocks(), thresholds, len(rows))
         in_order, order = rows.int().sort(stable=True)
         of_rows = Entries(order, starts_of(in_order, len(centred)), len(parts))
         return self.kernels.combine(gates[order], of_rows, parts), fired
 
-    def _come_here(
+    def _rows_sent_here(
         self, centred: Float[Tensor, "rows d_in"]
     ) -> tuple[Int[Tensor, " arrived"], Float[Tensor, " arrived"], list[int]]:
         """Return the rows sent to this shard's experts, their gates, and the rows per expert.
@@ -198,12 +198,12 @@ class Routed(WithAuxK):
         self.balance.copy_(balance)
         return error
 
-    def slots(self, first: int) -> Slots:
+    def row_assigner(self, first: int) -> RowAssigner:
         """Assign each row to the next uninitialized latent of the row's first expert."""
         assert first == 0, "routed dictionaries cannot be widened"
         filled = torch.zeros(self.config.experts, dtype=torch.int64, device=self.W_enc.device)
 
-        def slots(inputs: Tensor) -> Tensor:
+        def assign(inputs: Tensor) -> Tensor:
             experts = self.route(self._all_centred(inputs)).experts[:, 0]
             load = torch.bincount(experts, minlength=len(filled))
             order = experts.argsort(stable=True)
@@ -216,7 +216,7 @@ class Routed(WithAuxK):
             filled.add_(load)
             return latents
 
-        return slots
+        return assign
 
     def e_hat(
         self, dead: Bool[Tensor, " n_local"], x: Float[Tensor, "batch d_in"]
@@ -228,7 +228,7 @@ class Routed(WithAuxK):
         products = self._dead_products(rows, exchange, dead)
         selected = self.by_row.select(products, self.config.auxk)
         [(_, parts)] = self.reconstruct([selected], rows, None)
-        return _mixed(route.gates, exchange.combine(parts))
+        return _weighted_sum(route.gates, exchange.combine(parts))
 
     def _exchange(self, route: Route, dead: Bool[Tensor, " n_local"] | None) -> ExpertExchange:
         """Build the exchange of rows. It also carries the experts' dead counts to the host."""
@@ -259,7 +259,7 @@ class Routed(WithAuxK):
         *,
         limit: int | None = None,
         among: Bool[Tensor, " n_local"] | None = None,
-        met: Sequence[int] | None = None,
+        counts: Sequence[int] | None = None,
     ) -> Products:
         """Return the products of rows with their experts' latents.
 
@@ -270,14 +270,14 @@ class Routed(WithAuxK):
             replica_rows: Number of rows in the replica's batch.
             limit: Capacity of an expert. Rows beyond the first `limit` meet no latents.
             among: Mask of the latents to compute. All if None.
-            met: Number of latents in the mask per expert. Required with `among`.
+            counts: Number of latents in the mask per expert. Required with `among`.
         """
-        met = met or [self.width] * len(arrived)
-        blocks = partial(self._expert_blocks, rows, arrived, dtype, limit, among, met)
+        counts = counts or [self.width] * len(arrived)
+        blocks = partial(self._expert_blocks, rows, arrived, dtype, limit, among, counts)
         computed = [n if limit is None else min(n, limit) for n in arrived]
-        most = replica_rows * self.config.experts_per_row
-        met_by = list(zip(computed, met, strict=True))
-        return Products(rows, dtype, blocks, replica_rows, most, met_by)
+        max_rows = replica_rows * self.config.experts_per_row
+        row_groups = list(zip(computed, counts, strict=True))
+        return Products(rows, dtype, blocks, replica_rows, max_rows, row_groups)
 
     def _dead_products(
         self,
@@ -286,7 +286,7 @@ class Routed(WithAuxK):
         dead: Bool[Tensor, " n_local"],
     ) -> Products:
         place = rows, exchange.arrived, self.product_dtype, len(rows)
-        return self._expert_products(*place, among=dead, met=exchange.also)
+        return self._expert_products(*place, among=dead, counts=exchange.extra)
 
     def _expert_blocks(
         self,
@@ -295,18 +295,20 @@ class Routed(WithAuxK):
         dtype: torch.dtype,
         limit: int | None,
         among: Tensor | None,
-        met: Sequence[int],
+        counts: Sequence[int],
     ) -> Iterator[Block]:
         W_enc = self.encoder_for(dtype)
-        for expert, here, latents in self._met(arrived, limit):
-            some = None if among is None else select.places_of(among[latents], met[expert])
+        for expert, here, latents in self._expert_slices(arrived, limit):
+            some = None if among is None else select.true_indices(among[latents], counts[expert])
             for block in select.products(rows[here], W_enc[latents], dtype, some):
                 yield block._replace(
                     rows=slice(block.rows.start + here.start, block.rows.stop + here.start),
                     latents=block.latents + latents.start,
                 )
 
-    def _met(self, arrived: Sequence[int], limit: int | None) -> Iterator[tuple[int, slice, slice]]:
+    def _expert_slices(
+        self, arrived: Sequence[int], limit: int | None
+    ) -> Iterator[tuple[int, slice, slice]]:
         """Yield each expert that has rows, the slice of its rows and the slice of its latents."""
         start = 0
         for expert, n in enumerate(arrived):
@@ -335,7 +337,7 @@ class Routed(WithAuxK):
         return first_rows(x, len(x) * ranks, self.axis) - self.b_dec
 
 
-class _Chosen(torch.autograd.Function):
+class _GatherDistinct(torch.autograd.Function):
     """`x.gather(1, places)`, for places that differ within a row.
 
     The backward pass writes each gradient to its place. torch's adds them, atomically on CUDA.
@@ -354,14 +356,14 @@ class _Chosen(torch.autograd.Function):
         return gradient.new_zeros(ctx.shape).scatter_(1, places, gradient), None
 
 
-def _chosen(
+def _gather_distinct(
     x: Float[Tensor, "rows experts"], places: Int[Tensor, "rows chosen"]
 ) -> Float[Tensor, "rows chosen"]:
-    result: Tensor = _Chosen.apply(x, places)  # type: ignore[no-untyped-call]
+    result: Tensor = _GatherDistinct.apply(x, places)  # type: ignore[no-untyped-call]
     return result
 
 
-def _mixed(gates: Tensor, parts: Tensor) -> Tensor:
+def _weighted_sum(gates: Tensor, parts: Tensor) -> Tensor:
     """Sum the experts' reconstructions of each row, weighted by its gates."""
     if parts.shape[1] == 1:
         return gates * parts[:, 0]

@@ -72,29 +72,35 @@ class Transcoder(TopK):
     def initialise(self, rows: Rows, seed: int, *, rescale: bool = True) -> None:
         random_rows(self.W_enc, seed, self.first_latent)
         normalise_rows_(self.W_enc)
-        self.follow(slice(None))
-        self.settle(slice(None), rows.inputs)
+        self.derive_from_directions(slice(None))
+        self.adapt_new_latents(slice(None), rows.inputs)
         self.b_dec.copy_(geometric_median(rows.targets, self.axis))
         if self.config.skip:
             self.W_skip.zero_()
         if rescale:
             self.measure(rows)
 
-    def guides(self, rows: Rows, new: slice, *, alone: bool) -> Float[Tensor, "batch width"]:  # noqa: ARG002 - they are the same
+    def init_directions(
+        self,
+        rows: Rows,
+        new: slice,  # noqa: ARG002 - the same for all
+        *,
+        all_new: bool,  # noqa: ARG002
+    ) -> Float[Tensor, "batch width"]:
         """Return the centered inputs, since new decoder rows are 0 and have no direction."""
         return rows.inputs - mean_row(rows.inputs, self.axis)
 
     @torch.no_grad()
-    def follow(self, latents: slice | Tensor) -> None:
+    def derive_from_directions(self, latents: slice | Tensor) -> None:
         self.W_dec[latents] = 0
 
     @torch.no_grad()
-    def settle(self, new: slice | Tensor, x: Float[Tensor, "batch d_in"]) -> None:
+    def adapt_new_latents(self, new: slice | Tensor, x: Float[Tensor, "batch d_in"]) -> None:
         """Center the rows that these latents see: b_enc = -W_enc mean(x)."""
         self.b_enc[new] = -(self.W_enc[new] @ mean_row(x, self.axis))
 
     def set_initial_sparsity(self, x: Float[Tensor, "batch d_in"]) -> None:
-        self.settle(slice(None), x)
+        self.adapt_new_latents(slice(None), x)
 
     def scale_encoder(self, factor: Float[Tensor, ""]) -> None:
         """Do nothing: while W_dec is 0, no length of the encoder is better than another."""

@@ -19,7 +19,7 @@ LEAST_ROOM = 4096
 _LOOKED_AT = 1 / 8  # share of the entries to examine before counts are first read
 
 
-class _Found:
+class _CandidateBuffer:
     """Candidates in buffers on the device.
 
     Args:
@@ -42,18 +42,18 @@ class _Found:
         block: Block,
         pre_acts: Float[Tensor, "rows chunk"],
         chosen: Bool[Tensor, "rows chunk"],
-        most: int,
+        max_count: int,
     ) -> None:
-        """Append at most `most` of the chosen entries of a block."""
-        most = min(most, chosen.numel())
-        places = chosen.flatten().nonzero_static(size=most, fill_value=0)[:, 0]
+        """Append at most `max_count` of the chosen entries of a block."""
+        max_count = min(max_count, chosen.numel())
+        places = chosen.flatten().nonzero_static(size=max_count, fill_value=0)[:, 0]
         count = chosen.sum()
         # entries past `count` are padding, which the next block overwrites
-        into = self._count.clamp(max=self._room) + torch.arange(most, device=places.device)
+        into = self._count.clamp(max=self._room) + torch.arange(max_count, device=places.device)
         self._values[into], self._rows[into], self._latents[into] = _at(places, block, pre_acts)
         self._count += count
         self._counts.append(count)
-        self._too_many |= (count > most) | (self._count > self._room)
+        self._too_many |= (count > max_count) | (self._count > self._room)
 
     def keep_largest(self, count: int) -> Tensor:
         """Drop all but the `count` largest and ties of the smallest kept. Return the smallest."""
@@ -113,16 +113,16 @@ def above(
         for block, pre_acts, chosen in _over(blocks(), b_enc, bound):
             if found is None:  # later blocks are no larger than the first
                 of_block = int(_SLACK * share * pre_acts.numel()) + LEAST_ROOM
-                found = _Found(b_enc, limit, of_block)
+                found = _CandidateBuffer(b_enc, limit, of_block)
             found.add(block, pre_acts, chosen, of_block)
         counts = found.counts() if found else []
     if sum(counts) > limit:
         return None
     if found and max(counts) <= of_block:
         return select.by_row(found.first(sum(counts)))
-    parts = [select.nothing(b_enc)]
+    parts = [select.no_candidates(b_enc)]
     for (block, pre_acts, chosen), count in zip(_over(blocks(), b_enc, bound), counts, strict=True):
-        places = select.places_of(chosen.flatten(), count)
+        places = select.true_indices(chosen.flatten(), count)
         parts.append(_at(places, block, pre_acts))
     return select.by_row(Candidates(*map(torch.cat, zip(*parts, strict=True))))
 
@@ -174,16 +174,16 @@ def largest(
         count: Number of entries to select, at least 1.
     """
     room = _SLACK * count + LEAST_ROOM
-    found = _Found(b_enc, room, room)
+    found = _CandidateBuffer(b_enc, room, room)
     bound = least = b_enc.new_zeros(())
     risen_at = 0
     for number, block in enumerate(blocks, 1):
-        if block.opens:  # see `select.largest`
+        if block.starts_new_range:  # see `select.largest`
             least = bound
         pre_acts = block.products + b_enc[block.latents]
         chosen = (pre_acts > least) & (pre_acts >= bound)
         if number == 1 and pre_acts.numel() > count:
-            reached = select.reached_by(pre_acts, count)
+            reached = select.kth_lower_bound(pre_acts, count)
             chosen &= pre_acts >= (select.kth(pre_acts, count) if reached is None else reached)
         found.add(block, pre_acts, chosen, _SLACK * count // max(1, risen_at) + LEAST_ROOM)
         if number >= 2 * risen_at:
