@@ -53,7 +53,7 @@ def test_a_run_file_of_other_settings_is_refused(
     ):
         line = call(capsys, *reader, path, "--set", override, code=2)
         assert said in line
-        assert f"or its folder, {calm / 'runs/world'}, as the run file" in line
+        assert f"or pass its folder, {calm / 'runs/world'}, as the run file" in line
     assert written(calm / "runs") == before
 
 
