@@ -42,7 +42,7 @@ def device_of(rank: int) -> torch.device:
         return torch.device("cpu")
     if rank >= gpus:
         raise ConfigError(
-            f"this machine has {gpus} GPUs, none for local rank {rank}; start fewer ranks here "
+            f"this machine has {gpus} GPUs, but none for local rank {rank}; start fewer ranks here "
             f"(processes.trainers, model.tensor_parallel, index.latent_shards), {_REMEDY}"
         )
     return torch.device("cuda", rank)
@@ -56,7 +56,7 @@ def own_device() -> torch.device:
 def why_no_gpu() -> str:
     """Return the reason why this process can use no GPU."""
     if torch.version.cuda is None and torch.version.hip is None:
-        return f"torch {torch.__version__} is built for the CPU alone"
+        return f"torch {torch.__version__} is built for CPUs only"
     if os.environ.get(_VISIBLE) == "":
         return f"{_VISIBLE} is empty, which hides all GPUs"
     try:
@@ -87,10 +87,10 @@ def apply_device_setting(setting: Literal["auto", "cpu", "cuda"]) -> str | None:
         return None
     reason = why_no_gpu()
     if setting == "cuda":
-        raise ConfigError(f"processes.device: cuda: {reason}; correct that, {_REMEDY}")
+        raise ConfigError(f"processes.device: cuda: {reason}; fix this, {_REMEDY}")
     if os.environ.get(_VISIBLE) == "" or not _has_gpu():
         return None
-    return f"the GPU of this machine is not used: {reason}; correct that, {_REMEDY}"
+    return f"this machine's GPU is not used: {reason}; fix this, {_REMEDY}"
 
 
 def _has_gpu() -> bool:
@@ -110,8 +110,8 @@ def check_gpus(key: str, ranks: int) -> None:
     """
     if 0 < (gpus := n_gpus()) < ranks:
         raise ConfigError(
-            f"{key}: {ranks} ranks on this machine need a GPU each, and it has {gpus}; "
-            f"lower it, {_REMEDY}"
+            f"{key}: {ranks} ranks on this machine need a GPU each, but it has {gpus}; "
+            f"lower {key}, {_REMEDY}"
         )
 
 

@@ -209,8 +209,8 @@ class StoreFullError(StoreError):
             cause: Error of the operating system.
         """
         return cls(
-            f"cannot hold {what} for a while ({cause.strerror}); free some space, or set TMPDIR to "
-            f"another folder",
+            f"cannot store {what} temporarily ({cause.strerror}); free some space, or set "
+            f"TMPDIR to another folder",
             url=tempfile.gettempdir(),
         )
 

@@ -80,8 +80,8 @@ def upload(folder: Path, repository: str, message: str, *, public: bool, replace
         there = set(api.list_repo_files(repository)) - {".gitattributes"}
         if there and not replace:
             raise ConfigError(
-                f"{repository}: has {len(there)} files already; choose another name, or add these "
-                f"and replace those of the same name with --replace"
+                f"{repository}: already has {len(there)} files; choose another name, or use "
+                f"--replace to add these files and overwrite those with the same name"
             )
         additions = [
             huggingface_hub.CommitOperationAdd(path.relative_to(folder).as_posix(), path)
@@ -91,14 +91,14 @@ def upload(folder: Path, repository: str, message: str, *, public: bool, replace
     except (LocalTokenNotFoundError, RepositoryNotFoundError) as exc:
         raise ConfigError(_log_in(repository)) from exc
     except HFValidationError as exc:
-        raise ConfigError(f"{repository}: is no name of a repository; use ORG/NAME") from exc
+        raise ConfigError(f"{repository}: is not a repository name; use ORG/NAME") from exc
     except ConfigError:
         raise
     except Exception as exc:  # of several libraries, some with the hub's error as their cause
         if is_unavailable(exc):
             raise HubUnavailableError(
-                f"{api.endpoint}: does not answer ({type(exc).__name__}); the same command sends "
-                f"it later"
+                f"{api.endpoint}: does not respond ({type(exc).__name__}); run the same command "
+                f"again later"
             ) from exc
         refused = next((c for c in causes(exc) if isinstance(c, HfHubHTTPError)), None)
         if refused is None:
@@ -111,7 +111,7 @@ def upload(folder: Path, repository: str, message: str, *, public: bool, replace
 
 def _log_in(repository: str) -> str:
     return (
-        f"{repository}: the hub lets nobody write there with the token at hand; log in with "
+        f"{repository}: the current token does not allow writing there; log in with "
         f"`hf auth login`, or set HF_TOKEN"
     )
 

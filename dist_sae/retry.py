@@ -70,7 +70,7 @@ class Retrier:
                 if logged == since or now - logged > _LOG_EVERY_SECONDS:
                     logged = now
                     self._logger.warning(
-                        "%s; asking again for up to %.0f s", exc, limit - (now - since)
+                        "%s; retrying for up to %.0f s", exc, limit - (now - since)
                     )
                 least = on_failure(exc)
             rest = since + limit - time.monotonic()

@@ -294,8 +294,9 @@ def _usage(action: argparse.Action) -> str:
 
 def _said(action: argparse.Action) -> str:
     plain = isinstance(action.default, int | float | str) and action.nargs != 0
-    default = f"default {action.default}" if plain and "default" not in (action.help or "") else ""
-    said = "; ".join(text for text in (_text(action.help), default) if text)
+    text = argparse.HelpFormatter("")._expand_help(action) if action.help else ""
+    default = f"default {action.default}" if plain and "default" not in text else ""
+    said = "; ".join(part for part in (_text(text), default) if part)
     return said and f": {said}"
 
 

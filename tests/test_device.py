@@ -54,7 +54,9 @@ def test_a_process_uses_the_gpu_of_its_own_number(
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert own_device() == torch.device("cuda", 1)
-    with pytest.raises(ConfigError, match="has 2 GPUs, none for local rank 2; start fewer ranks"):
+    with pytest.raises(
+        ConfigError, match="has 2 GPUs, but none for local rank 2; start fewer ranks"
+    ):
         device_of(2)
     machine(gpus=0)
     assert own_device() == torch.device("cpu")
@@ -149,7 +151,7 @@ def test_ranks_of_a_pod_are_refused_before_they_start(
         path = write_run(tmp_path, model=model, corpus=files, activations=sites)
         ranks = []
     assert main([command, str(path), *ranks, "--local-ranks", "2"]) == 2
-    expected = "error: --local-ranks: 2 ranks on this machine need a GPU each, and it has 1"
+    expected = "error: --local-ranks: 2 ranks on this machine need a GPU each, but it has 1"
     assert expected in capsys.readouterr().err
 
 
@@ -165,7 +167,7 @@ def test_who_asks_for_a_gpu_never_computes_on_the_cpu(
     assert main([command, str(path)]) == 2
     assert capsys.readouterr().err == (
         "error: processes.device: cuda: The NVIDIA driver on your system is too old (found version "
-        f"11040) (torch {torch.__version__}); correct that, or set processes.device: cpu\n"
+        f"11040) (torch {torch.__version__}); fix this, or set processes.device: cpu\n"
     )
     assert not (tmp_path / "runs").exists()
 
@@ -178,7 +180,7 @@ def test_the_reason_is_said_why_there_is_no_gpu(
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES is empty"):
         apply_device_setting("cuda")
     monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(ConfigError, match="is built for the CPU alone"):
+    with pytest.raises(ConfigError, match="is built for CPUs only"):
         apply_device_setting("cuda")
 
 
@@ -190,7 +192,7 @@ def test_a_gpu_that_lies_idle_is_warned_of(
     machine(reason=OLD_DRIVER)
     warning = apply_device_setting("auto")
     assert warning is not None
-    assert warning.startswith("the GPU of this machine is not used: The NVIDIA driver on your")
+    assert warning.startswith("this machine's GPU is not used: The NVIDIA driver on your")
     there.clear()
     assert apply_device_setting("auto") is None
 

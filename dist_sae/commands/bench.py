@@ -18,15 +18,25 @@ Result = Mapping[str, Any] | str | None
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    text = "measure against the limit of this machine, in one run"
+    text = "compare parts of dist-sae with the limits of this machine"
     actions = shared.add_group(commands, "bench", text, "WHAT")
-    step = actions.add_parser("step", help="a training step against the bare encoder product")
-    step.add_argument("--kernels", choices=["auto", "torch", "native", "triton"], default="auto")
-    step.add_argument("--kind", default="topk", help="of dictionary (sae.kind)")
-    step.add_argument("--experts", type=int, default=16, help="experts of a routed dictionary")
-    step.add_argument("--reads", type=int, default=1, help="sites that are read")
+    step = actions.add_parser("step", help="time a training step against the bare encoder product")
     step.add_argument(
-        "--writes", type=int, default=0, help="other sites that are written; 0: those that are read"
+        "--kernels",
+        choices=["auto", "torch", "native", "triton"],
+        default="auto",
+        help="implementation of the sparse products (train.kernels)",
+    )
+    step.add_argument("--kind", default="topk", help="kind of dictionary (sae.kind)")
+    step.add_argument(
+        "--experts", type=int, default=16, help="number of experts of a routed dictionary"
+    )
+    step.add_argument("--reads", type=int, default=1, help="number of sites to read")
+    step.add_argument(
+        "--writes",
+        type=int,
+        default=0,
+        help="number of other sites to write; 0: write the read sites",
     )
     step.add_argument(
         "--sae",
@@ -34,48 +44,67 @@ def add(commands: shared.Commands) -> None:
         action="append",
         default=[],
         dest="settings",
-        help="another setting of the recipe",
+        help="set another key of sae; may be given several times",
     )
-    step.add_argument("--shards", type=int, default=1, help="ranks of torchrun per dictionary")
+    step.add_argument("--shards", type=int, default=1, help="torchrun ranks per dictionary")
     step.set_defaults(command=_main, bench=_step)
     routed = actions.add_parser(
-        "routed", help="a routed training step against an exact one of the same width"
+        "routed", help="time a routed training step against an exact one of the same width"
     )
-    routed.add_argument("--experts", type=int, default=16)
+    routed.add_argument("--experts", type=int, default=16, help="number of experts")
     routed.set_defaults(command=_main, bench=_routed)
-    metrics = actions.add_parser("metrics", help="cost of metrics per step and per scrape")
+    metrics = actions.add_parser(
+        "metrics", help="measure the cost of metrics per step and per scrape"
+    )
     metrics.set_defaults(command=_main, bench=_metrics)
-    peers = actions.add_parser("peers", help="the same rows through other SAE libraries from PyPI")
-    peers.add_argument("--steps", type=int, default=4, help="timed steps of one round")
-    peers.add_argument("--rows", type=Path, help=".npy with activations; synthetic if left out")
+    peers = actions.add_parser("peers", help="time other SAE libraries from PyPI on the same rows")
+    peers.add_argument("--steps", type=int, default=4, help="timed steps per round")
+    peers.add_argument("--rows", type=Path, help=".npy file of activations; default: synthetic")
     peers.add_argument(
         "--transcoder",
         action="store_true",
-        help="transcoders, by the libraries that train them; rows are inputs, then targets",
+        help="compare transcoders in the libraries that have them; rows are inputs, then targets",
     )
-    peers.add_argument("--folder", type=Path, help="folder that keeps the libraries' environments")
     peers.add_argument(
-        "--fvu-rows", type=int, default=0, help="rows of the FVU comparison; 0: none"
+        "--folder", type=Path, help="folder in which the libraries' environments are kept"
+    )
+    peers.add_argument(
+        "--fvu-rows",
+        type=int,
+        default=0,
+        help="rows to train on before FVU is compared; 0: no comparison",
     )
     peers.add_argument(
         "--settings",
         nargs="+",
         choices=["as_shipped", "matched", "as_shipped_bf16", "matched_bf16"],
-        help="only these; default: all",
+        help="settings to compare; default: all",
     )
     peers.set_defaults(command=_main, bench=_peers)
     checkpoint = actions.add_parser(
-        "checkpoint", help="cost of saving during training, and of loading"
+        "checkpoint", help="measure the cost of saving during training, and of loading"
     )
     checkpoint.add_argument("--every", type=int, default=200, help="steps between two saves")
     checkpoint.set_defaults(command=_main, bench=_checkpoint)
-    store = actions.add_parser("store", help="writing and reading activations against raw PUT, GET")
-    store.add_argument("--units", type=int, default=16)
-    store.add_argument("--unit-rows", type=int, default=16_384)
-    store.add_argument("--block-rows", type=int, default=4096)
-    store.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "int8"], default="bf16")
-    store.add_argument("--streams", type=int, default=4)
-    store.add_argument("--window-units", type=int, default=4)
+    store = actions.add_parser(
+        "store", help="time writing and reading activations against raw PUT, GET"
+    )
+    store.add_argument("--units", type=int, default=16, help="number of units")
+    store.add_argument("--unit-rows", type=int, default=16_384, help="rows per unit")
+    store.add_argument("--block-rows", type=int, default=4096, help="rows per block")
+    store.add_argument(
+        "--dtype",
+        choices=["bf16", "fp16", "fp32", "int8"],
+        default="bf16",
+        help="data type in storage",
+    )
+    store.add_argument("--streams", type=int, default=4, help="number of streams")
+    store.add_argument(
+        "--window-units",
+        type=int,
+        default=4,
+        help="units of a stream whose rows are shuffled together",
+    )
     store.add_argument(
         "--cached", action="store_true", help="let a folder's files stay in the page cache"
     )
@@ -84,20 +113,25 @@ def add(commands: shared.Commands) -> None:
         action.add_argument(
             "--url",
             required=True,
-            help="s3://bucket/prefix or a folder; the bench deletes what it writes",
+            help="s3://bucket/prefix or a folder; the benchmark deletes what it writes",
         )
-        action.add_argument("--endpoint-url", help="endpoint of a store other than AWS")
+        action.add_argument("--endpoint-url", help="S3 endpoint, if the store is not AWS")
     for action in (step, routed, metrics):
-        action.add_argument("--products", choices=["bf16", "fp32"], default="bf16")
+        action.add_argument(
+            "--products",
+            choices=["bf16", "fp32"],
+            default="bf16",
+            help="precision of the encoder product",
+        )
     for action in (step, routed, metrics, peers, checkpoint):
-        action.add_argument("--n-latents", type=int, default=65_536)
-        action.add_argument("--k", type=int, default=32)
+        action.add_argument("--n-latents", type=int, default=65_536, help="number of latents")
+        action.add_argument("--k", type=int, default=32, help="active latents per row")
     synth = _add_synth(actions)
     of_runs = _add_of_runs(actions)
     rounds_of = {step: 9, routed: 9, metrics: 9, peers: 9, store: 5, checkpoint: 3}
     for action, rounds in rounds_of.items():
-        action.add_argument("--d-in", type=int, default=768)
-        action.add_argument("--batch", type=int, default=4096, help="rows")
+        action.add_argument("--d-in", type=int, default=768, help="width of the activations")
+        action.add_argument("--batch", type=int, default=4096, help="rows per batch")
         action.add_argument("--rounds", type=int, default=rounds, help="timed rounds, for medians")
         action.add_argument("--json", action="store_true", help="print one JSON object")
     for action in (*rounds_of, *of_runs, synth):
@@ -106,16 +140,18 @@ def add(commands: shared.Commands) -> None:
 
 def _add_of_runs(actions: shared.Commands) -> list[argparse.ArgumentParser]:
     """Add the benchmarks that use a run's model, text or dictionary."""
-    produce = actions.add_parser("produce", help="a producer against the bare forward pass")
-    produce.add_argument("run", metavar="RUN.yaml", help="its model and text are used")
+    produce = actions.add_parser("produce", help="time a producer against the bare forward pass")
+    produce.add_argument("run", metavar="RUN.yaml", help="run file whose model and text are used")
     shared.add_settings(produce)
-    produce.add_argument("--units", type=int, default=6, help="units produced in each round")
+    produce.add_argument("--units", type=int, default=6, help="units to produce in each round")
     produce.add_argument("--rounds", type=int, default=5, help="timed rounds, for medians")
     produce.set_defaults(command=_main, bench=_produce)
-    index = actions.add_parser("index", help="both stages of a latent index of a trained run")
-    index.add_argument("run", metavar="RUN", help="a run with a checkpoint and kept units")
+    index = actions.add_parser(
+        "index", help="time both stages of building a trained run's latent index"
+    )
+    index.add_argument("run", metavar="RUN", help="run with a checkpoint and stored units")
     shared.add_settings(index)
-    index.add_argument("--units", type=int, default=33, help="units indexed; one is not timed")
+    index.add_argument("--units", type=int, default=33, help="units to index; one is not timed")
     index.set_defaults(command=_main, bench=_index)
     return [produce, index]
 
@@ -123,48 +159,56 @@ def _add_of_runs(actions: shared.Commands) -> list[argparse.ArgumentParser]:
 def _add_synth(actions: shared.Commands) -> argparse.ArgumentParser:
     """Add the benchmark on synthetic data with known features."""
     synth: argparse.ArgumentParser = actions.add_parser(
-        "synth", help="SynthSAEBench: our trainer and sae-lens's on rows with known features"
+        "synth", help="run SynthSAEBench: our trainer and sae-lens's on rows with known features"
     )
     synth.add_argument(
         "--world",
         default="small",
         metavar="NAME|FOLDER",
-        help="small, 16k (as published), or a folder with a synthetic model that sae-lens saved",
+        help="world to use: small, 16k (as published), or a folder with a synthetic model that "
+        "sae-lens saved",
     )
     of_whom = {
-        "ours": "KIND KEY=VALUE ...: a dictionary of ours, its sae.kind and settings of sae; those "
-        "of train as train.KEY=VALUE. May be given several times; default: those of the world",
-        "theirs": "ARCHITECTURE KEY=VALUE ...: the same for a dictionary of sae-lens; settings of "
-        "SAETrainerConfig as train.KEY=VALUE",
+        "ours": "dictionary for our trainer, as KIND KEY=VALUE ...: its sae.kind and settings of "
+        "sae, or of train as train.KEY=VALUE; may be given several times; default: the world's",
+        "theirs": "dictionary for sae-lens, as ARCHITECTURE KEY=VALUE ...; settings of "
+        "SAETrainerConfig as train.KEY=VALUE; may be given several times",
     }
     for name, text in of_whom.items():
         synth.add_argument(f"--{name}", nargs="+", action="append", metavar="WORD", help=text)
-    synth.add_argument("--rows", type=int, help="rows to train on; default: the world's")
-    synth.add_argument("--n-latents", type=int, help="default: the world's")
-    synth.add_argument("--batch", type=int, default=1024, help="rows")
+    synth.add_argument("--rows", type=int, help="number of rows to train on; default: the world's")
+    synth.add_argument("--n-latents", type=int, help="number of latents; default: the world's")
+    synth.add_argument("--batch", type=int, default=1024, help="rows per batch")
     synth.add_argument("--lr", type=float, default=2e-3, help="learning rate of all trainers")
     synth.add_argument(
         "--seeds",
         type=int,
         nargs="+",
         default=[0],
-        help="of initial weights and of the order of rows; default: 0",
+        help="seeds of the initial weights and of the order of rows; default: 0",
     )
     synth.add_argument(
         "--shards",
         type=int,
         nargs="+",
         default=[1, 2],
-        help="latent shards of our dictionaries; default: 1 2",
+        help="numbers of latent shards of our dictionaries; default: 1 2",
     )
-    synth.add_argument("--products", choices=["bf16", "fp32"], default="bf16", help="of ours")
+    synth.add_argument(
+        "--products",
+        choices=["bf16", "fp32"],
+        default="bf16",
+        help="precision of our encoder product",
+    )
     synth.add_argument(
         "--l0",
         type=float,
-        help="active latents per row at which F1 is given as well, by one threshold for all "
+        help="active latents per row at which F1 is also measured, with one threshold for all "
         "latents; default: the world's",
     )
-    synth.add_argument("--folder", type=Path, help="folder that keeps sae-lens and the worlds")
+    synth.add_argument(
+        "--folder", type=Path, help="folder in which sae-lens and the worlds are kept"
+    )
     synth.add_argument("--json", action="store_true", help="print one JSON object")
     synth.set_defaults(command=_main, bench=_synth)
     return synth

@@ -11,27 +11,31 @@ _PORT = 8765
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    text = "browse the latents of a run, by the index that `dist-sae index` makes"
+    text = "browse the latents of a run in the index that `dist-sae index` builds"
     parser = shared.add_command(commands, "browse", main, text)
     parser.add_argument("--index", metavar="NAME", help="name of the index (default: the newest)")
     parser.add_argument(
-        "--compare", metavar="RUN", help="another run, to put its nearest latent beside one of RUN"
+        "--compare",
+        metavar="RUN",
+        help="another run, whose nearest latent is shown next to each latent of RUN",
     )
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen at; anywhere but on this machine the printed URL has a token",
+        help="address to listen on; if other machines can reach it, the printed URL has a token",
     )
-    parser.add_argument("--port", type=int, default=_PORT, help="0: any free port")
     parser.add_argument(
-        "--static", type=Path, metavar="FOLDER", help="write the pages of some latents, and end"
+        "--port", type=int, default=_PORT, help="port to listen on; 0: any free port"
+    )
+    parser.add_argument(
+        "--static", type=Path, metavar="FOLDER", help="write the pages of some latents and exit"
     )
     parser.add_argument(
         "--latents",
         type=int,
         nargs="+",
         metavar="N",
-        help="with --static: these latents (default: those of the report)",
+        help="with --static: latents to write (default: those of the report)",
     )
 
 
@@ -42,7 +46,7 @@ def main(options: argparse.Namespace) -> None:
     from dist_sae.notebook.run import OpenedRun, open_run
 
     if options.latents and not options.static:
-        raise ConfigError("browse: --latents: is for --static; give both")
+        raise ConfigError("browse: --latents: needs --static; give both")
     opened = OpenedRun(run)
     other = open_run(options.compare) if options.compare else None
     if options.static:

@@ -7,7 +7,7 @@ from dist_sae.commands import shared
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    text = "take a run off the cluster; the store keeps everything"
+    text = "remove a run from the cluster; the store keeps everything"
     shared.add_command(commands, "cancel", main, text)
 
 

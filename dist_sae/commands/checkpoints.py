@@ -8,20 +8,26 @@ from dist_sae.commands import shared
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    actions = shared.add_group(commands, "checkpoints", "the checkpoints of a run")
-    shared.add_command(actions, "ls", _ls, "list them")
-    shared.add_command(actions, "verify", _verify, "check every part against its manifest")
-    text = "write one as a file, or let another run begin with it"
+    actions = shared.add_group(
+        commands, "checkpoints", "list, verify or convert a run's checkpoints"
+    )
+    shared.add_command(actions, "ls", _ls, "list the checkpoints")
+    shared.add_command(
+        actions, "verify", _verify, "check every part of every checkpoint against its manifest"
+    )
+    text = "write a checkpoint to a file, or let another run start from it"
     convert = shared.add_command(actions, "convert", _convert, text)
     target = convert.add_mutually_exclusive_group(required=True)
-    target.add_argument("--output", type=Path, help="the safetensors file to write")
+    target.add_argument("--output", type=Path, help="safetensors file to write")
     target.add_argument(
         "--to-run",
         metavar="NEW.yaml",
-        help="the run that is to begin with it; `train` adds the latents it lacks",
+        help="run that will start from it; `train` adds missing latents",
     )
     shared.add_step(convert)
-    convert.add_argument("--moments", action="store_true", help="the optimiser's moments as well")
+    convert.add_argument(
+        "--moments", action="store_true", help="also write the optimizer's moments"
+    )
 
 
 def _ls(options: argparse.Namespace) -> None:
@@ -62,9 +68,7 @@ def _convert(options: argparse.Namespace) -> None:
     from dist_sae.errors import ConfigError
 
     if options.to_run and options.moments:
-        raise ConfigError(
-            "--moments: goes with --output only; a new run begins with its own moments"
-        )
+        raise ConfigError("--moments: needs --output; a new run starts with new moments")
     if options.to_run:
         result = convert_to_run(run, open_run(options.to_run, []), step=options.step)
     else:

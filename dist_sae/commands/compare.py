@@ -21,21 +21,21 @@ _LEAST = 2  # runs
 def add(commands: shared.Commands) -> None:
     """Add the command."""
     parser = shared.add_command(commands, "compare", main, "compare the numbers of several runs")
-    parser.add_argument("others", nargs="*", metavar="RUN", help="the runs to compare with it")
+    parser.add_argument("others", nargs="*", metavar="RUN", help="further runs to compare")
     parser.add_argument(
         "--match",
         action="store_true",
         help="also find which latents of the first run have a near copy in each other run",
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with curves")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write an HTML page with curves")
 
 
 def main(options: argparse.Namespace) -> None:
     """Print the table, and write the files that the options name."""
     name, runs = shared.load_several(options)
     if len(runs) < _LEAST:
-        raise ConfigError(f"{options.run}: is one run; name another one, or a sweep")
+        raise ConfigError(f"{options.run}: is a single run; name another one, or a sweep")
     from dist_sae.comparison.runs import caveats, differing, joint_outcomes, read_compared
 
     compared = read_compared(runs)
@@ -66,7 +66,7 @@ def _write(option: str, path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as exc:
         raise ConfigError(
-            f"{option}: {path}: {exc.strerror}; name a file that can be written"
+            f"{option}: {path}: {exc.strerror}; choose a file that can be written"
         ) from exc
 
 

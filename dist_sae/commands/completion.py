@@ -8,7 +8,7 @@ from dist_sae.commands import shared
 
 _SHELLS = ("bash", "zsh", "fish")
 _BASH = """\
-# eval "$(dist-sae completion bash)", or keep it as a file that the shell reads when it starts
+# eval "$(dist-sae completion bash)", or save it in a file that the shell reads when it starts
 _dist_sae() {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} at=dist-sae word known
     known="COMMANDS"
@@ -37,8 +37,8 @@ autoload -U +X bashcompinit && bashcompinit
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    parser = commands.add_parser("completion", help="print the completion script of a shell")
-    parser.add_argument("shell", choices=_SHELLS)
+    parser = commands.add_parser("completion", help="print the completion script for a shell")
+    parser.add_argument("shell", choices=_SHELLS, help="shell that will run the script")
     parser.set_defaults(command=main)
 
 

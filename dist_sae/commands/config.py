@@ -8,7 +8,9 @@ from dist_sae.commands import shared
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    actions = shared.add_group(commands, "config", "the run file itself")
+    actions = shared.add_group(
+        commands, "config", "print the resolved run file, its schema, or the exported metrics"
+    )
     shared.add_command(actions, "show", _show, "print the resolved run")
     schema = actions.add_parser("schema", help="print the JSON Schema of run files, for editors")
     schema.add_argument("--json", action="store_true", help="print it on one line")

@@ -23,26 +23,28 @@ _SCALES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    text = "forecast memory, bytes, requests, time, cost and risk of a run, before it is made"
+    text = "forecast a run's memory, bytes, requests, time, cost and risks before it starts"
     parser = shared.add_command(commands, "estimate", main, text)
     parser.add_argument(
-        "--rows", type=int, help="rows of the activation set, if its text is not at hand"
+        "--rows", type=int, help="rows in the activation set, if its text is not available here"
     )
     parser.add_argument(
-        "--width", type=int, help="width of every site, if the model is not at hand"
+        "--width", type=int, help="width of every site, if the model is not available here"
     )
     parser.add_argument(
         "--parameters",
         type=float,
-        help="with --width: parameters of the model up to the deepest site, as in 35e9",
+        help="with --width: number of the model's parameters up to the deepest site, such as 35e9",
     )
-    parser.add_argument("--accelerator", metavar="NAME", help="take rates from its data sheet")
+    parser.add_argument(
+        "--accelerator", metavar="NAME", help="accelerator whose data sheet gives the rates"
+    )
     parser.add_argument(
         "--network",
         type=float,
         default=25.0,
         metavar="GB/S",
-        help="that a rank sends to others, with --accelerator",
+        help="network bandwidth per rank, with --accelerator",
     )
     parser.add_argument(
         "--bench",
@@ -50,7 +52,7 @@ def add(commands: shared.Commands) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="what bench step, produce or store printed with --json; may be given several times",
+        help="output of bench step, produce or store --json; may be given several times",
     )
     parser.add_argument(
         "--measure",
@@ -58,25 +60,35 @@ def add(commands: shared.Commands) -> None:
         nargs="?",
         const=_STEPS,
         metavar="STEPS",
-        help="first make a short run like this one here, of so many steps (%(const)s)",
+        help="first do a short version of this run here, of this many steps (default %(const)s)",
     )
     parser.add_argument(
         "--store",
         type=float,
         metavar="GB/S",
-        help="that the store takes from all producers, and gives to all trainers",
+        help="bandwidth of the store, for the reads of all trainers and for the writes of all producers",
     )
     parser.add_argument(
-        "--simulate", action="store_true", help="simulate the run, and what may go wrong"
+        "--simulate", action="store_true", help="also simulate the run and what may go wrong"
     )
     parser.add_argument(
-        "--spot-hours", type=float, default=4.0, help="mean life of a preemptible producer"
+        "--spot-hours",
+        type=float,
+        default=4.0,
+        help="mean life of a preemptible producer, in hours",
     )
-    parser.add_argument("--node-days", type=float, default=30.0, help="mean life of a trainer node")
     parser.add_argument(
-        "--slowdown", type=float, default=5.0, help="of the store, where it is simulated as slow"
+        "--node-days", type=float, default=30.0, help="mean life of a trainer node, in days"
     )
-    parser.add_argument("--prices", type=Path, metavar="FILE", help="prices, for the cost")
+    parser.add_argument(
+        "--slowdown",
+        type=float,
+        default=5.0,
+        help="factor by which the simulated slow store is slower",
+    )
+    parser.add_argument(
+        "--prices", type=Path, metavar="FILE", help="YAML file of prices, to compute the cost"
+    )
 
 
 def main(options: argparse.Namespace) -> None:

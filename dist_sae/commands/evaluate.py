@@ -16,7 +16,7 @@ def add(commands: shared.Commands) -> None:
     parser = shared.add_command(commands, "evaluate", main, "measure a checkpoint on held-out data")
     shared.add_step(parser)
     shared.add_ranks(parser)
-    shared.add_wait(parser, "the last checkpoint and its index, if the run makes one")
+    shared.add_wait(parser, "the last checkpoint and its index, if the run builds one")
 
 
 def main(options: argparse.Namespace) -> int | None:

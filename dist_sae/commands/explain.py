@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from dist_sae.index.query import Index
 
 _COUNTS = (
-    ("--tokens", "tokens of a passage", 32),
+    ("--tokens", "tokens per passage", 32),
     ("--shown", "active passages that the explainer sees", 20),
-    ("--per-decile", "active passages of each decile that are judged", 2),
-    ("--silent", "silent passages that are judged, and as many near misses", 20),
-    ("--at-once", "passages judged in a request", 10),
-    ("--most-tokens", "longest answer, in tokens", 500),
+    ("--per-decile", "active passages to judge per decile", 2),
+    ("--silent", "silent passages to judge, and the same number of near misses", 20),
+    ("--at-once", "passages per judging request", 10),
+    ("--most-tokens", "maximum length of an answer, in tokens", 500),
 )
 """Options that take a positive number, with meaning and default."""
 _SCORE = "mean_balanced_accuracy"
@@ -27,31 +27,34 @@ _SCORE = "mean_balanced_accuracy"
 def add(commands: shared.Commands) -> None:
     """Add the command."""
     text = (
-        "explain latents by a language model, and judge each explanation on passages that it was "
-        "not made from; sends nothing without --endpoint and --yes"
+        "explain latents with a language model, and judge each explanation on passages that it was "
+        "not written from; sends nothing without --endpoint and --yes"
     )
     parser = shared.add_command(commands, "explain", main, text)
     parser.add_argument("--index", metavar="NAME", help="name of the index (default: the newest)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--latents", type=int, nargs="+", metavar="N", help="these (default: those of the report)"
+        "--latents",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="latents to explain (default: those of the report)",
     )
-    which.add_argument("--all", action="store_true", help="all latents that fire")
+    which.add_argument("--all", action="store_true", help="explain all latents that fire")
     which.add_argument(
         "--from-delphi",
         type=Path,
         metavar="FOLDER",
-        help="read what delphi found on an export of the index: a folder of its results; asks "
-        "nobody",
+        help="read delphi's results on an export of the index from this folder; sends no requests",
     )
     shared.add_endpoint(parser)
     parser.add_argument(
-        "--judge", metavar="FILE", help="the endpoint that judges (default: the one that explains)"
+        "--judge", metavar="FILE", help="endpoint that judges (default: the one that explains)"
     )
     parser.add_argument(
         "--name",
         metavar="NAME",
-        help="of this set of explanations (default: after the model, or delphi)",
+        help="name of this set of explanations (default: that of the model, or delphi)",
     )
     for option, what, default in _COUNTS:
         parser.add_argument(
@@ -64,7 +67,7 @@ def main(options: argparse.Namespace) -> None:
     run = shared.load(options)
     for option, _, _ in _COUNTS:
         if getattr(options, option.strip("-").replace("-", "_")) < 1:
-            raise ArgumentError(f"{option}: must be 1 at least")
+            raise ArgumentError(f"{option}: must be at least 1")
     from dist_sae.index.query import Index
     from dist_sae.storage import open_store
 
@@ -130,7 +133,9 @@ def _from_delphi(options: argparse.Namespace, index: "Index") -> dict[str, Any]:
     from dist_sae.explaining.stored import ExplanationSet
 
     if options.endpoint or options.yes or options.judge:
-        raise ConfigError("--from-delphi: asks nobody; leave --endpoint, --judge and --yes out")
+        raise ConfigError(
+            "--from-delphi: sends no requests; leave --endpoint, --judge and --yes out"
+        )
     found = ExplanationSet(index, options.name or LIBRARY)
     read = read_delphi(options.from_delphi, index)
     found.add(made_by_delphi(index), read)

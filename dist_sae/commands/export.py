@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    text = "write a checkpoint in another library's format, by default as SAELens loads it"
+    text = "write a checkpoint in another library's format, by default that of SAELens"
     parser = shared.add_command(commands, "export", main, text)
     shared.add_step(parser)
     parser.add_argument(

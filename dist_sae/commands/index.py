@@ -13,21 +13,21 @@ if TYPE_CHECKING:
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    text = "index what each latent of a trained dictionary does, on all rows"
+    text = "build an index of what each latent of a trained dictionary does on all rows"
     parser = shared.add_command(commands, "index", main, text)
     shared.add_step(parser)
-    parser.add_argument("--worker", help="name of this worker; unique among running ones")
+    parser.add_argument("--worker", help="name of this worker, unique among running workers")
     parser.add_argument(
         "--index",
         type=int,
         default=int(os.environ.get("JOB_COMPLETION_INDEX", "0")),
-        help="number of this worker, below index.workers; needed where the store has no "
+        help="number of this worker, below index.workers; needed if the store has no "
         "conditional writes (default: JOB_COMPLETION_INDEX, else 0)",
     )
     parser.add_argument(
         "--repair",
         action="store_true",
-        help="check every object of the index, and make damaged ones again",
+        help="check every object of the index, and rebuild damaged ones",
     )
     shared.add_ranks(parser)
     shared.add_wait(parser, "the last checkpoint")

@@ -9,22 +9,27 @@ from dist_sae.commands import shared
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    text = "show what latents fire on, by the index that `dist-sae index` makes"
+    text = "show what latents fire on, from the index that `dist-sae index` builds"
     parser = shared.add_command(commands, "latents", main, text)
     parser.add_argument(
         "latents",
         metavar="N",
         nargs="*",
         type=int,
-        help="latents to show; none: a few of the densest, of the rarest, and by chance",
+        help="latents to show (default: some of the densest, some of the rarest, and random ones)",
     )
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--text", help="show the latents that fire on each token of this text")
     asked.add_argument(
-        "--like", type=int, metavar="N", help="show the latents nearest to this one, and coactive"
+        "--like",
+        type=int,
+        metavar="N",
+        help="show the latents nearest to this one, and those often active with it",
     )
-    asked.add_argument("--token", help='show latents whose largest activations are on it: " dog"')
-    asked.add_argument("--regex", help="the same for tokens in which this is found")
+    asked.add_argument(
+        "--token", help='show latents whose largest activations are on this token, such as " dog"'
+    )
+    asked.add_argument("--regex", help="the same, for tokens that match this pattern")
     parser.add_argument("--index", metavar="NAME", help="name of the index (default: the newest)")
 
 

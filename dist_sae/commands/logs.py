@@ -15,12 +15,18 @@ def add(commands: shared.Commands) -> None:
         nargs="?",
         metavar="PODS",
         default="trainer-0",
-        help="planner, producer, trainer, index or reporter; one of them, as trainer-0 (the "
-        "default); or a pod's name",
+        help="all pods of a part (planner, producer, trainer, index or reporter), one of them, "
+        "such as trainer-0 (the default), or a pod's name",
     )
-    parser.add_argument("--follow", "-f", action="store_true", help="until they end")
-    parser.add_argument("--previous", action="store_true", help="logs of the pods before these")
-    parser.add_argument("--tail", type=int, metavar="N", help="only the last N lines of each pod")
+    parser.add_argument(
+        "--follow", "-f", action="store_true", help="follow the logs until the pods end"
+    )
+    parser.add_argument(
+        "--previous", action="store_true", help="print the logs of the pods that these replaced"
+    )
+    parser.add_argument(
+        "--tail", type=int, metavar="N", help="print only the last N lines of each pod"
+    )
 
 
 def main(options: argparse.Namespace) -> None:

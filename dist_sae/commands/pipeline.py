@@ -256,7 +256,8 @@ class Child:
                 EXIT_RESUMABLE,
             )
         last = next(
-            (line.strip() for line in reversed(self._messages) if line.strip()), "it said nothing"
+            (line.strip() for line in reversed(self._messages) if line.strip()),
+            "it printed nothing",
         )
         return ProcessFailedError(f"{self.name}: {last}; its log is {self._log}", EXIT_BUG)
 
@@ -331,7 +332,7 @@ def run_together(
         raise children[blamed[0].child].failure(blamed[0].code)
     if failed:  # they did not end in time after the signal; earlier checkpoints are safe
         names = ", ".join(children[end.child].name for end in failed)
-        raise Stopped(f"{names} did not end in time; start the same command again to continue")
+        raise Stopped(f"{names} did not exit in time; start the same command again to continue")
     if stopping.is_set() or any(end.code for end in ends):
         raise Stopped("everything is saved; start the same command again to continue")
 

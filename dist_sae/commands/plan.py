@@ -9,7 +9,7 @@ from dist_sae.errors import EXIT_RESUMABLE, DistSaeError
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    text = "read the corpus and fix which documents make up which unit"
+    text = "read the corpus and assign its documents to units"
     shared.add_command(commands, "plan", main, text)
 
 

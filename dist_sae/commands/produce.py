@@ -11,12 +11,12 @@ def add(commands: shared.Commands) -> None:
     """Add the command."""
     text = "run the model over units and store their activations"
     parser = shared.add_command(commands, "produce", main, text)
-    parser.add_argument("--worker", help="name of this producer; unique among running ones")
+    parser.add_argument("--worker", help="name of this producer, unique among running producers")
     parser.add_argument(
         "--index",
         type=int,
         default=int(os.environ.get("JOB_COMPLETION_INDEX", "0")),
-        help="number of this producer, below processes.producers; needed where the store has no "
+        help="number of this producer, below processes.producers; needed if the store has no "
         "conditional writes (default: JOB_COMPLETION_INDEX, else 0)",
     )
     shared.add_ranks(parser)

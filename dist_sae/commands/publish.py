@@ -11,28 +11,32 @@ from dist_sae.interop import FORMATS
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    text = "put a checkpoint with a model card on the hub; sends nothing without --yes"
+    text = "upload a checkpoint with a model card to the hub; sends nothing without --yes"
     parser = shared.add_command(commands, "publish", main, text)
-    parser.add_argument("repository", metavar="ORG/NAME", help="repository of models on the hub")
+    parser.add_argument("repository", metavar="ORG/NAME", help="model repository on the hub")
     shared.add_step(parser)
     parser.add_argument(
-        "--format", choices=FORMATS, default=FORMATS[0], help=f"as of export: {', '.join(FORMATS)}"
+        "--format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help=f"format, as in export: {', '.join(FORMATS)}",
     )
     for option, what in (
-        ("--licence", "the dictionary, as the hub names it: apache-2.0"),
+        ("--licence", "the dictionary, by the hub's name, such as apache-2.0"),
         ("--model-licence", "the model"),
         ("--text-licence", "the text"),
     ):
-        parser.add_argument(option, metavar="NAME", help=f"licence of {what} (default: not stated)")
+        parser.add_argument(option, metavar="NAME", help=f"license of {what} (default: not stated)")
     parser.add_argument(
-        "--dry-run", type=Path, metavar="FOLDER", help="write the files to this folder, send none"
+        "--dry-run",
+        type=Path,
+        metavar="FOLDER",
+        help="write the files to this folder, and send nothing",
     )
-    parser.add_argument("--yes", action="store_true", help="send them")
+    parser.add_argument("--yes", action="store_true", help="send the files")
+    parser.add_argument("--public", action="store_true", help="make a new repository public")
     parser.add_argument(
-        "--public", action="store_true", help="make a repository that anybody can read"
-    )
-    parser.add_argument(
-        "--replace", action="store_true", help="also into a repository that has files already"
+        "--replace", action="store_true", help="upload even if the repository already has files"
     )
 
 
@@ -40,7 +44,7 @@ def main(options: argparse.Namespace) -> None:
     """Upload the files or write them to a folder, and print what and where."""
     if bool(options.dry_run) == options.yes:
         raise ConfigError(
-            "nothing is sent yet: look at it with --dry-run FOLDER, then send it with --yes"
+            "nothing was sent; inspect the files with --dry-run FOLDER, then send them with --yes"
         )
     run = shared.load(options)
     from dist_sae.interop import publishing

@@ -12,7 +12,8 @@ def add(commands: shared.Commands) -> None:
     shared.add_command(commands, "render", main, text).add_argument(
         "--only",
         choices=("deepspeed", "kubernetes", "dashboards"),
-        help="kubernetes: as kubectl apply -f - reads it; dashboards: Grafana's",
+        help="print only this part; kubernetes: as input for kubectl apply -f -; dashboards: for "
+        "Grafana",
     )
 
 

@@ -7,7 +7,7 @@ from dist_sae.commands import shared
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    text = "continue a run that was cancelled, failed or is gone"
+    text = "continue a run that was canceled, has failed or was deleted"
     shared.add_ignore_nodes(shared.add_command(commands, "resume", main, text))
 
 

@@ -8,7 +8,7 @@ from dist_sae.commands import shared
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    text = "do everything on this machine: plan, produce, train, index, evaluate, export, report"
+    text = "do a whole run on this machine: plan, produce, train, index, evaluate, export, report"
     shared.add_parent(shared.add_command(commands, "run", main, text))
 
 

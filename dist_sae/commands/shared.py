@@ -29,7 +29,7 @@ Main = Callable[[argparse.Namespace], int | None]
 def add_command(commands: Commands, name: str, main: Main, text: str) -> argparse.ArgumentParser:
     """Add a command that takes a run, and return its parser, so that the caller can add options."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    parser.add_argument("run", metavar="RUN", help="a run file, or a run's folder: a path or URL")
+    parser.add_argument("run", metavar="RUN", help="run file, or a run's folder (path or URL)")
     add_settings(parser)
     parser.set_defaults(command=main)
     return parser
@@ -42,9 +42,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="override a setting: sae.k=64",
+        help="override a setting, for example sae.k=64",
     )
-    parser.add_argument("--job", metavar="NAME", help="one job of a sweep")
+    parser.add_argument("--job", metavar="NAME", help="use only this job of a sweep")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
@@ -61,13 +61,15 @@ def add_step(parser: argparse.ArgumentParser) -> None:
 
 def add_ranks(parser: argparse.ArgumentParser) -> None:
     """Add the options of programs that run as several ranks."""
-    parser.add_argument("--port-offset", type=int, default=0, help="added to telemetry.port")
+    parser.add_argument(
+        "--port-offset", type=int, default=0, help="number to add to telemetry.port"
+    )
     parser.add_argument(
         "--local-ranks",
         type=int,
         default=0,
         metavar="N",
-        help="start N ranks here, those of node JOB_COMPLETION_INDEX (pods use it)",
+        help="start N ranks here, those of node JOB_COMPLETION_INDEX (used by pods)",
     )
 
 
@@ -81,15 +83,15 @@ def add_endpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--endpoint",
         metavar="FILE",
-        help="a YAML file with url and model of an OpenAI-compatible endpoint, and perhaps "
-        "tokenizer, input_price, output_price, concurrency, parameters; the key is in "
-        "OPENAI_API_KEY, or the variable that key_variable names",
+        help="YAML file with url and model of an OpenAI-compatible endpoint, and optionally "
+        "tokenizer, input_price, output_price, concurrency, parameters; the API key is read from "
+        "OPENAI_API_KEY, or from the variable that key_variable names",
     )
     parser.add_argument(
         "--yes",
         action="store_true",
-        help="send the requests; without it their number, tokens and price are told, and nothing "
-        "is sent",
+        help="send the requests; without it, only an estimate of their number, tokens and price is "
+        "printed",
     )
 
 
@@ -110,7 +112,9 @@ def open_endpoint(options: argparse.Namespace, run: "Run", file: str | None = No
 
     file = file or options.endpoint
     if file is None:
-        raise ConfigError("--endpoint: name the file of an endpoint, with its url and model")
+        raise ConfigError(
+            "--endpoint: missing; give a YAML file with the url and model of an endpoint"
+        )
     store = open_store(run.store.runs, run.store.s3)
     return Endpoint(read_endpoint(file), store, f"{run.name}/answers")
 
@@ -150,7 +154,7 @@ def add_ignore_nodes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ignore-nodes",
         action="store_true",
-        help="even if its pods are too large for every present node",
+        help="submit even if the pods fit on no current node",
     )
 
 
@@ -167,7 +171,7 @@ def load_run_or_sweep(options: argparse.Namespace) -> "Run":
     if options.job is None:
         return run
     if run.sweep is None:
-        raise ConfigError(f"--job {options.job}: {options.run} is no sweep; leave it out")
+        raise ConfigError(f"--job {options.job}: {options.run} is not a sweep; leave --job out")
     names = list(run.sweep.overrides())
     if options.job not in names:
         raise ConfigError(f"--job {options.job}: {options.run} has the jobs {', '.join(names)}")

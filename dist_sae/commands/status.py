@@ -14,9 +14,9 @@ _REFRESH_SECONDS = 3.0
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    text = "show pods, store and metrics of a run in one view"
+    text = "show a run's pods, store and metrics in one view"
     parser = shared.add_command(commands, "status", main, text)
-    parser.add_argument("--watch", action="store_true", help="until Ctrl-C")
+    parser.add_argument("--watch", action="store_true", help="refresh the view until Ctrl-C")
 
 
 def main(options: argparse.Namespace) -> None:

@@ -7,26 +7,28 @@ from dist_sae.commands import shared
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    actions = shared.add_group(commands, "store", "the activation set")
+    actions = shared.add_group(commands, "store", "list, verify or clean up the activation set")
     verify = shared.add_command(
         actions, "verify", _verify, "check every object against its manifest"
     )
-    verify.add_argument("--text", action="store_true", help="compare rows with the corpus as well")
+    verify.add_argument("--text", action="store_true", help="also compare rows with the corpus")
     shared.add_command(
-        actions, "ls", _ls, "list its units, its producers and the runs that read it"
+        actions, "ls", _ls, "list the units of the set, its producers and the runs that read it"
     )
-    text = "list one site's shards, as webdataset reads them"
+    text = "list the URLs of one site's shards, for webdataset"
     urls = shared.add_command(actions, "urls", _urls, text)
-    urls.add_argument("--site", help="default: train.site")
-    urls.add_argument("--heldout", action="store_true", help="the held-out units' instead")
-    text = "list shards that no manifest names: dead producers leave them"
+    urls.add_argument("--site", help="site whose shards are listed; default: train.site")
+    urls.add_argument(
+        "--heldout", action="store_true", help="list the shards of the held-out units instead"
+    )
+    text = "list shards that no manifest names, which dead producers leave behind"
     gc = shared.add_command(actions, "gc", _gc, text)
-    gc.add_argument("--delete", action="store_true", help="delete them as well")
+    gc.add_argument("--delete", action="store_true", help="also delete them")
     gc.add_argument(
         "--hours",
         type=float,
         default=24.0,
-        help="leave younger shards alone: a producer may not have finished (default 24)",
+        help="skip younger shards, whose producer may not have finished (default 24)",
     )
 
 
@@ -38,7 +40,7 @@ def _verify(options: argparse.Namespace) -> None:
     shared.print_result(options, found)
     shared.raise_if_bad(
         run.store.activations,
-        f"{found['bad']} of {found['objects']} objects are bad; "
+        f"{found['bad']} of {found['objects']} objects are damaged; "
         f"delete the manifests (units/) of their units and produce them again",
         [f"{key}: {fault}" for key, fault in found["bad_objects"].items()],
     )

@@ -7,12 +7,12 @@ from dist_sae.commands import shared
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    parser = shared.add_command(commands, "submit", main, "bring the run to a Kubernetes cluster")
+    parser = shared.add_command(commands, "submit", main, "start a run on a Kubernetes cluster")
     parser.add_argument("--dry-run", action="store_true", help="only show what would change")
     parser.add_argument(
         "--replace",
         action="store_true",
-        help="if it runs with other settings: let its pods save and end, then start new ones",
+        help="if it runs with other settings, let its pods save and exit, then start new ones",
     )
     shared.add_ignore_nodes(parser)
 

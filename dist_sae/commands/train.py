@@ -19,7 +19,7 @@ _LEAST_STEPS = 20
 def add(commands: shared.Commands) -> None:
     """Add the command."""
     parser = shared.add_command(
-        commands, "train", main, "train, as the rank that RANK and WORLD_SIZE name"
+        commands, "train", main, "train as the rank given by RANK and WORLD_SIZE"
     )
     shared.add_parent(parser)
     shared.add_ranks(parser)
@@ -30,8 +30,8 @@ def add(commands: shared.Commands) -> None:
         nargs="?",
         const=300,
         metavar="STEPS",
-        help="instead, try nine learning rates around the run's for so many steps each (300), and "
-        "print what came of them",
+        help="instead, try nine learning rates around the run's for this many steps each (default "
+        "%(const)s), and print the results",
     )
 
 
@@ -102,7 +102,9 @@ def main(options: argparse.Namespace) -> int | None:
                 if n < world:  # only this group failed; the others continue
                     watch.done(wait=True)
                     if stopping.is_set():
-                        raise Stopped("stopped with others; start again to continue") from None
+                        raise Stopped(
+                            "stopped together with the other groups; start again to continue"
+                        ) from None
                 if options.find_lr is None:
                     raise
                 result = {}  # a rate that diverges is a result
@@ -119,7 +121,9 @@ def _lr_sweep(options: argparse.Namespace, run: "Run") -> "Run":
     if run.sweep:
         raise ConfigError("--find-lr: is for one dictionary; name a job of the sweep with --job")
     if options.find_lr < _LEAST_STEPS:
-        raise ConfigError(f"--find-lr: {options.find_lr} steps are too few; give {_LEAST_STEPS}")
+        raise ConfigError(
+            f"--find-lr: {options.find_lr} steps are too few; use at least {_LEAST_STEPS}"
+        )
     return lr_sweep(run, options.find_lr)
 
 

@@ -67,13 +67,13 @@ def _check_store_url(url: str) -> str:
             f"unknown scheme {scheme!r}: use s3://bucket/prefix, file:///path or a path"
         )
     if separator and scheme == "s3" and not rest.partition("/")[0]:
-        raise ValueError(f"{url} names no bucket: use s3://bucket/prefix")
+        raise ValueError(f"{url} has no bucket: use s3://bucket/prefix")
     if separator and scheme == "file" and not rest.startswith("/"):
         raise ValueError(f"{url} contains a host: use file:///path, with three slashes")
     if os.path.expanduser(url).startswith("~"):
         raise ValueError(f"{url} begins with the home folder of an unknown user")
     if url.rstrip("/") in ("", "file:"):
-        raise ValueError("is the root of the file system: name a folder in it")
+        raise ValueError("is the root of the file system: use a folder in it")
     return url.rstrip("/")
 
 

@@ -22,7 +22,10 @@ class CrossLayerConfig(DictionaryConfig):
 
     def sites_problem(self, reads: Sequence[str], writes: Sequence[str]) -> str | None:
         if len(reads) != len(writes):
-            return f"{len(reads)} sites are read and {len(writes)} written; name as many"
+            return (
+                f"{len(reads)} sites are read and {len(writes)} written; name the same number of "
+                f"each"
+            )
         for sites in (reads, writes):
             if any(layer_of(one) >= layer_of(other) for one, other in pairwise(sites)):
                 return f"{', '.join(sites)}: name each layer once, in the order of the layers"
@@ -51,7 +54,8 @@ class CrossLayerConfig(DictionaryConfig):
         return (
             "n_latents",
             f"{self.n_latents} is not a multiple of processes.latent_shards ({shards}) times the "
-            f"number of sae.reads ({self.layers}): a shard holds as many latents of each",
+            f"number of sae.reads ({self.layers}): each shard needs the same number of latents per "
+            f"layer",
         )
 
     def parent_problem(self, parent: Mapping[str, Any]) -> str | None:

@@ -6,11 +6,12 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from dist_sae.config.base import Section, Shape
 
-_ENDS = "with a letter or a digit first and last"
+_ENDS = "and start and end with a letter or a digit"
 Quantity = Annotated[
     str,
     Shape(
-        r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", "write a number and a unit, as in 16Gi"
+        r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$",
+        "write a number and a unit, such as 16Gi",
     ),
 ]
 """An amount of memory or disk in Kubernetes' notation, such as 16Gi."""
@@ -18,21 +19,21 @@ DnsLabel = Annotated[
     str,
     Shape(
         r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$",
-        f"use lower-case letters, digits and '-', at most 63 of them, {_ENDS}",
+        f"use at most 63 lower-case letters, digits and '-', {_ENDS}",
     ),
 ]
 Name = Annotated[
     str,
     Shape(
         r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$",
-        f"use lower-case letters, digits, '-' and '.', at most 253 of them, {_ENDS}",
+        f"use at most 253 lower-case letters, digits, '-' and '.', {_ENDS}",
     ),
 ]
 LabelKey = Annotated[
     str,
     Shape(
         r"^([a-z0-9][a-z0-9.-]*/)?[A-Za-z0-9][\w.-]{0,62}$",
-        "write it as Kubernetes does: name or domain/name, as in nvidia.com/gpu",
+        "write it as Kubernetes does: name or domain/name, such as nvidia.com/gpu",
     ),
 ]
 Image = Annotated[
@@ -49,7 +50,9 @@ def kubernetes_name(name: str) -> str:
 VolumeKind = Literal["csi", "ephemeral", "hostPath", "image", "nfs", "persistentVolumeClaim"]
 TemplateKey = Annotated[
     str,
-    Shape(r"^(metadata|spec)$", "a pod template has metadata and spec, and other keys are in them"),
+    Shape(
+        r"^(metadata|spec)$", "use metadata or spec, which contain all other keys of a pod template"
+    ),
 ]
 
 

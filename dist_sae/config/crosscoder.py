@@ -37,7 +37,7 @@ class CrosscoderBaseConfig(DictionaryConfig):
             return None
         return (
             f"shared_latents: {self.shared_latents} cannot start from the weights of "
-            f"{parent['shared_latents']}, since other latents would be shared; use the same"
+            f"{parent['shared_latents']}, since other latents would be shared; use the same value"
         )
 
 

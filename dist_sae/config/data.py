@@ -98,7 +98,7 @@ ModelPath = Annotated[str, AfterValidator(_check_model_path)]
 
 def _check_revision(path: str, revision: str | None) -> None:
     if revision is not None and path.startswith("s3://"):
-        raise ValueError(f"revision: {revision}: a folder of a store has none; remove it")
+        raise ValueError(f"revision: {revision}: a folder in a store has no revision; remove it")
 
 
 class S3Config(Section):

@@ -10,8 +10,8 @@ IndexName = Annotated[
     str,
     Shape(
         r"^[a-z0-9]([a-z0-9.-]{0,50}[a-z0-9])?$",
-        "use lower-case letters, digits, '-' and '.', at most 52 of them, with a letter or a digit "
-        "first and last",
+        "use at most 52 lower-case letters, digits, '-' and '.', and start and end with a letter "
+        "or a digit",
     ),
 ]
 

@@ -219,7 +219,9 @@ def parse_run(text: str, origin: str) -> dict[str, Any]:
         problem = getattr(exc, "problem", None) or str(exc).splitlines()[0]
         raise ConfigError(f"{origin}{place}: not valid YAML: {problem}") from exc
     if not isinstance(data, dict):
-        raise ConfigError(f"{origin}: must hold a mapping with keys {', '.join(Run.model_fields)}")
+        raise ConfigError(
+            f"{origin}: must contain a mapping with the keys {', '.join(Run.model_fields)}"
+        )
     return data
 
 

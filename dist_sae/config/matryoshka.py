@@ -65,14 +65,16 @@ class MatryoshkaConfig(BatchSelectionConfig):
             return None
         return (
             "prefixes",
-            f"{bad[0]} latents are not a multiple of processes.latent_shards ({shards}): every "
-            f"shard has the same part of a prefix",
+            f"{bad[0]} latents are not a multiple of processes.latent_shards ({shards}): each "
+            f"shard needs an equal part of every prefix",
         )
 
     def parent_problem(self, parent: Mapping[str, Any]) -> str | None:
         if MatryoshkaConfig.model_validate(parent).prefix_pattern == self.prefix_pattern:
             return None
-        return "prefixes: must be the same shares of n_latents, or latents would change theirs"
+        return (
+            "prefixes: must be the same shares of n_latents, or latents would change their prefix"
+        )
 
     @model_validator(mode="after")
     def _prefixes_fit(self) -> Self:
@@ -81,17 +83,17 @@ class MatryoshkaConfig(BatchSelectionConfig):
             if not math.isclose(latents, round(latents), rel_tol=1e-9):
                 raise ValueError(
                     f"prefixes: {prefix:g} of n_latents ({self.n_latents}) is {latents:g} latents; "
-                    f"give shares that are whole numbers of them, or numbers of latents"
+                    f"give shares that make whole numbers, or numbers of latents"
                 )
         widths = self.prefix_widths
         if any(one >= other for one, other in pairwise(widths)):
             raise ValueError(
-                f"prefixes: {', '.join(map(str, widths))} latents do not ascend to n_latents "
+                f"prefixes: {', '.join(map(str, widths))} latents do not increase up to n_latents "
                 f"({self.n_latents})"
             )
         if self.prefix_weights is not None and len(self.prefix_weights) != len(widths):
             raise ValueError(
-                f"prefix_weights: {len(self.prefix_weights)} for {len(widths)} prefixes, the whole "
-                f"dictionary included"
+                f"prefix_weights: {len(self.prefix_weights)} given for {len(widths)} prefixes, "
+                f"including the whole dictionary"
             )
         return self

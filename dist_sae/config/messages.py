@@ -91,7 +91,7 @@ def _explain(error: ErrorDetails, root: type[Section]) -> Iterator[str]:
             hint = f"did you mean {close[0]}?" if close else f"give one of {', '.join(known)}"
             yield f"{dotted}.kind: unknown kind {kind}; {hint}"
         case "model_type" | "model_attributes_type":
-            yield f"{dotted}: must be a section with keys of its own (got {error['input']!r})"
+            yield f"{dotted}: must be a section with its own keys (got {error['input']!r})"
         case "value_error" if not path:  # from the check across sections, whose lines contain paths
             yield from message.splitlines()
         case "value_error":
@@ -110,7 +110,7 @@ def _hint(path: Sequence[str], known: Sequence[str], root: type[Section]) -> str
         unit = f" ({_UNITS[key]})" if key in _UNITS else ""
         hint = f"did you mean {meant if place == section else OTHER_NAMES[key]}{unit}?"
         elsewhere = place == section and meant not in known
-        return hint + f" it is of kind {', '.join(places[meant][place])}" * elsewhere
+        return hint + f" it is a key of kind {', '.join(places[meant][place])}" * elsewhere
     if close := difflib.get_close_matches(key, known, n=1):
         return f"did you mean {close[0]}?"
     if kinds := places.get(key, {}).get(section):

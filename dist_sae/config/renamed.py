@@ -40,7 +40,7 @@ def with_new_names(data: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(target, Mapping):
             continue  # validation reports it
         if new_key in target:
-            problems.append(f"{old}: is called {new} now, which is given too; leave {old} out")
+            problems.append(f"{old}: was renamed to {new}, which is also given; leave {old} out")
         renamed[section] = {name: value for name, value in there.items() if name != key}
         target = renamed[section] if section == new_section else target
         renamed[new_section] = {**target, new_key: there[key]}
@@ -57,4 +57,4 @@ def warn_renamed(old: str, origin: str) -> None:
     """
     if old in RENAMED and old not in warned and not is_supervised():  # its parent has warned
         warned.add(old)
-        logger.warning("%s: %s is called %s now", origin, old, RENAMED[old])
+        logger.warning("%s: %s was renamed to %s", origin, old, RENAMED[old])

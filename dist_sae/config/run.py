@@ -38,8 +38,8 @@ RunName = Annotated[
     str,
     Shape(
         r"^[a-z0-9]([a-z0-9.-]{0,50}[a-z0-9])?$",
-        "use lower-case letters, digits, '-' and '.', at most 52 of them, with a letter or a digit "
-        "first and last",
+        "use at most 52 lower-case letters, digits, '-' and '.', and start and end with a letter "
+        "or a digit",
     ),
 ]
 
@@ -142,7 +142,9 @@ class Run(Section):
             ConfigError: `train.rows` is `all`, which only `Plan.resolve` can turn into a number.
         """
         if self.train.rows == "all":
-            raise ConfigError("train.rows: all is not known before there is a plan; run plan first")
+            raise ConfigError(
+                "train.rows: all is not known before there is a plan; run `dist-sae plan` first"
+            )
         return self.train.rows
 
     @property
@@ -215,8 +217,8 @@ class Run(Section):
             wanted = self.sae.init_rows
             yield (
                 "sae.init",
-                f"data needs {wanted} rows, a latent each, more than train.rows "
-                f"({self.train.rows}); train on more, lower sae.n_latents, or set random",
+                f"data needs {wanted} rows, one per latent, which is more than train.rows "
+                f"({self.train.rows}); train on more rows, lower sae.n_latents, or use random",
             )
 
     def ahead_problem(
@@ -238,8 +240,8 @@ class Run(Section):
         if ahead >= least:
             return None
         return (
-            f"{ahead} would stop the run: its streams' windows and its first "
-            f"{rows + self.rows_ahead} rows hold {least} units at once; use {least} or more"
+            f"{ahead} would block the run: its streams' windows and its first "
+            f"{rows + self.rows_ahead} rows need {least} units at once; use {least} or more"
         )
 
     def least_ahead(self, rows: int, first_windows: int, unit_rows: Iterable[int]) -> int:
@@ -296,7 +298,7 @@ class Run(Section):
         if site is None and self.sae.reads is None and len(there) > 1:
             yield "train.site", f"missing; activations.sites has several: {sites}"
         if site is not None and self.sae.reads is not None:
-            yield "train.site", "sae.reads names the sites already; leave one of them out"
+            yield "train.site", "sae.reads already names the sites; leave one of them out"
         named = {"train.site": (site,), "sae.reads": self.sae.reads, "sae.writes": self.sae.writes}
         for key, values in named.items():
             for value in dict.fromkeys(values or ()):
@@ -310,7 +312,7 @@ class Run(Section):
     def _disagreements(self) -> Iterator[tuple[str, str]]:
         train, activations, processes = self.train, self.activations, self.processes
         if train.parent and train.parent.run == self.name:
-            yield "train.parent.run", f"{self.name} is this run; give it a name of its own"
+            yield "train.parent.run", f"{self.name} is this run itself; give this run another name"
         if train.keep_best and not train.heldout_rows:
             yield "train.keep_best", "needs train.heldout_rows to tell which checkpoint is best"
         if train.heldout_rows and not activations.heldout_share:
@@ -346,7 +348,7 @@ class Run(Section):
         of_other = [site for site in activations.sites if "@" in site]
         other = self.model.other if self.model.kind == "huggingface" else None
         if of_other and other is None:
-            yield "activations.sites", f"{of_other[0]} is a site of model.other, which is not given"
+            yield "activations.sites", f"{of_other[0]} is a site of model.other, which is not set"
         if other and not of_other:
             yield (
                 "model.other",

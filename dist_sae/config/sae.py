@@ -99,7 +99,7 @@ class RoutedConfig(BatchSelectionConfig):
         return (
             "experts",
             f"{self.experts} is not a multiple of processes.latent_shards ({shards}): "
-            f"a shard holds whole experts",
+            f"each shard needs whole experts",
         )
 
     def parent_problem(self, parent: Mapping[str, Any]) -> str | None:
@@ -129,7 +129,9 @@ class RoutedConfig(BatchSelectionConfig):
                     f"({self.experts_per_row})"
                 )
             if value is not None and value > met:
-                raise ValueError(f"{name} ({value}) must not exceed the {met} latents a row meets")
+                raise ValueError(
+                    f"{name} ({value}) must not exceed the {met} latents of a row's experts"
+                )
         return self
 
 

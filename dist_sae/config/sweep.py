@@ -12,9 +12,9 @@ from dist_sae.config.renamed import RENAMED
 
 _SHARED = {
     "train.batch_rows": "all jobs read the same batches",
-    "train.max_passes": "all jobs read one stream, which goes over the data as often for each",
+    "train.max_passes": "all jobs read one stream, with the same number of passes",
     "train.normaliser_rows": "activations are normalised once for all jobs",
-    "train.parent": "all jobs begin at one place in the stream",
+    "train.parent": "all jobs start at the same place in the stream",
 }
 """Keys that jobs cannot set, and why."""
 _OWN = ("sae.", "train.", "processes.latent_shards")
@@ -27,11 +27,11 @@ def _check_key(key: str) -> str:
         if f"{dotted}.".startswith(f"{shared}."):
             raise ValueError(f"{key} is the same for all jobs: {why}")
     if dotted == "train":
-        raise ValueError("a job names each key of train that it changes, such as train.lr")
+        raise ValueError("set individual keys of train, such as train.lr")
     if dotted != "sae" and not dotted.startswith(_OWN):
         raise ValueError(
             f"{key} is the same for all jobs; they may differ in sae, sae.*, train.* and "
-            f"processes.latent_shards, and anything else needs a run file of its own"
+            f"processes.latent_shards, and anything else needs a separate run file"
         )
     return dotted
 
@@ -55,21 +55,23 @@ def _progression(
         (plus > 0 and times == 1) or (times > 1 and plus == 0 and first > 0)
     )
     if unknown or not grows or last < first:
-        raise ValueError("a range needs first, a last that is not below it, and plus or times")
+        raise ValueError(
+            "a range needs first, a last that is not below it, and either plus or times"
+        )
     value, almost = first, 1 + 1e-9  # tolerance, so that rounding does not lose the last value
     for _ in range(_MOST_JOBS):
         if value > last * almost:
             return
         yield value
         value = value * times + plus
-    raise ValueError(f"a range of more than {_MOST_JOBS} values")
+    raise ValueError(f"the range has more than {_MOST_JOBS} values")
 
 
 JobName = Annotated[
     str,
     Shape(
         r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$",
-        "use lower-case letters, digits, '-' and '.', with a letter or a digit first and last",
+        "use lower-case letters, digits, '-' and '.', and start and end with a letter or a digit",
     ),
 ]
 Key = Annotated[str, AfterValidator(_check_key)]
@@ -111,14 +113,16 @@ class SweepConfig(Section):
     @model_validator(mode="after")
     def _is_sound(self) -> Self:
         if not self.jobs and not self.over:
-            raise ValueError("names no job: give jobs, or values of keys in over")
+            raise ValueError("no jobs: set jobs or over")
         if twice := sorted({key for own in self.jobs.values() for key in own} & self.over.keys()):
-            raise ValueError(f"{twice[0]} is in jobs and in over; leave one of them out")
+            raise ValueError(f"{twice[0]} is in both jobs and over; leave one of them out")
         names = [name for name, _ in self._named()]
         if len(names) > _MOST_JOBS:
-            raise ValueError(f"{len(names)} jobs; train {_MOST_JOBS} at most in a sweep")
+            raise ValueError(
+                f"{len(names)} jobs are too many; a sweep can have at most {_MOST_JOBS}"
+            )
         if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-            raise ValueError(f"two jobs are named {twice[0]}; leave one out or rename it")
+            raise ValueError(f"two jobs are named {twice[0]}; remove or rename one of them")
         return self
 
 

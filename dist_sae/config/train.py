@@ -15,7 +15,8 @@ NeuronpediaName = Annotated[
     str,
     Shape(
         r"^[a-z0-9]([a-z0-9._-]{0,120}[a-z0-9])?$",
-        "use lower-case letters, digits, '-', '_' and '.', with a letter or a digit first and last",
+        "use lower-case letters, digits, '-', '_' and '.', and start and end with a letter or a "
+        "digit",
     ),
 ]
 

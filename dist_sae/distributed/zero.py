@@ -88,8 +88,7 @@ def _section(given: Mapping[str, Any], key: str, prefix: str = "") -> Mapping[st
         return {}
     if not isinstance(section, Mapping):
         raise ConfigError(
-            f"train.deepspeed.{prefix}{key}: must be a section with keys of its own "
-            f"(got {section!r})"
+            f"train.deepspeed.{prefix}{key}: must be a section with its own keys (got {section!r})"
         )
     return section
 

@@ -175,7 +175,7 @@ class RawDictionary(nn.Module):
         if self.sae.config.has_skip:
             if x is None:
                 raise ArgumentError(
-                    "the dictionary has a linear skip: give decode the activations as well"
+                    "the dictionary has a linear skip, so decode also needs the activations x"
                 )
             x = self._inputs(x)
             offset = self.sae.offset(x.reshape(-1, self.d_in) * self.read_scales)
@@ -334,7 +334,8 @@ class RawDictionary(nn.Module):
         """
         if len(self.writes) > 1:
             raise ArgumentError(
-                f"the dictionary writes {', '.join(self.writes)}: models are changed at one site"
+                f"the dictionary writes {', '.join(self.writes)}, but a model can be changed "
+                f"at one site only"
             )
         return self.writes[0]
 
@@ -349,7 +350,8 @@ class RawDictionary(nn.Module):
             return self._tensor(x, self.d_in, "activations")
         if missing := [site for site in self.reads if site not in x]:
             raise ArgumentError(
-                f"activations: none of {missing[0]}; the dictionary reads {', '.join(self.reads)}"
+                f"activations: {missing[0]} is missing; the dictionary reads "
+                f"{', '.join(self.reads)}"
             )
         widths = self._widths(*self.reads).items()
         parts = [self._tensor(x[site], width, f"activations at {site}") for site, width in widths]
@@ -368,4 +370,6 @@ class RawDictionary(nn.Module):
 
 
 def _wrong_width(what: str, found: int, wanted: int) -> ArgumentError:
-    return ArgumentError(f"{what} are {found} wide, the dictionary takes {wanted}: [..., {wanted}]")
+    return ArgumentError(
+        f"{what} have width {found}, but the dictionary takes {wanted}: [..., {wanted}]"
+    )

@@ -55,7 +55,7 @@ class OpenedIndex(Index):
             CorruptObjectError: A table is damaged.
         """
         if (token is None) == (regex is None):
-            raise ArgumentError("search: give a token or a regex")
+            raise ArgumentError("search: give either a token or a regex")
         tokenizer = self._tokenizer()
         if token is not None:
             return search(self, is_token(tokenizer, token))[:top]

@@ -77,12 +77,12 @@ def find_units(
     name = "held-out" if heldout else "training"
     if not found:
         raise UnitMissingError(
-            f"{store.url}: none of {len(part)} {name} units is there ({below} deleted after use); "
+            f"{store.url}: none of {len(part)} {name} units exist ({below} deleted after use); "
             f"run `dist-sae produce`"
         )
     if len(found) < len(part):
         logger.warning(
-            "%s: %d of %d %s units are read: %d were deleted after use, %d are not produced yet",
+            "%s: reading %d of %d %s units: %d were deleted after use, %d are not produced yet",
             store.url,
             len(found),
             len(part),
@@ -149,7 +149,7 @@ def _check_kept(activations: ActivationSet, unit: int) -> None:
     if unit < below:
         raise DataExhaustedError(
             f"{activations.store.url}: the rows of unit {unit} were deleted after use "
-            f"(store.retention: delete_consumed); units from {below} on are there"
+            f"(store.retention: delete_consumed); units from {below} on still exist"
         )
 
 

@@ -170,7 +170,7 @@ class OpenedRun:
         for each in sites:
             if each not in self._plan.sites:
                 there = ", ".join(self._plan.sites)
-                raise ArgumentError(f"site {each}: {self._store.url} has {there}")
+                raise ArgumentError(f"site {each}: {self._store.url} has only {there}")
         for name, number in (("batch_rows", batch_rows), ("limit", limit)):
             if number is not None and number < 1:
                 raise ArgumentError(f"{name}: {number} is not a positive number")

@@ -33,7 +33,7 @@ class TokenMask:
             positions.dtype != torch.bool or positions.dim() not in (1, 2)
         ):
             raise ArgumentError(
-                f"positions: give a mask of booleans, [seq] or [batch, seq], not "
+                f"positions: give a boolean mask, [seq] or [batch, seq], not "
                 f"{positions.dtype} of shape {list(positions.shape)}"
             )
         self.positions = None if positions is None else positions.view(-1, positions.shape[-1])
@@ -49,7 +49,7 @@ class TokenMask:
         past = kwargs.get("past_key_values")
         if kwargs.get("cache_params") is not None:
             raise ArgumentError(
-                "positions: this model's state does not tell how many tokens came before; "
+                "positions: this model's state does not show how many tokens came before; "
                 "generate with use_cache=False"
             )
         self._before = 0 if past is None else int(past.get_seq_length())
@@ -96,14 +96,15 @@ def edit_activations(
     """
     if not hasattr(getattr(model, "config", None), "get_text_config"):
         raise ArgumentError(
-            f"model: {type(model).__name__} is not a transformers model; give one, as run.model()"
+            f"model: {type(model).__name__} is not a transformers model; use one, such as "
+            f"run.model()"
         )
     for each, wanted in widths.items():
         place(model, each)
         if width(model, each) != wanted:
             raise ArgumentError(
-                f"model: its activations at {each} are {width(model, each)} wide, the dictionary "
-                f"takes {wanted}; give the model that the run was trained on"
+                f"model: its activations at {each} have width {width(model, each)}, but the "
+                f"dictionary takes {wanted}; use the model that the run was trained on"
             )
     read: dict[str, Tensor] = {}
 
@@ -115,7 +116,9 @@ def edit_activations(
         if here != site:
             return acts
         if later := widths.keys() - read.keys():
-            raise ArgumentError(f"model: it reaches {min(later)}, which is read, after {site}")
+            raise ArgumentError(
+                f"model: it computes {min(later)}, which is read, only after {site}"
+            )
         delta = torch.zeros(acts.shape, dtype=torch.float32, device=acts.device)
         delta[mask] = change(read).expand(read[site].shape).to(delta)
         read.clear()

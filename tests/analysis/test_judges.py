@@ -200,7 +200,7 @@ def test_what_cannot_be_asked_is_one_line(
 ) -> None:
     place = f"{run.store.runs}/{run.name}"
     assert main(["analyse", "sensitivity", place, "--ask", "3=llm:rivers"]) == 2
-    assert "--endpoint: name the file of an endpoint" in capsys.readouterr().err
+    assert "--endpoint: missing; give a YAML file" in capsys.readouterr().err
     code, _, errors = asked(capsys, run, server, tmp_path, "--ask", "3=llm: ")
     assert code == 2
     assert "describe the concept" in errors

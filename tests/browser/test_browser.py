@@ -366,7 +366,7 @@ def test_runs_that_cannot_be_browsed_or_compared_get_one_line(
             "language writes resid_post.1 and elsewhere writes attn_out.0: latents can be matched "
             "where both write the same sites",
         ),
-        ([place(run), "--latents", "5"], "--latents: is for --static; give both"),
+        ([place(run), "--latents", "5"], "--latents: needs --static; give both"),
         ([place(run), "--static", "/dev/null/a"], "--static: /dev/null/a: Not a directory"),
         ([place(run), "--static", str(tmp_path / "a"), "--latents", "64"], "latent 64: "),
     ):

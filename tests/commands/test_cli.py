@@ -276,7 +276,7 @@ def test_store_verify_names_every_bad_object(
     assert result["bad"] == 5
     assert result["bad_objects"].keys() == bad.keys()
     lines = [line for line in said.err.splitlines() if line.startswith("error: ")]
-    assert lines[0].startswith(f"error: {store}: 5 of 8 objects are bad; delete the manif")
+    assert lines[0].startswith(f"error: {store}: 5 of 8 objects are damaged; delete the")
     for line, (key, fault) in zip(lines[1:], bad.items(), strict=True):
         assert line.startswith(f"error: {key}: {fault}")
 

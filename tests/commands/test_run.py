@@ -136,7 +136,9 @@ def test_a_command_for_one_run_asks_which_job_of_a_sweep(tmp_path: Path) -> None
     assert f"{path}: is a sweep; name a job with --job: k2, k4" in run("latents", path, code=2)
     assert f"--job b: {path} has the jobs k2, k4" in run("evaluate", path, "--job", "b", code=2)
     alone = str(write_run(tmp_path))
-    assert f"--job b: {alone} is no sweep; leave it out" in run("plan", alone, "--job", "b", code=2)
+    assert f"--job b: {alone} is not a sweep; leave --job out" in run(
+        "plan", alone, "--job", "b", code=2
+    )
 
 
 NO_COMPILER = """

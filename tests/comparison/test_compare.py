@@ -197,7 +197,8 @@ def test_a_file_that_cannot_be_written_is_named(
         path = tmp_path / "missing" / "file"
         said = compare(capsys, folder(first), folder(first), option, str(path), code=2)
         assert said == (
-            f"error: {option}: {path}: No such file or directory; name a file that can be written\n"
+            f"error: {option}: {path}: No such file or directory; choose a file that can be "
+            "written\n"
         )
 
 

@@ -10,7 +10,7 @@ from dist_sae.errors import ConfigError
 from tests.runs import TINY, write_run
 
 KINDS = "crosscoder_relu, jumprelu, jumprelu_tanh, relu, gated, clt_jumprelu"
-ENDS = "with a letter or a digit first and last"
+ENDS = "and start and end with a letter or a digit"
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ ENDS = "with a letter or a digit first and last"
         ("hook_name=x", "hook_name: unknown key; did you mean activations.sites?"),
         (
             "sae.l1_coefficient=1",
-            f"sae.l1_coefficient: unknown key; did you mean sparsity? it is of kind {KINDS}",
+            f"sae.l1_coefficient: unknown key; did you mean sparsity? it is a key of kind {KINDS}",
         ),
         # of another kind or section
         ("sae.sparsity=1", f"sae.sparsity: unknown key; it is a key of kind {KINDS}"),
@@ -39,17 +39,16 @@ ENDS = "with a letter or a digit first and last"
         # shapes in words
         (
             "name=My_Run",
-            "name: use lower-case letters, digits, '-' and '.', at most 52 of them, "
-            f"{ENDS} (got 'My_Run')",
+            f"name: use at most 52 lower-case letters, digits, '-' and '.', {ENDS} (got 'My_Run')",
         ),
         (
             "cluster.namespace=X",
-            "cluster.namespace: use lower-case letters, digits and '-', at most 63 of them, "
+            "cluster.namespace: use at most 63 lower-case letters, digits and '-', "
             f"{ENDS} (got 'X')",
         ),
         (
             "cluster.trainer.memory=lots",
-            "cluster.trainer.memory: write a number and a unit, as in 16Gi (got 'lots')",
+            "cluster.trainer.memory: write a number and a unit, such as 16Gi (got 'lots')",
         ),
         (
             "telemetry.pushgateway_url=host",

@@ -51,7 +51,7 @@ def test_a_run_file_by_old_names_is_the_same_run_and_each_is_told_once(
     for _ in range(2):
         assert load_run(old) == new
     assert sorted(record.getMessage() for record in caplog.records) == sorted(
-        f"{old}: {key} is called {name} now" for key, name in renamed.RENAMED.items()
+        f"{old}: {key} was renamed to {name}" for key, name in renamed.RENAMED.items()
     )
 
 
@@ -67,7 +67,7 @@ def test_overrides_by_either_name_replace_either(old: Path, new: Run, tmp_path: 
 def test_an_override_is_told_by_its_new_name(new: Run, tmp_path: Path, caplog: Any) -> None:
     renamed.warned.clear()
     load_run(tmp_path / "run.yaml", ["train.lost_seconds=9"])
-    expected = "--set train.lost_seconds=9: train.lost_seconds is called timeouts.lost_seconds now"
+    expected = "--set train.lost_seconds=9: train.lost_seconds was renamed to timeouts.lost_seconds"
     assert [record.getMessage() for record in caplog.records] == [expected]
 
 
@@ -76,8 +76,8 @@ def test_a_key_by_both_names_is_refused(old: Path) -> None:
     data["timeouts"] = {"lost_seconds": 1}
     data["model"]["tensor_parallel"] = 3
     both = [
-        "model.shards: is called model.tensor_parallel now, which is given too",
-        "train.lost_seconds: is called timeouts.lost_seconds now, which is given too",
+        "model.shards: was renamed to model.tensor_parallel, which is also given",
+        "train.lost_seconds: was renamed to timeouts.lost_seconds, which is also given",
     ]
     old.write_text(yaml.safe_dump(data))
     for read in (partial(load_run, old), partial(validate_run, data, str(old))):

@@ -75,7 +75,7 @@ def test_auxk_left_open_fits_a_small_dictionary() -> None:
         ("corpus={kind: file}", "corpus.kind: unknown kind file; did you mean files?"),
         ("corpus={}", "corpus.kind: missing; give one of files, dataset, synthetic"),
         ("corpus={kind: dataset}", "corpus.name: missing"),
-        ("corpus=3", "corpus: must be a section with keys of its own (got 3)"),
+        ("corpus=3", "corpus: must be a section with its own keys (got 3)"),
         ("sae.k=1e3", "sae: k (1000) must not exceed n_latents (32)"),
         ("sae.auxk=33", "sae: auxk (33) must not exceed n_latents (32)"),
         (
@@ -113,8 +113,8 @@ def test_load_run_refuses_numbers_that_are_not_finite(tmp_path: Path, value: str
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("store.runs=s3://", "store.runs: s3:// names no bucket: use s3://bucket/prefix"),
-        ("store.runs=s3:///a", "store.runs: s3:///a names no bucket: use s3://bucket/prefix"),
+        ("store.runs=s3://", "store.runs: s3:// has no bucket: use s3://bucket/prefix"),
+        ("store.runs=s3:///a", "store.runs: s3:///a has no bucket: use s3://bucket/prefix"),
         (
             "store.runs=gs://a/b",
             "store.runs: unknown scheme 'gs': use s3://bucket/prefix, file:///path or a path",
@@ -128,8 +128,8 @@ def test_load_run_refuses_numbers_that_are_not_finite(tmp_path: Path, value: str
             "store.runs: ~nobody-here/a begins with the home folder of an unknown user",
         ),
         ("store.runs=''", "store.runs: is empty: use s3://bucket/prefix, file:///path or a path"),
-        ("store.runs=/", "store.runs: is the root of the file system: name a folder in it"),
-        ("store.runs=file:///", "store.runs: is the root of the file system: name a folder in it"),
+        ("store.runs=/", "store.runs: is the root of the file system: use a folder in it"),
+        ("store.runs=file:///", "store.runs: is the root of the file system: use a folder in it"),
         (
             "store.s3.endpoint_url=localhost:9000",
             "store.s3.endpoint_url: localhost:9000 has no scheme: "
@@ -197,8 +197,8 @@ def test_override_errors_name_the_override(tmp_path: Path, override: str, messag
         ("sae: [1\nname: x\n", ":2:5: not valid YAML: did not find expected ',' or ']'"),
         ("name: \x07\n", ": not valid YAML: unacceptable character #x0007"),
         ("? [a, b]\n: 1\n", ":1:3: not valid YAML: found unhashable key"),
-        ("- a\n", ": must hold a mapping with keys name, store, model"),
-        ("", ": must hold a mapping with keys name, store, model"),
+        ("- a\n", ": must contain a mapping with the keys name, store, model"),
+        ("", ": must contain a mapping with the keys name, store, model"),
     ],
 )
 def test_load_run_says_where_the_yaml_is_wrong(tmp_path: Path, text: str, message: str) -> None:

@@ -27,8 +27,8 @@ from tests.runs import TINY, write_run
         ),
         (  # 2 windows of 4 units in 4 streams, and 2,048 + 4 * 256 rows in units of 2,048
             ["store.max_ahead_units=33"],
-            "store.max_ahead_units: 33 would stop the run: its streams' windows and its first "
-            "3072 rows hold 34 units at once; use 34 or more",
+            "store.max_ahead_units: 33 would block the run: its streams' windows and its first "
+            "3072 rows need 34 units at once; use 34 or more",
         ),
         (["processes.trainers=3"], "processes.trainers: 3 does not divide train.batch_rows (256)"),
         (
@@ -51,12 +51,12 @@ from tests.runs import TINY, write_run
                 "sae.experts=2",
             ],
             "sae.experts: 2 is not a multiple of processes.latent_shards (4): "
-            "a shard holds whole experts",
+            "each shard needs whole experts",
         ),
         (
             ["sae.n_latents=5000", "sae.init=data"],
-            "sae.init: data needs 5000 rows, a latent each, more than train.rows (4096); train on "
-            "more, lower sae.n_latents, or set random",
+            "sae.init: data needs 5000 rows, one per latent, which is more than train.rows (4096); "
+            "train on more rows, lower sae.n_latents, or use random",
         ),
         (
             ["train.keep_best=1"],
@@ -133,7 +133,7 @@ def test_load_run_refuses_sites_that_cannot_be_read_and_written(
     ]
     path = write_run(tmp_path, TINY)
     assert problems(path, overrides) == [problem]
-    named = "train.site: sae.reads names the sites already; leave one of them out"
+    named = "train.site: sae.reads already names the sites; leave one of them out"
     assert named in problems(path, [*overrides, "train.site=mlp_in.0"])
 
 

@@ -68,11 +68,11 @@ def test_a_job_is_the_run_that_a_file_of_its_own_gives(tmp_path: Path) -> None:
     [
         (
             {"over": {"sae.k": [2, 2]}},
-            "sweep: two jobs are named k2; leave one out or rename it",
+            "sweep: two jobs are named k2; remove or rename one of them",
         ),
         (
             {"jobs": {"a": {"train": {"lr": 1e-3}}}},
-            "sweep.jobs.a.train: a job names each key of train that it changes, such as train.lr",
+            "sweep.jobs.a.train: set individual keys of train, such as train.lr",
         ),
         (
             {"over": {"train.batch_rows": [320, 640]}},
@@ -82,39 +82,40 @@ def test_a_job_is_the_run_that_a_file_of_its_own_gives(tmp_path: Path) -> None:
         (
             {"jobs": {"a": {"train.parent.run": "old"}}},
             "sweep.jobs.a.train.parent.run: train.parent.run is the same for all jobs: all jobs "
-            "begin at one place in the stream",
+            "start at the same place in the stream",
         ),
         (
             {"jobs": {"a": {"corpus.documents": 4}}},
             "sweep.jobs.a.corpus.documents: corpus.documents is the same for all jobs; they may "
             "differ in sae, sae.*, train.* and processes.latent_shards, and anything else needs a "
-            "run file of its own",
+            "separate run file",
         ),
         (
             {"jobs": {"a": {"sae.k": 2}}, "over": {"sae.k": [3]}},
-            "sweep: sae.k is in jobs and in over; leave one of them out",
+            "sweep: sae.k is in both jobs and over; leave one of them out",
         ),
         ({"over": {"sae.k": [2, 65]}}, "sweep: k65: sae: k (65) must not exceed n_latents (64)"),
         ({"over": {"sae.kk": [2]}}, "sweep: kk2: sae.kk: unknown key; did you mean k?"),
         (
             {"over": {"sae.k": {"first": 3, "last": 5}}},
-            "sweep.over.sae.k: a range needs first, a last that is not below it, and plus or times",
+            "sweep.over.sae.k: a range needs first, a last that is not below it, and either "
+            "plus or times",
         ),
         (
             {"over": {"sae.k": 3}},
             "sweep.over.sae.k: give a list of values, or {first: 16, last: 128, times: 2}, or "
             "{first: 0, last: 7, plus: 1}",
         ),
-        ({}, "sweep: names no job: give jobs, or values of keys in over"),
+        ({}, "sweep: no jobs: set jobs or over"),
         (
             {"jobs": {"A": {}}},
-            "sweep.jobs.A: use lower-case letters, digits, '-' and '.', with a letter or a digit "
-            "first and last (got 'A')",
+            "sweep.jobs.A: use lower-case letters, digits, '-' and '.', and start and end with a "
+            "letter or a digit (got 'A')",
         ),
         (
             {"jobs": {"a" * 48: {}}},
-            f"sweep: {'a' * 48}: name: use lower-case letters, digits, '-' and '.', at most 52 of "
-            f"them, with a letter or a digit first and last (got 'world-{'a' * 48}')",
+            f"sweep: {'a' * 48}: name: use at most 52 lower-case letters, digits, '-' and '.', "
+            f"and start and end with a letter or a digit (got 'world-{'a' * 48}')",
         ),
     ],
 )

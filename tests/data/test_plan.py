@@ -322,5 +322,5 @@ def test_small_first_units_count_for_how_far_producers_must_run_ahead(tmp_path: 
     assert made.first_windows == 32
     assert made.rows_of_units[0] == pytest.approx(2048, abs=100)
     Start().check(made.resolve(run(98)), made)
-    with pytest.raises(ConfigError, match=r"97 would stop the run: .* hold 98 units"):
+    with pytest.raises(ConfigError, match=r"97 would block the run: .* need 98 units"):
         Start().check(made.resolve(run(97)), made)

@@ -125,13 +125,19 @@ def test_multi_topk_teaches_the_latents_beyond_k() -> None:
     [
         ({"prefixes": (0.3,)}, r"prefixes: 0.3 of n_latents \(64\) is 19.2 latents; give shares"),
         ({"prefixes": (16.5,)}, r"prefixes: 16.5 of n_latents \(64\) is 16.5 latents; give shares"),
-        ({"prefixes": (32, 16)}, r"prefixes: 32, 16, 64 latents do not ascend to n_latents \(64\)"),
-        ({"prefixes": (16, 80)}, r"prefixes: 16, 80, 64 latents do not ascend to n_latents \(64\)"),
+        (
+            {"prefixes": (32, 16)},
+            r"prefixes: 32, 16, 64 latents do not increase up to n_latents \(64\)",
+        ),
+        (
+            {"prefixes": (16, 80)},
+            r"prefixes: 16, 80, 64 latents do not increase up to n_latents \(64\)",
+        ),
         ({"prefixes": ()}, "prefixes"),
         ({"prefixes": (0,)}, "prefixes"),
         (
             {"prefixes": (16,), "prefix_weights": (1,)},
-            "prefix_weights: 1 for 2 prefixes, the whole dictionary included",
+            "prefix_weights: 1 given for 2 prefixes, including the whole dictionary",
         ),
     ],
 )
@@ -143,8 +149,8 @@ def test_prefixes_that_cannot_be_are_refused(settings: dict[str, Any], message: 
 def test_prefixes_that_do_not_fit_the_shards_are_refused() -> None:
     config = MatryoshkaConfig(n_latents=64, k=2, auxk=0, prefixes=(6, 16))
     assert config.shards_problem(2) is None
-    problem = "6 latents are not a multiple of processes.latent_shards (4): every shard has the "
-    assert config.shards_problem(4) == ("prefixes", problem + "same part of a prefix")
+    problem = "6 latents are not a multiple of processes.latent_shards (4): each shard needs "
+    assert config.shards_problem(4) == ("prefixes", problem + "an equal part of every prefix")
 
 
 def test_latents_keep_their_prefix_when_a_dictionary_is_widened() -> None:
@@ -153,7 +159,7 @@ def test_latents_keep_their_prefix_when_a_dictionary_is_widened() -> None:
     assert wide.parent_problem(narrow) is None
     other = MatryoshkaConfig(n_latents=96, k=2, auxk=0, prefixes=(16, 32))
     assert other.parent_problem(narrow) == (
-        "prefixes: must be the same shares of n_latents, or latents would change theirs"
+        "prefixes: must be the same shares of n_latents, or latents would change their prefix"
     )
 
 

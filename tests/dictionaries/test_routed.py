@@ -317,7 +317,7 @@ def test_a_router_that_is_not_finite_makes_the_gradient_so(
     ("settings", "words"),
     [
         ({"n_latents": 65}, r"n_latents \(65\) is not a multiple of experts \(4\)"),
-        ({"k": 20}, r"k \(20\) must not exceed the 16 latents a row meets"),
+        ({"k": 20}, r"k \(20\) must not exceed the 16 latents of a row's experts"),
         ({"k": 20, "selection": "batch"}, r"k \(20\) must not exceed the 16 latents"),
         ({"experts_per_row": 5, "k": 5}, r"experts_per_row \(5\) must not exceed experts \(4\)"),
         ({"experts_per_row": 2}, r"k \(5\) is not a multiple of experts_per_row \(2\)"),

@@ -345,14 +345,13 @@ def test_stages_that_would_do_something_else_are_refused(
         ),
         (
             {"zero_optimization": 1},
-            "zero_optimization: must be a section with keys of its own (got 1)",
+            "zero_optimization: must be a section with its own keys (got 1)",
         ),
         (
             {"zero_optimization": {"offload_optimizer": "cpu"}},
-            "zero_optimization.offload_optimizer: must be a section with keys of its own "
-            "(got 'cpu')",
+            "zero_optimization.offload_optimizer: must be a section with its own keys (got 'cpu')",
         ),
-        ({"fp16": True}, "fp16: must be a section with keys of its own (got True)"),
+        ({"fp16": True}, "fp16: must be a section with its own keys (got True)"),
         (
             {
                 "zero_optimization": {

@@ -117,7 +117,7 @@ def test_it_waits_for_an_endpoint_that_is_away(
     assert answer.text == "b"
     assert len(server.bodies) == 5
     said, *_ = caplog.messages  # after a while it says so again
-    assert re.search(r": HTTP 500 \(no such model\); .*; asking again for up to \d+ s$", said)
+    assert re.search(r": HTTP 500 \(no such model\); .*; retrying for up to \d+ s$", said)
 
 
 def test_its_patience_ends_and_answers_stay(server: OpenAIServer, tmp_path: Path) -> None:

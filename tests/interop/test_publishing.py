@@ -165,7 +165,8 @@ def test_nothing_is_sent_without_the_word(
     assert main(command) == 2
     said = capsys.readouterr().err
     assert said == (
-        "error: nothing is sent yet: look at it with --dry-run FOLDER, then send it with --yes\n"
+        "error: nothing was sent; inspect the files with --dry-run FOLDER, then send them "
+        "with --yes\n"
     )
     folder = tmp_path / "look"
     licences = ["--licence", "mit", "--model-licence", "apache-2.0"]
@@ -219,7 +220,7 @@ def test_files_of_others_are_replaced_only_on_request(
     hub.files = {"README.md": b"theirs", ".gitattributes": b""}
     assert main([*command, "--yes"]) == 2
     assert hub.files["README.md"] == b"theirs"
-    assert "org/name: has 1 files already; choose another name" in capsys.readouterr().err
+    assert "org/name: already has 1 files; choose another name" in capsys.readouterr().err
     assert main([*command, "--yes", "--replace", "--public"]) == 0
     assert hub.files["README.md"].startswith(b"---")
     assert hub.made
@@ -235,11 +236,12 @@ def test_a_hub_that_refuses_or_is_away_is_one_line(
     monkeypatch.setenv("HF_TOKEN", "bad")
     assert main([*command, "--yes"]) == 2
     said = capsys.readouterr().err
-    assert "error: org/name: the hub lets nobody write there with the token at hand; log in" in said
+    assert "error: org/name: the current token does not allow writing there; log in" in said
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_ports(1)}")
     assert main([*command, "--yes"]) == 75
     assert (
-        "does not answer (ConnectError); the same command sends it later" in capsys.readouterr().err
+        "does not respond (ConnectError); run the same command again later"
+        in capsys.readouterr().err
     )
     assert hub.files == {}
 

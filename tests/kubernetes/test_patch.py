@@ -91,7 +91,7 @@ def test_a_merge_is_a_strategic_one(original: Any, patch: Any, merged: Any) -> N
     [
         (
             "{specs: {}}",
-            "cluster.trainer.pod_patch.specs: a pod template has metadata and spec",
+            "cluster.trainer.pod_patch.specs: use metadata or spec, which contain",
         ),
         (
             "{spec: {containers: [{image: x}]}}",

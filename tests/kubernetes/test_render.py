@@ -477,7 +477,7 @@ def test_relative_paths_mean_nothing_to_pods() -> None:
         ("cluster.index.gpus=4", "cluster.index.gpus: 4 for 1 ranks in a pod"),
         (
             "cluster.trainer.memory=16gb",
-            "cluster.trainer.memory: write a number and a unit, as in 16Gi",
+            "cluster.trainer.memory: write a number and a unit, such as 16Gi",
         ),
         ("cluster.image=Bad Image", "cluster.image: write it as registry/name:tag or"),
         ("cluster.trainr={}", "cluster.trainr: unknown key; did you mean trainer?"),

@@ -94,7 +94,7 @@ def test_decoding_is_differentiable_in_the_codes(*, sparse: bool) -> None:
 
 def test_a_skip_asks_for_the_activations() -> None:
     dictionary = of_kind("transcoder")
-    with pytest.raises(DistSaeError, match=r"^the dictionary has a linear skip: give decode the a"):
+    with pytest.raises(DistSaeError, match=r"^the dictionary has a linear skip, so decode also"):
         dictionary.decode(dictionary.encode(raw_rows(3, D_IN)))
 
 
@@ -117,13 +117,15 @@ def test_it_says_what_it_is() -> None:
 def test_what_does_not_fit_gets_one_line() -> None:
     dictionary = of_kind("topk")
     x = raw_rows(3, D_IN)
-    with pytest.raises(DistSaeError, match=r"^activations are 15 wide, the dictionary takes 16"):
+    with pytest.raises(
+        DistSaeError, match=r"^activations have width 15, but the dictionary takes 16"
+    ):
         dictionary.encode(x[:, 1:])
     with pytest.raises(DistSaeError, match=r"^activations are 15 wide"):
         dictionary(x[:, 1:])
     with pytest.raises(ValueError, match=r"^activations are 0 wide"):
         dictionary(np.array(1.0))
-    with pytest.raises(DistSaeError, match=r"^codes are 16 wide, the dictionary takes 64"):
+    with pytest.raises(DistSaeError, match=r"^codes have width 16, but the dictionary takes 64"):
         dictionary.decode(x)
     codes = dictionary.encode(x)._replace(shape=(3, 63))
     with pytest.raises(DistSaeError, match=r"^codes are 63 wide"):

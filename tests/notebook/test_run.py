@@ -207,10 +207,10 @@ def test_units_that_are_gone_are_named(tmp_path: Path, caplog: pytest.LogCapture
     with pytest.raises(DistSaeError, match=r"unit 3 has not been produced; run `dist-sae produce`"):
         opened.rows(3)
     assert [int(batch.units[0]) for batch in opened.rows()] == [2]
-    expected = "1 of 4 training units are read: 2 were deleted after use, 1 are not produced yet"
+    expected = "reading 1 of 4 training units: 2 were deleted after use, 1 are not produced yet"
     assert [m.partition(": ")[2] for m in caplog.messages if "units are read" in m] == [expected]
     store.delete(manifest_key(2))
-    with pytest.raises(DistSaeError, match=r"none of 4 training units is there \(2 deleted after"):
+    with pytest.raises(DistSaeError, match=r"none of 4 training units exist \(2 deleted after"):
         opened.rows()
 
 
@@ -364,7 +364,11 @@ def test_an_index_is_searched_by_token_pattern_and_text(language: Run) -> None:
         {},
         {"token": "e", "regex": "e"},
     )
-    problems = (r'^token: "ee" is not one token', "^regex: ", *2 * ["^search: give a token or a"])
+    problems = (
+        r'^token: "ee" is not one token',
+        "^regex: ",
+        *2 * ["^search: give either a token or a"],
+    )
     for given, problem in zip(mistakes, problems, strict=True):
         with pytest.raises(DistSaeError, match=problem):
             of_run.search(**given)

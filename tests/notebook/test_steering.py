@@ -262,12 +262,12 @@ def test_mistakes_get_one_line(llama: Any) -> None:
     dictionary = at(llama, "mlp_inner.1")
     with pytest.raises(DistSaeError, match=r"^latent 48: the dictionary has latents 0 to 47$"):
         dictionary.steer(llama, N, 1.0)
-    with pytest.raises(DistSaeError, match=r"^positions: give a mask of booleans, \[seq\] or"):
+    with pytest.raises(DistSaeError, match=r"^positions: give a boolean mask, \[seq\] or"):
         dictionary.ablate(llama, 1, torch.ones(6))
     other = wrap(dictionary.sae, "resid_post.1")
     with (
         pytest.raises(
-            DistSaeError, match=r"^model: its activations at resid_post\.1 are 24 wide, "
+            DistSaeError, match=r"^model: its activations at resid_post\.1 have width 24, "
         ),
         other.ablate(llama, 1),
     ):

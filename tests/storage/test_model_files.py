@@ -225,7 +225,10 @@ def test_a_full_or_missing_place_is_named(
     [
         ({"path": "gs://bucket/model"}, "gs://bucket/model is not a model: use a name"),
         ({"path": "s3://bucket"}, "s3://bucket is not a model: use a name on the model hub, a"),
-        ({"path": "s3://b/m", "revision": "v1"}, "revision: v1: a folder of a store has none"),
+        (
+            {"path": "s3://b/m", "revision": "v1"},
+            "revision: v1: a folder in a store has no revision",
+        ),
     ],
 )
 def test_what_is_no_folder_of_a_store_is_refused(model: dict[str, str], told: str) -> None:

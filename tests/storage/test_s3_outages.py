@@ -40,7 +40,7 @@ def test_endpoint_that_is_down_is_asked_until_the_deadline(
         f"check store.s3.endpoint_url and the network"
     )
     assert len(warnings) == 1  # at the first failure, then every half minute
-    assert warnings[0].startswith(f"{message}; asking again for up to ")
+    assert warnings[0].startswith(f"{message}; retrying for up to ")
 
 
 def test_endpoint_that_goes_down_in_the_middle_is_waited_for(
@@ -59,7 +59,7 @@ def test_endpoint_that_goes_down_in_the_middle_is_waited_for(
             proxy.rates = {}
             assert getting.result() == b"content"
     assert len(warnings) == 1
-    assert "asking again for up to 20 s" in warnings[0]
+    assert "retrying for up to 20 s" in warnings[0]
 
 
 def test_no_call_is_patient_any_more_when_the_program_is_to_stop(

@@ -50,4 +50,6 @@ def test_what_cannot_be_tried_is_refused(
 ) -> None:
     path = str(run_file(tmp_path, activations, sweep={"over": {"sae.k": [2, 3]}}))
     assert "name a job of the sweep" in fail(capsys, "train", path, "--find-lr")
-    assert "too few; give 20" in fail(capsys, "train", path, "--job", "k2", "--find-lr", "3")
+    assert "too few; use at least 20" in fail(
+        capsys, "train", path, "--job", "k2", "--find-lr", "3"
+    )

@@ -125,7 +125,10 @@ def go_on(path: Path, settings: Sequence[str], plan: Plan) -> None:
             {"train.parent.step": 7},
             "train.parent.step: {runs}/world has no checkpoint of step 7; available steps: 20, 30",
         ),
-        ({"name": "world"}, "train.parent.run: world is this run; give it a name of its own"),
+        (
+            {"name": "world"},
+            "train.parent.run: world is this run itself; give this run another name",
+        ),
         (
             {"sae.n_latents": 32},
             "sae.n_latents: 32 is less than the 64 latents of the initial dictionary",
