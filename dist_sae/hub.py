@@ -91,7 +91,7 @@ def upload(folder: Path, repository: str, message: str, *, public: bool, replace
     except (LocalTokenNotFoundError, RepositoryNotFoundError) as exc:
         raise ConfigError(_log_in(repository)) from exc
     except HFValidationError as exc:
-        raise ConfigError(f"{repository}: is not a repository name; use ORG/NAME") from exc
+        raise ConfigError(f"{repository}: not a repository name; use ORG/NAME") from exc
     except ConfigError:
         raise
     except Exception as exc:  # of several libraries, some with the hub's error as their cause

@@ -126,7 +126,7 @@ def test_ranks_without_a_gpu_each_are_refused_before_anything_starts(
 ) -> None:
     machine(gpus=1)
     path = write_run(tmp_path, processes={"trainers": 2})
-    with pytest.raises(ConfigError, match=r"processes\.trainers: 2 ranks .* it has 1; lower it"):
+    with pytest.raises(ConfigError, match=r"processes\.trainers: 2 ranks .* it has 1; lower proc"):
         run_locally(load_run(path), [str(path)], threading.Event())
     assert not (tmp_path / "runs").exists()
     check_gpus("processes.trainers", 1)

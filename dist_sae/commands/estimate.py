@@ -66,7 +66,7 @@ def add(commands: shared.Commands) -> None:
         "--store",
         type=float,
         metavar="GB/S",
-        help="bandwidth of the store, for the reads of all trainers and for the writes of all producers",
+        help="bandwidth of the store, for reads by all trainers and for writes by all producers",
     )
     parser.add_argument(
         "--simulate", action="store_true", help="also simulate the run and what may go wrong"

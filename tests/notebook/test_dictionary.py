@@ -121,14 +121,14 @@ def test_what_does_not_fit_gets_one_line() -> None:
         DistSaeError, match=r"^activations have width 15, but the dictionary takes 16"
     ):
         dictionary.encode(x[:, 1:])
-    with pytest.raises(DistSaeError, match=r"^activations are 15 wide"):
+    with pytest.raises(DistSaeError, match=r"^activations have width 15"):
         dictionary(x[:, 1:])
-    with pytest.raises(ValueError, match=r"^activations are 0 wide"):
+    with pytest.raises(ValueError, match=r"^activations have width 0"):
         dictionary(np.array(1.0))
     with pytest.raises(DistSaeError, match=r"^codes have width 16, but the dictionary takes 64"):
         dictionary.decode(x)
     codes = dictionary.encode(x)._replace(shape=(3, 63))
-    with pytest.raises(DistSaeError, match=r"^codes are 63 wide"):
+    with pytest.raises(DistSaeError, match=r"^codes have width 63"):
         dictionary.decode(codes)
     for latent in (-1, 64):
         with pytest.raises(

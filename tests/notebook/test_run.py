@@ -175,7 +175,7 @@ def test_units_and_numpy(run: OpenedRun) -> None:
 def test_mistakes_get_one_line(run: OpenedRun) -> None:
     with pytest.raises(DistSaeError, match=r"^unit 5: .*activations has units 0 to 4$"):
         run.rows(5)
-    with pytest.raises(DistSaeError, match=r"^site resid_post\.7: .*activations has synthetic$"):
+    with pytest.raises(DistSaeError, match=r"^site resid_post\.7: .* has only synthetic$"):
         run.rows(site="resid_post.7")
     with pytest.raises(DistSaeError, match=r"^batch_rows: 0 is not a positive number$"):
         run.rows(batch_rows=0)
@@ -202,13 +202,13 @@ def test_units_that_are_gone_are_named(tmp_path: Path, caplog: pytest.LogCapture
     ):
         next(pending)  # meanwhile
     store.delete(manifest_key(3))
-    with pytest.raises(DistSaeError, match=r"the rows of unit 1 were deleted .* from 2 on are the"):
+    with pytest.raises(DistSaeError, match=r"the rows of unit 1 were deleted .* from 2 on still"):
         opened.rows([2, 1])
     with pytest.raises(DistSaeError, match=r"unit 3 has not been produced; run `dist-sae produce`"):
         opened.rows(3)
     assert [int(batch.units[0]) for batch in opened.rows()] == [2]
     expected = "reading 1 of 4 training units: 2 were deleted after use, 1 are not produced yet"
-    assert [m.partition(": ")[2] for m in caplog.messages if "units are read" in m] == [expected]
+    assert [m.partition(": ")[2] for m in caplog.messages if "training units" in m] == [expected]
     store.delete(manifest_key(2))
     with pytest.raises(DistSaeError, match=r"none of 4 training units exist \(2 deleted after"):
         opened.rows()

@@ -192,7 +192,7 @@ def test_a_notebook_takes_sites_side_by_side_or_by_name(world: tuple[Run, Dictio
     for one, other in zip(here, stored, strict=True):
         assert one.acts == pytest.approx(other.acts, rel=1e-6)  # few rows round differently
     assert here[0].latents
-    with pytest.raises(DistSaeError, match=r"^the dictionary writes attn_out\.0, resid_post\.1: "):
+    with pytest.raises(DistSaeError, match=r"^the dictionary writes attn_out\.0, resid_post\.1,"):
         dictionary.steer(torch.nn.Linear(1, 1), 0, 1.0)
     with pytest.raises(DistSaeError, match=r"^activations: resid_post\.1 is missing; "):
         dictionary.encode({SITES[0]: raw_rows(3, WIDTH)})
