@@ -154,7 +154,7 @@ def test_rows_for_new_latents_count_for_how_far_producers_must_run_ahead(tmp_pat
     stopping.set()  # it would wait for the first unit
     watch = Watch(Ranks(0, 1, 0, ("here",)), stopping, lost_seconds=60, hung_seconds=60)
     for ask in (lambda: plan(run), lambda: train(run, mesh, watch, stopping, telemetry)):
-        with pytest.raises(ConfigError, match=r"25 would stop .* first 6576 rows hold 34 units"):
+        with pytest.raises(ConfigError, match=r"25 would block .* first 6576 rows need 34 units"):
             ask()
 
 
