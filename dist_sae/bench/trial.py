@@ -21,8 +21,8 @@ from dist_sae.config import Run, dump_run, sections_of, validate_run, with_absol
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.shard import MANIFESTS, read_manifest
 from dist_sae.errors import ConfigError, ProcessFailedError
-from dist_sae.planning.basis import Basis
 from dist_sae.planning.rates import Rates
+from dist_sae.planning.sizes import RunSizes
 from dist_sae.storage import open_store
 from dist_sae.telemetry.history import read_history
 from dist_sae.telemetry.metric import STANDING
@@ -34,7 +34,7 @@ _LEAST_DOCUMENTS = 64
 _LEAST_DEAD_SHARE = 0.25  # of the trial: with a shorter time, rare latents would count as dead
 
 
-def trial(run: Run, groups: Sequence[Sequence[Basis]], steps: int) -> Rates:
+def trial(run: Run, groups: Sequence[Sequence[RunSizes]], steps: int) -> Rates:
     """Run a short version of this run, and return the rates that it measured.
 
     Args:
@@ -89,7 +89,7 @@ def trial(run: Run, groups: Sequence[Sequence[Basis]], steps: int) -> Rates:
     )
 
 
-def trial_run(run: Run, groups: Sequence[Sequence[Basis]], steps: int, folder: str) -> Run:
+def trial_run(run: Run, groups: Sequence[Sequence[RunSizes]], steps: int, folder: str) -> Run:
     """Return the run of the trial: the same run with `steps` steps and its stores in `folder`."""
     jobs = list(chain.from_iterable(groups))
     sections, trained = sections_of(run), steps * run.train.batch_rows
@@ -122,7 +122,7 @@ def trial_run(run: Run, groups: Sequence[Sequence[Basis]], steps: int, folder: s
     return validate_run(sections, "--measure")
 
 
-def _job_settings(job: Basis, steps: int) -> dict[str, Any]:
+def _job_settings(job: RunSizes, steps: int) -> dict[str, Any]:
     """Return the settings of a job, by key, that differ in the trial."""
     run, trained = job.run, steps * job.run.train.batch_rows
     settings: dict[str, Any] = {
@@ -139,12 +139,12 @@ def _job_settings(job: Basis, steps: int) -> dict[str, Any]:
     return settings
 
 
-def _dead_share(job: Basis) -> float:
+def _dead_share(job: RunSizes) -> float:
     """Return the share of the run before the first latent can be dead."""
     return min(1.0, job.run.dead_after_rows / job.run.rows)
 
 
-def _documents(run: Run, job: Basis, rows: int) -> dict[str, int]:
+def _documents(run: Run, job: RunSizes, rows: int) -> dict[str, int]:
     """Return the corpus setting that gives about `rows` rows for training."""
     wanted = _SPARE * rows / (1 - run.activations.heldout_share)
     if run.corpus.kind == "synthetic":

@@ -14,8 +14,8 @@ from dist_sae.errors import ConfigError
 
 if TYPE_CHECKING:
     from dist_sae.config import Run
-    from dist_sae.planning.basis import Basis
     from dist_sae.planning.rates import Rates
+    from dist_sae.planning.sizes import RunSizes
 
 _STEPS, _LEAST_STEPS = 32, 16  # for `--measure`
 _SCALES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -96,18 +96,18 @@ def main(options: argparse.Namespace) -> None:
     run = shared.load_run_or_sweep(options)
     _check(options)
     from dist_sae.config import groups_of
-    from dist_sae.planning.basis import find_basis
     from dist_sae.planning.cost import read_prices
     from dist_sae.planning.estimate import estimate
+    from dist_sae.planning.sizes import find_sizes
     from dist_sae.telemetry.process import resident_bytes
 
     prices = read_prices(options.prices) if options.prices else None
     parameters = options.parameters and int(options.parameters)
-    jobs = find_basis(run, options.rows, options.width, parameters)
+    jobs = find_sizes(run, options.rows, options.width, parameters)
     n = len(groups_of(run))
     groups = [jobs[group::n] for group in range(n)]
     rates = _rates(options, run, groups)
-    told = estimate(
+    forecast = estimate(
         groups,
         rates,
         program_bytes=resident_bytes(),
@@ -118,14 +118,14 @@ def main(options: argparse.Namespace) -> None:
     if options.simulate:
         from dist_sae.planning.scenarios import scenarios
 
-        told["simulated"] = scenarios(
+        forecast["simulated"] = scenarios(
             max(chain.from_iterable(groups), key=lambda job: job.run.steps),
             rates,
             spot_hours=options.spot_hours,
             node_days=options.node_days,
             slowdown=options.slowdown,
         )
-    shared.print_lines(options, told, list(_lines(told)))
+    shared.print_lines(options, forecast, list(_lines(forecast)))
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -142,20 +142,24 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("--width and --parameters describe a model together; give both")
 
 
-def _rates(options: argparse.Namespace, run: "Run", groups: "Sequence[Sequence[Basis]]") -> "Rates":
+def _rates(
+    options: argparse.Namespace, run: "Run", groups: "Sequence[Sequence[RunSizes]]"
+) -> "Rates":
     """Collect rates. Bench files take precedence over a measurement, and both over a data sheet."""
-    from dist_sae.planning.rates import Rates, of_accelerator, of_bench, read_bench
+    from dist_sae.planning.rates import Rates, rates_from_bench, rates_from_data_sheet, read_bench
 
     store = options.store and options.store * 1e9
     rates = Rates(read_bytes_per_second=store, write_bytes_per_second=store)
     for name, found in read_bench(options.bench):
-        rates = rates.over(of_bench(groups, found, name))
+        rates = rates.over(rates_from_bench(groups, found, name))
     if options.measure:
         from dist_sae.bench.trial import trial
 
         rates = rates.over(trial(run, groups, options.measure))
     if options.accelerator:
-        rates = rates.over(of_accelerator(groups, options.accelerator, options.network * 1e9))
+        rates = rates.over(
+            rates_from_data_sheet(groups, options.accelerator, options.network * 1e9)
+        )
     return rates
 
 
@@ -167,11 +171,11 @@ def _trainer_bytes() -> int:
     return int(done.stdout.split()[-1])
 
 
-def _lines(told: Mapping[str, Any]) -> Iterator[str]:
+def _lines(forecast: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of the printed table: each section, then its names and values."""
     from dist_sae.report.shown import shown
 
-    for section, content in told.items():
+    for section, content in forecast.items():
         yield section.replace("_", " ")
         if isinstance(content, list):
             yield from (f"  {line}" for line in content)

@@ -57,7 +57,7 @@ class Pause(Exception):  # noqa: N818 - no error
         self.seconds = seconds
 
 
-class Stopping(threading.Event):
+class NeverSet(threading.Event):
     """An event that is never set. Waiting for it raises `Pause`."""
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -78,7 +78,7 @@ class Pipe:
         return self._free
 
 
-class Times(NumberedKeys):
+class TimedKeys(NumberedKeys):
     """Numbered keys for which a simulated store keeps only the times of writing, no content.
 
     Args:
@@ -120,7 +120,7 @@ class SimulatedStore:
     url = "simulated"
     exclusive = True
 
-    def __init__(self, clock: Clock, times: Iterable[Times], slowdown: float = 1.0) -> None:
+    def __init__(self, clock: Clock, times: Iterable[TimedKeys], slowdown: float = 1.0) -> None:
         self._clock = clock
         self._slowdown = slowdown
         self._times = {keys.folder: keys for keys in times}

@@ -37,26 +37,34 @@ def read_prices(path: Path) -> Prices:
     except OSError as exc:
         raise ConfigError(f"--prices: {path}: {exc.strerror}; name a readable file") from exc
     except yaml.YAMLError as exc:
-        raise ConfigError(f"--prices: {path}: is no YAML; write one `key: number` a line") from exc
+        raise ConfigError(
+            f"--prices: {path}: is not valid YAML; write one `key: number` per line"
+        ) from exc
     except ValidationError as exc:
         error = exc.errors()[0]
         key = ".".join(map(str, error["loc"])) or "the file"
         known = ", ".join(Prices.model_fields)
-        raise ConfigError(f"--prices: {path}: {key}: {error['msg']}; keys are {known}") from exc
+        raise ConfigError(f"--prices: {path}: {key}: {error['msg']}; the keys are {known}") from exc
 
 
-def cost_of(prices: Prices, told: Mapping[str, Any], *, held_back: bool) -> dict[str, Any]:
+def cost_of(prices: Prices, forecast: Mapping[str, Any], *, held_back: bool) -> dict[str, Any]:
     """Compute the cost by part, in the prices' currency.
 
     Args:
         prices: Prices of pods, storage and requests.
-        told: The forecast (`estimate`).
+        forecast: The forecast (`estimate`).
         held_back: Whether producers wait for trainers, and so run until the end.
     """
-    hours, producing = (told["pace"][f"{what}_seconds"] / 3600 for what in ("total", "producing"))
-    pods, over_time, asked = told["pods"], told["set_over_time"].values(), told["requests"]
+    hours, producing = (
+        forecast["pace"][f"{what}_seconds"] / 3600 for what in ("total", "producing")
+    )
+    pods, over_time, asked = (
+        forecast["pods"],
+        forecast["set_over_time"].values(),
+        forecast["requests"],
+    )
     producing = hours if held_back else min(hours, producing)
-    held = sum(over_time) / len(over_time) + told["stored"]["checkpoints_bytes"]
+    held = sum(over_time) / len(over_time) + forecast["stored"]["checkpoints_bytes"]
     puts = sum(n for name, n in asked.items() if name.endswith(("_put", "_list")))
     gets = sum(n for name, n in asked.items() if name.endswith("_get"))
     parts = {

@@ -8,16 +8,16 @@ from typing import Any
 
 from dist_sae.planning import memory, stored, traffic
 from dist_sae.planning.advice import advice
-from dist_sae.planning.basis import Basis, sites_of
 from dist_sae.planning.cost import Prices, cost_of
 from dist_sae.planning.rates import ACCELERATORS, Rates
 from dist_sae.planning.risk import risk_of
+from dist_sae.planning.sizes import RunSizes, sites_of
 
-_UNKNOWN = "nothing: give --bench FILE, --measure or --accelerator NAME"
+_UNKNOWN = "unknown; pass --bench FILE, --measure or --accelerator NAME"
 
 
 def estimate(
-    groups: Sequence[Sequence[Basis]],
+    groups: Sequence[Sequence[RunSizes]],
     rates: Rates,
     *,
     program_bytes: int,
@@ -42,14 +42,14 @@ def estimate(
     of_groups = [memory.trainer_memory(group, trainer_bytes, gpu=gpu) for group in groups]
     longest = max(jobs, key=lambda job: job.run.steps)
     run, pace = longest.run, pace_of(groups, rates)
-    asked = [stored.requests(group, pace.get("total_seconds", 0.0)) for group in groups]
-    asked_by = {"producers": Counter(asked[0]["producers"]), "trainers": Counter[str]()}
-    for each in asked:
-        asked_by["trainers"].update(each["trainers"])
+    requests = [stored.requests(group, pace.get("total_seconds", 0.0)) for group in groups]
+    requests_by = {"producers": Counter(requests[0]["producers"]), "trainers": Counter[str]()}
+    for each in requests:
+        requests_by["trainers"].update(each["trainers"])
     sent = max((_sent(group) for group in groups), key=lambda each: sum(each.values()))
     at_times = stored.stored_over_time(longest, pace.get("lead_units"))
     of_checkpoints = [memory.checkpoint_bytes(job) for job in jobs]
-    told: dict[str, Any] = {
+    forecast: dict[str, Any] = {
         "rows": {
             "known_from": longest.source,
             "train_rows": sum(longest.unit_rows),
@@ -66,8 +66,8 @@ def estimate(
     }
     if run.index.workers:
         of_jobs = [_with_sums(memory.index_memory(job, program_bytes, gpu=gpu)) for job in jobs]
-        told["memory_of_an_index_worker"] = max(of_jobs, key=_all)
-    told |= {
+        forecast["memory_of_an_index_worker"] = max(of_jobs, key=_all)
+    forecast |= {
         "stored": {
             "row_bytes": longest.row_bytes(),
             "set_bytes": stored.set_bytes(longest),
@@ -80,7 +80,9 @@ def estimate(
             "index_bytes": sum(map(stored.index_bytes, jobs)) if run.index.workers else 0,
         },
         "set_over_time": {f"{name}_bytes": size for name, size in at_times.items()},
-        "requests": {f"{who}_{kind}": n for who, of in asked_by.items() for kind, n in of.items()},
+        "requests": {
+            f"{who}_{kind}": n for who, of in requests_by.items() for kind, n in of.items()
+        },
         "network_of_a_rank_and_step": {f"{name}_bytes": size for name, size in sent.items()},
         "pace": pace | {"rates_from": "; ".join(rates.sources) or _UNKNOWN},
         "pods": {
@@ -91,54 +93,56 @@ def estimate(
         },
     }
     if prices and "total_seconds" in pace:
-        told["cost"] = cost_of(prices, told, held_back=run.store.max_ahead_units is not None)
+        forecast["cost"] = cost_of(
+            prices, forecast, held_back=run.store.max_ahead_units is not None
+        )
     for job in jobs:
-        told["risk" if len(jobs) == 1 else f"risk_of_{job.run.name}"] = risk_of(job)
-    there = ACCELERATORS[accelerator].memory_bytes if accelerator else None
-    told["advice"] = advice(groups[0], rates, there)
-    return told
+        forecast["risk" if len(jobs) == 1 else f"risk_of_{job.run.name}"] = risk_of(job)
+    device_bytes = ACCELERATORS[accelerator].memory_bytes if accelerator else None
+    forecast["advice"] = advice(groups[0], rates, device_bytes)
+    return forecast
 
 
-def pace_of(groups: Sequence[Sequence[Basis]], rates: Rates) -> dict[str, Any]:
+def pace_of(groups: Sequence[Sequence[RunSizes]], rates: Rates) -> dict[str, Any]:
     """Compute each part's rows per second, what limits the run, and the run's time.
 
     Figures that the known rates do not determine are left out.
     """
-    basis = max(chain.from_iterable(groups), key=lambda job: job.run.steps)
-    run = basis.run
-    bytes_read = sum(basis.row_bytes(sites_of(group)) for group in groups)
+    sizes = max(chain.from_iterable(groups), key=lambda job: job.run.steps)
+    run = sizes.run
+    bytes_read = sum(sizes.row_bytes(sites_of(group)) for group in groups)
     of_part = {
         "producers": _times(rates.producer_rows_per_second, run.processes.producers),
-        "store_writes": _times(rates.write_bytes_per_second, 1 / basis.row_bytes()),
-        "store_reads": _times(rates.read_bytes_per_second, 1 / (bytes_read * basis.sharing)),
+        "store_writes": _times(rates.write_bytes_per_second, 1 / sizes.row_bytes()),
+        "store_reads": _times(rates.read_bytes_per_second, 1 / (bytes_read * sizes.sharing)),
         "trainers": _times(rates.step_seconds and 1 / rates.step_seconds, run.train.batch_rows),
     }
     known = {part: rate for part, rate in of_part.items() if rate}
-    told: dict[str, Any] = {f"{part}_rows_per_second": rate for part, rate in known.items()}
+    pace: dict[str, Any] = {f"{part}_rows_per_second": rate for part, rate in known.items()}
     if rates.step_seconds:
-        told["step_seconds"] = rates.step_seconds
+        pace["step_seconds"] = rates.step_seconds
     made = [known[part] for part in ("producers", "store_writes") if part in known]
     if rates.step_seconds is None or not made:
-        return told
+        return pace
     making = min(made)
     using = min(known[part] for part in ("store_reads", "trainers") if part in known)
     rows = run.steps * run.train.batch_rows
-    once = min(rows, basis.pass_rows)
-    made_in = sum(basis.unit_rows[: basis.first_windows]) / making
+    once = min(rows, sizes.pass_rows)
+    made_in = sum(sizes.unit_rows[: sizes.first_windows]) / making
     first_batch = (rates.producer_begin_seconds or 0.0) + made_in
     begin = rates.trainer_begin_seconds or 0.0
     training = once / min(making, using) + (rows - once) / using
     if begin:
-        told["begin_and_end_seconds"] = begin
-    ahead = max(0.0, 1 - using / making) * len(basis.unit_rows)
-    return told | {
+        pace["begin_and_end_seconds"] = begin
+    ahead = max(0.0, 1 - using / making) * len(sizes.unit_rows)
+    return pace | {
         "limited_by": min(known, key=lambda part: known[part]),
         "producers_wanted": math.ceil(using / (making / run.processes.producers)),
         "first_batch_seconds": first_batch,
         "training_seconds": training,
-        "producing_seconds": (rates.producer_begin_seconds or 0.0) + sum(basis.units) / making,
+        "producing_seconds": (rates.producer_begin_seconds or 0.0) + sum(sizes.units) / making,
         "total_seconds": first_batch + begin + training,
-        "lead_units": max(basis.first_windows, round(ahead)),
+        "lead_units": max(sizes.first_windows, round(ahead)),
     }
 
 
@@ -146,7 +150,7 @@ def _times(rate: float | None, factor: float) -> float | None:
     return None if rate is None else rate * factor
 
 
-def _sent(jobs: Sequence[Basis]) -> Counter[str]:
+def _sent(jobs: Sequence[RunSizes]) -> Counter[str]:
     """Return the bytes that a rank sends in a step, by collective, summed over jobs."""
     sent = Counter[str]()
     for job in jobs:
@@ -161,8 +165,8 @@ def _all(parts: Mapping[str, int]) -> int:
 
 def _with_sums(parts: dict[str, dict[str, int]]) -> dict[str, int]:
     """Flatten `{place: {name: bytes}}` to one level, with the sum of each place after its parts."""
-    told: dict[str, int] = {}
+    flat: dict[str, int] = {}
     for place, of in parts.items():
-        told |= {f"{place}_{name}_bytes": size for name, size in of.items() if size}
-        told[f"{place}_all_bytes"] = sum(of.values())
-    return told
+        flat |= {f"{place}_{name}_bytes": size for name, size in of.items() if size}
+        flat[f"{place}_all_bytes"] = sum(of.values())
+    return flat

@@ -13,7 +13,7 @@ from dist_sae.dictionaries.axis import WHOLE, LatentAxis
 from dist_sae.dictionaries.penalised import CHUNK_BYTES as DENSE_BYTES
 from dist_sae.index.encode import ENCODE_ROWS
 from dist_sae.kernels.select import CHUNK_BYTES, CHUNK_LATENTS, block_size
-from dist_sae.planning.basis import Basis, sites_of
+from dist_sae.planning.sizes import RunSizes, sites_of
 from dist_sae.training.memory import state_bytes
 
 CUDA_BYTES = 700 * 10**6
@@ -33,7 +33,7 @@ Parts = dict[str, int]
 
 
 def trainer_memory(
-    jobs: Sequence[Basis], program_bytes: int, *, gpu: bool
+    jobs: Sequence[RunSizes], program_bytes: int, *, gpu: bool
 ) -> dict[str, dict[str, int]]:
     """Return the bytes of a trainer rank by part, on its `device` and its `host`.
 
@@ -66,35 +66,35 @@ def trainer_memory(
     return _placed(host, device, gpu=gpu)
 
 
-def producer_memory(basis: Basis, program_bytes: int, *, gpu: bool) -> dict[str, Parts]:
+def producer_memory(sizes: RunSizes, program_bytes: int, *, gpu: bool) -> dict[str, Parts]:
     """Return the bytes of a producer's rank by part, as `trainer_memory`. Attention is left out."""
-    host = {"program": program_bytes, "units": _UNITS * max(basis.units) * basis.row_bytes()}
-    model = basis.model.stored_bytes // basis.run.tensor_parallel
+    host = {"program": program_bytes, "units": _UNITS * max(sizes.units) * sizes.row_bytes()}
+    model = sizes.model.stored_bytes // sizes.run.tensor_parallel
     return _placed(host, {"model": model}, gpu=gpu)
 
 
-def index_memory(basis: Basis, program_bytes: int, *, gpu: bool) -> dict[str, Parts]:
+def index_memory(sizes: RunSizes, program_bytes: int, *, gpu: bool) -> dict[str, Parts]:
     """Return the bytes of an index worker's rank in stage 1 by part, as `trainer_memory`."""
-    run, width = basis.run, basis.widths.d_in + basis.widths.d_out
-    dictionary = basis.state.weights * run.processes.latent_shards
-    block = _block(basis, torch.device("cpu"), ENCODE_ROWS)
+    run, width = sizes.run, sizes.widths.d_in + sizes.widths.d_out
+    dictionary = sizes.state.weights * run.processes.latent_shards
+    block = _block(sizes, torch.device("cpu"), ENCODE_ROWS)
     device = {
         "weights": dictionary // run.index.latent_shards,
         "step": ENCODE_ROWS * width * _FP32 + block,
     }
-    codes = int(max(basis.units) * basis.active * 2 * 12)
+    codes = int(max(sizes.units) * sizes.active * 2 * 12)
     return _placed({"program": program_bytes, "codes": codes}, device, gpu=gpu)
 
 
-def checkpoint_bytes(basis: Basis, axis: LatentAxis = WHOLE) -> int:
+def checkpoint_bytes(sizes: RunSizes, axis: LatentAxis = WHOLE) -> int:
     """Return a checkpoint's bytes: weights, both moments, running mean, counts of idle rows.
 
     If a rank's place (`axis`) is given, returns the bytes of its part. The replicas of a shard
     each save some of the shard's rows.
     """
-    weights = state_bytes(basis.run, basis.widths, axis).weights
-    tensors = 3 + bool(basis.run.train.ema_decay)
-    return (tensors * weights + 8 * basis.run.sae.n_latents // axis.shards) // axis.replicas
+    weights = state_bytes(sizes.run, sizes.widths, axis).weights
+    tensors = 3 + bool(sizes.run.train.ema_decay)
+    return (tensors * weights + 8 * sizes.run.sae.n_latents // axis.shards) // axis.replicas
 
 
 def _placed(host: Parts, device: Parts, *, gpu: bool) -> dict[str, Parts]:
@@ -103,63 +103,63 @@ def _placed(host: Parts, device: Parts, *, gpu: bool) -> dict[str, Parts]:
     return {"host": {**device, **host}}
 
 
-def _step(basis: Basis, device: torch.device) -> int:
+def _step(sizes: RunSizes, device: torch.device) -> int:
     """Return the bytes of a step in addition to the state: rows, products, codes."""
-    sae, rows, own = basis.run.sae, basis.replica_rows, basis.rank_rows
-    d_in, d_out = basis.widths.d_in, basis.widths.d_out
-    product = PRODUCT_DTYPES[basis.run.train.products].itemsize
-    loaded = own * (d_in + (d_out if basis.run.writes != basis.run.reads else 0)) * _FP32
+    sae, rows, own = sizes.run.sae, sizes.replica_rows, sizes.rank_rows
+    d_in, d_out = sizes.widths.d_in, sizes.widths.d_out
+    product = PRODUCT_DTYPES[sizes.run.train.products].itemsize
+    loaded = own * (d_in + (d_out if sizes.run.writes != sizes.run.reads else 0)) * _FP32
     read = rows * d_in * (_FP32 + (product if product < _FP32 else 0))
     written = rows * d_out * _FP32 + 3 * own * d_out * _FP32
     if not isinstance(sae, KSelectionConfig):
         return loaded + read + written + _DENSE_CHUNKS * block_size(DENSE_BYTES, device)
-    return loaded + read + written + rows * sae.k * _ENTRY_BYTES + _block(basis, device, rows)
+    return loaded + read + written + rows * sae.k * _ENTRY_BYTES + _block(sizes, device, rows)
 
 
-def _auxk(basis: Basis) -> int:
+def _auxk(sizes: RunSizes) -> int:
     """Return the bytes of AuxK's codes."""
-    sae = basis.run.sae
+    sae = sizes.run.sae
     if not isinstance(sae, KSelectionConfig):
         return 0
-    return basis.replica_rows * sae.auxk * _ENTRY_BYTES
+    return sizes.replica_rows * sae.auxk * _ENTRY_BYTES
 
 
-def _new_start(basis: Basis, device: torch.device) -> int:
+def _new_start(sizes: RunSizes, device: torch.device) -> int:
     """Return the bytes with which a penalised recipe encodes a batch to reinitialize dead latents.
 
     They are a block of products and a block of pre-activations. They come on top of a step's
     memory, because malloc keeps both.
     """
-    sae, rows = basis.run.sae, basis.replica_rows
+    sae, rows = sizes.run.sae, sizes.replica_rows
     if isinstance(sae, KSelectionConfig):
         return 0
-    products = rows * sae.n_latents // basis.axis.shards * _FP32
+    products = rows * sae.n_latents // sizes.axis.shards * _FP32
     return 2 * min(block_size(CHUNK_BYTES, device), products)
 
 
-def _block(basis: Basis, device: torch.device, rows: int) -> int:
+def _block(sizes: RunSizes, device: torch.device, rows: int) -> int:
     """Return the bytes of a block of products, and of its encoder rows in the same precision."""
-    sae, product = basis.run.sae, PRODUCT_DTYPES[basis.run.train.products].itemsize
-    part = sae.group_size if sae.n_experts else sae.n_latents // basis.axis.shards
+    sae, product = sizes.run.sae, PRODUCT_DTYPES[sizes.run.train.products].itemsize
+    part = sae.group_size if sae.n_experts else sae.n_latents // sizes.axis.shards
     width = min(block_size(CHUNK_LATENTS, device), part)
     met = (
         rows * sae.preacts_per_row * width // (sae.n_latents * part)
         if sae.n_experts
         else rows * width
     )
-    cast = width * basis.widths.d_in * product if product < _FP32 else 0
+    cast = width * sizes.widths.d_in * product if product < _FP32 else 0
     return min(block_size(CHUNK_BYTES, device), met * product) + cast
 
 
-def _batches(jobs: Sequence[Basis]) -> int:
+def _batches(jobs: Sequence[RunSizes]) -> int:
     """Return the bytes of batches in the queue, in their stored precision, and of blocks in use."""
-    basis, activations = jobs[0], jobs[0].run.activations
+    sizes, activations = jobs[0], jobs[0].run.activations
     sites = sites_of(jobs)
-    width = sum(basis.model.widths[site] for site in sites)
+    width = sum(sizes.model.widths[site] for site in sites)
     # int8 rows become fp32 when they are read
     stored = DTYPES["fp32" if activations.dtype == "int8" else activations.dtype]
-    streams = max(1, basis.streams // basis.run.processes.trainers)
-    rows = rows_of_block(max(basis.unit_rows), activations.block_rows)
+    streams = max(1, sizes.streams // sizes.run.processes.trainers)
+    rows = rows_of_block(max(sizes.unit_rows), activations.block_rows)
     block = rows * (width * stored.itemsize + ORIGIN_BYTES * len(sites))
-    batches = _BATCHES * basis.rank_rows * width * stored.itemsize
+    batches = _BATCHES * sizes.rank_rows * width * stored.itemsize
     return batches + _BLOCKS * streams * activations.window_units * block

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_sae.errors import ConfigError
-from dist_sae.planning.basis import Basis
+from dist_sae.planning.sizes import RunSizes
 from dist_sae.planning.traffic import step_traffic
 
 STEP_EFFICIENCY = 0.5
@@ -76,19 +76,19 @@ class Rates(NamedTuple):
         return other._replace(**known | {"sources": (*self.sources, *other.sources)})
 
 
-def step_flops(basis: Basis) -> float:
+def step_flops(sizes: RunSizes) -> float:
     """Return the FLOPs of a rank's encoder product in a step."""
-    met = basis.run.sae.preacts_per_row / basis.axis.shards
-    return 2.0 * basis.replica_rows * met * basis.widths.d_in
+    met = sizes.run.sae.preacts_per_row / sizes.axis.shards
+    return 2.0 * sizes.replica_rows * met * sizes.widths.d_in
 
 
-def slowest(groups: Sequence[Sequence[Basis]], step: Callable[[Basis], float]) -> float:
+def slowest(groups: Sequence[Sequence[RunSizes]], step: Callable[[RunSizes], float]) -> float:
     """Return the slowest group's step time, given each job's. Jobs in a group take turns."""
     return max(sum(map(step, group)) for group in groups)
 
 
-def of_accelerator(
-    groups: Sequence[Sequence[Basis]], name: str, network_bytes_per_second: float
+def rates_from_data_sheet(
+    groups: Sequence[Sequence[RunSizes]], name: str, network_bytes_per_second: float
 ) -> Rates:
     """Compute rates from an accelerator's data sheet.
 
@@ -102,9 +102,9 @@ def of_accelerator(
     """
     if name not in ACCELERATORS:
         raise ConfigError(f"--accelerator: {name} is not one of {', '.join(ACCELERATORS)}")
-    device, basis = ACCELERATORS[name], groups[0][0]
+    device, sizes = ACCELERATORS[name], groups[0][0]
 
-    def step(job: Basis) -> float:
+    def step(job: RunSizes) -> float:
         widths, is_bf16 = job.widths, job.run.train.products == "bf16"
         peak = device.bf16_flops if is_bf16 else device.fp32_flops
         products = step_flops(job) / widths.d_in * (2 if is_bf16 else _FP32)
@@ -115,43 +115,45 @@ def of_accelerator(
         sent = sum(step_traffic(job).values()) / network_bytes_per_second
         return step_flops(job) / (peak * STEP_EFFICIENCY) + moved + sent
 
-    produced, model, activations = None, basis.run.model, basis.run.activations
-    if basis.model.parameters:
+    produced, model, activations = None, sizes.run.model, sizes.run.activations
+    if sizes.model.parameters:
         context, lost = activations.context_tokens, activations.exclude.first_positions
         tokens = context / max(1, context - max(lost, int(activations.prepend_bos)))
         is_fp32 = model.kind == "huggingface" and model.dtype == "fp32"
         forward = device.fp32_flops if is_fp32 else device.bf16_flops
-        flops = forward * FORWARD_EFFICIENCY * basis.run.tensor_parallel
-        produced = flops / (2 * basis.model.parameters * tokens)
-    said = (
-        f"{name}: {device.source}; {STEP_EFFICIENCY} of the peak in products, "
-        f"{FORWARD_EFFICIENCY} in the model, {BANDWIDTH_EFFICIENCY} of the bandwidth, "
-        f"{network_bytes_per_second / 1e9:g} GB/s between ranks (assumed)"
+        flops = forward * FORWARD_EFFICIENCY * sizes.run.tensor_parallel
+        produced = flops / (2 * sizes.model.parameters * tokens)
+    source = (
+        f"{name}: {device.source}; assumed: {STEP_EFFICIENCY} of the peak FLOPs in products, "
+        f"{FORWARD_EFFICIENCY} in the model, {BANDWIDTH_EFFICIENCY} of the memory bandwidth, "
+        f"{network_bytes_per_second / 1e9:g} GB/s between ranks"
     )
-    return Rates(slowest(groups, step), produced, sources=(said,))
+    return Rates(slowest(groups, step), produced, sources=(source,))
 
 
-def of_bench(groups: Sequence[Sequence[Basis]], found: Mapping[str, Any], said: str) -> Rates:
+def rates_from_bench(
+    groups: Sequence[Sequence[RunSizes]], result: Mapping[str, Any], source: str
+) -> Rates:
     """Compute rates from the JSON result of one `dist-sae bench` of step, produce or store.
 
     Args:
-        groups: See `of_accelerator`.
-        found: The result.
-        said: Source of the result, for people.
+        groups: See `rates_from_data_sheet`.
+        result: The result.
+        source: Source of the result, for people.
 
     Raises:
         ConfigError: The JSON is not a result of one of these.
     """
-    if {"step_seconds", "product_seconds", "n_latents"} <= found.keys():
-        return Rates(slowest(groups, lambda job: scaled_step(job, found)), sources=(said,))
-    if {"rows_per_second", "bare_rows_per_second"} <= found.keys():
-        return Rates(None, float(found["rows_per_second"]), sources=(said,))
-    if {"write_bytes_per_second", "read_bytes_per_second"} <= found.keys():
+    if {"step_seconds", "product_seconds", "n_latents"} <= result.keys():
+        return Rates(slowest(groups, lambda job: scaled_step(job, result)), sources=(source,))
+    if {"rows_per_second", "bare_rows_per_second"} <= result.keys():
+        return Rates(None, float(result["rows_per_second"]), sources=(source,))
+    if {"write_bytes_per_second", "read_bytes_per_second"} <= result.keys():
         ranks = sum(group[0].run.processes.trainers for group in groups)
-        read = found["read_bytes_per_second"] * ranks
-        write = found["write_bytes_per_second"] * groups[0][0].run.processes.producers
-        return Rates(None, None, read, write, sources=(said,))
-    raise ConfigError(f"{said}: is not what bench step, produce or store prints with --json")
+        read = result["read_bytes_per_second"] * ranks
+        write = result["write_bytes_per_second"] * groups[0][0].run.processes.producers
+        return Rates(None, None, read, write, sources=(source,))
+    raise ConfigError(f"{source}: is not the --json output of bench step, produce or store")
 
 
 def read_bench(paths: Iterable[Path]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -169,20 +171,22 @@ def read_bench(paths: Iterable[Path]) -> list[tuple[str, Mapping[str, Any]]]:
         except (ValueError, IndexError):
             content = None
         if not isinstance(content, dict):
-            raise ConfigError(f"--bench: {path}: holds no JSON object; give what --json printed")
+            raise ConfigError(
+                f"--bench: {path}: does not contain a JSON object; pass a file that --json printed"
+            )
         found.append((str(path), content))
     return found
 
 
-def scaled_step(basis: Basis, found: Mapping[str, Any]) -> float:
+def scaled_step(sizes: RunSizes, result: Mapping[str, Any]) -> float:
     """Scale the step time of a `bench step` result to this run's shape."""
-    phases, whole = found.get("phases", {}), found["step_seconds"]
+    phases, whole = result.get("phases", {}), result["step_seconds"]
     of_state = sum(phases.get(phase, 0.0) for phase in ("adam", "norms"))
-    of_state = min(whole - found["product_seconds"], of_state)
-    reads, shards = found.get("reads", 1), found.get("shards", 1)
-    rows, latents = found["batch"] / found.get("replicas", 1), found["n_latents"] / shards
-    flops = 2 * rows * latents / (found.get("experts") or 1) * found["d_in"] * reads
-    weights = _FP32 * latents * found["d_in"] * (reads + (found.get("writes") or reads))
-    own = basis.state.weights
-    scaled: float = (whole - of_state) * step_flops(basis) / flops + of_state * own / weights
+    of_state = min(whole - result["product_seconds"], of_state)
+    reads, shards = result.get("reads", 1), result.get("shards", 1)
+    rows, latents = result["batch"] / result.get("replicas", 1), result["n_latents"] / shards
+    flops = 2 * rows * latents / (result.get("experts") or 1) * result["d_in"] * reads
+    weights = _FP32 * latents * result["d_in"] * (reads + (result.get("writes") or reads))
+    own = sizes.state.weights
+    scaled: float = (whole - of_state) * step_flops(sizes) / flops + of_state * own / weights
     return scaled

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_sae.planning.basis import Basis
+from dist_sae.planning.sizes import RunSizes
 
 ROWS_PER_LATENT = 2500
 """Rows per latent below which a wide dictionary is considered to be short of data."""
@@ -14,15 +14,15 @@ _LEARNT_FIRINGS = 1000  # that a feature needs in training to be learned; a rule
 _STEPS = 10_000  # maximum number of ranks at which Zipf's law is evaluated
 
 
-def risk_of(basis: Basis) -> dict[str, Any]:
+def risk_of(sizes: RunSizes) -> dict[str, Any]:
     """Compute rows per latent, expected firings, and the share of latents that are dead by chance.
 
     The share of dead latents assumes that firings follow Zipf's law: latent i fires on a share
     p_i ~ 1 / i of the rows, at most half, with sum p_i = L0. A latent counts as dead if it does not
     fire for `sae.dead_after_rows` rows. By chance, that has the probability (1 - p_i) ^ rows.
     """
-    run = basis.run
-    n, rows, l0 = run.sae.n_latents, run.steps * run.train.batch_rows, basis.active
+    run = sizes.run
+    n, rows, l0 = run.sae.n_latents, run.steps * run.train.batch_rows, sizes.active
     ranks = np.unique(np.geomspace(1, n, _STEPS).astype(np.int64))
     counts = np.diff(ranks, append=n + 1)
     harmonic = math.log(n) + 0.5772

@@ -5,33 +5,33 @@ from typing import Any
 
 from dist_sae.config.base import folder_of
 from dist_sae.errors import ConfigError
-from dist_sae.planning.basis import Basis
 from dist_sae.planning.rates import Rates
 from dist_sae.planning.simulate import HOUR, Fleet, Simulation, plan_of
+from dist_sae.planning.sizes import RunSizes
 
 _UNITS_EACH = 2  # units per producer in the part of a long run that is simulated
 _WINDOWS = 2  # minimum number of windows of every stream in that part
 
 
-def fleet_of(basis: Basis, rates: Rates) -> Fleet:
+def fleet_of(sizes: RunSizes, rates: Rates) -> Fleet:
     """Return the processes of a run in which nothing goes wrong.
 
     Raises:
         ConfigError: The speed of a producer or of a step is unknown.
     """
-    run, produced, step = basis.run, rates.producer_rows_per_second, rates.step_seconds
+    run, produced, step = sizes.run, rates.producer_rows_per_second, rates.step_seconds
     if produced is None or step is None:
         raise ConfigError(
-            "--simulate: needs the rate of a producer and of a step; give --accelerator, "
-            "--measure, or --bench with what bench produce and bench step printed"
+            "--simulate: needs the speed of a producer and of a training step; pass --accelerator, "
+            "--measure, or --bench with the output of bench produce and bench step"
         )
     return Fleet(
         run.processes.producers,
-        max(basis.unit_rows) / produced,
+        max(sizes.unit_rows) / produced,
         step,
         run.train.batch_rows,
-        min(run.rows, basis.pass_rows),
-        basis.row_bytes(),
+        min(run.rows, sizes.pass_rows),
+        sizes.row_bytes(),
         rates.write_bytes_per_second or math.inf,
         rates.read_bytes_per_second or math.inf,
         in_folder=folder_of(run.store.activations) is not None,
@@ -43,23 +43,23 @@ def fleet_of(basis: Basis, rates: Rates) -> Fleet:
     )
 
 
-def simulate(basis: Basis, fleet: Fleet) -> dict[str, float]:
+def simulate(sizes: RunSizes, fleet: Fleet) -> dict[str, float]:
     """Simulate a run. Of a long run, only the first part is simulated, and the rest extrapolated.
 
     Returns:
         `total_seconds` of the whole run, and `producer_hours` until its last unit. For the
         simulated part: shares of the time in which trainers and producers work, and counts.
     """
-    streams, windows = basis.run.activations.streams, basis.run.activations.window_units
-    assert streams is not None, "the basis has numbers"
+    streams, windows = sizes.run.activations.streams, sizes.run.activations.window_units
+    assert streams is not None, "the plan sets streams"
     wanted = max(_UNITS_EACH * fleet.producers, _WINDOWS * streams * windows)
-    part = basis.unit_rows[: math.ceil(wanted / (streams * windows)) * streams * windows]
+    part = sizes.unit_rows[: math.ceil(wanted / (streams * windows)) * streams * windows]
     plan = plan_of(part, streams=streams, window_units=windows)
     found = Simulation(plan, fleet._replace(rows=min(fleet.rows, sum(part)))).outcome
     training = max(found.seconds - found.first_step_seconds, 1e-9)
     total = found.seconds + (fleet.rows - found.rows) * training / found.rows
-    total += (basis.run.rows - fleet.rows) / fleet.batch_rows * fleet.step_seconds
-    whole = len(basis.unit_rows) + len(basis.heldout_unit_rows)
+    total += (sizes.run.rows - fleet.rows) / fleet.batch_rows * fleet.step_seconds
+    whole = len(sizes.unit_rows) + len(sizes.heldout_unit_rows)
     producing = min(total * fleet.producers, whole * found.producer_seconds / found.units)
     return {
         "producers": fleet.producers,
@@ -76,7 +76,7 @@ def simulate(basis: Basis, fleet: Fleet) -> dict[str, float]:
 
 
 def scenarios(
-    basis: Basis, rates: Rates, *, spot_hours: float, node_days: float, slowdown: float
+    sizes: RunSizes, rates: Rates, *, spot_hours: float, node_days: float, slowdown: float
 ) -> dict[str, dict[str, float]]:
     """Simulate a run as planned, and with one thing changed at a time.
 
@@ -85,7 +85,7 @@ def scenarios(
         node_days: Mean life of a trainer's node.
         slowdown: Factor on the time of requests and transfers.
     """
-    fleet = fleet_of(basis, rates)
+    fleet = fleet_of(sizes, rates)
     half, twice = max(1, fleet.producers // 2), 2 * fleet.producers
     changes: dict[str, dict[str, Any]] = {
         "as planned": {},
@@ -95,4 +95,4 @@ def scenarios(
         f"a trainer node lives {node_days:g} days": {"node_hours": 24 * node_days},
         f"the store is {slowdown:g} times as slow": {"slowdown": slowdown},
     }
-    return {name: simulate(basis, fleet._replace(**of)) for name, of in changes.items()}
+    return {name: simulate(sizes, fleet._replace(**of)) for name, of in changes.items()}

@@ -22,7 +22,7 @@ from dist_sae.data.plan import Plan
 from dist_sae.data.shard import CLAIMS, MANIFESTS
 from dist_sae.data.streams import StreamCursor
 from dist_sae.data.work_queue import LEASE_SECONDS, Worker, WorkQueue
-from dist_sae.planning.clock import Clock, Pause, Pipe, Process, SimulatedStore, Stopping, Times
+from dist_sae.planning.clock import Clock, NeverSet, Pause, Pipe, Process, SimulatedStore, TimedKeys
 from dist_sae.producing.unit_queue import unit_queue
 
 _POLL_SECONDS = 2.0  # of a trainer that waits for a unit
@@ -111,7 +111,9 @@ class Simulation:
         seed: int = 0,
     ) -> None:
         self.clock = Clock()
-        self._claims, self._made = (Times(keys, len(plan.units)) for keys in (CLAIMS, MANIFESTS))
+        self._claims, self._made = (
+            TimedKeys(keys, len(plan.units)) for keys in (CLAIMS, MANIFESTS)
+        )
         times = (self._claims, self._made)
         slowdown = fleet.slowdown * (_OF_FOLDER if fleet.in_folder else 1)
         self.store = SimulatedStore(self.clock, times, slowdown)
@@ -170,7 +172,7 @@ class Simulation:
         for life in itertools.count():
             worker = Worker(f"p{number}-{life}", number, fleet.producers)
             queue = unit_queue(
-                *(self.store, self._plan, worker, Stopping(), self._consumers),
+                *(self.store, self._plan, worker, NeverSet(), self._consumers),
                 fleet.max_ahead_units,
                 clock=lambda: clock.now,
                 keys=(self._claims, self._made),

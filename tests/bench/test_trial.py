@@ -8,7 +8,7 @@ import pytest
 from dist_sae.bench.trial import step_and_total_seconds, trial_run
 from dist_sae.commands.cli import main
 from dist_sae.config import jobs_of
-from dist_sae.planning.basis import find_basis
+from dist_sae.planning.sizes import find_sizes
 from tests.commands.test_cli import fail
 from tests.runs import TINY, make_run, write_run
 
@@ -34,12 +34,12 @@ def test_every_job_of_a_sweep_is_shortened(tmp_path: Path) -> None:
     """Latents are dead after .6 of the rows of the one job, which is more than a quarter."""
     sweep = {"over": {"sae.dead_after_rows": [2458, 100]}, "jobs": {"a": {"train.warmup_steps": 8}}}
     run = make_run(tmp_path, TINY, sweep=sweep)
-    short = trial_run(run, [find_basis(run)], 16, str(tmp_path / "trial"))
+    short = trial_run(run, [find_sizes(run)], 16, str(tmp_path / "trial"))
     found = [
         (job.train.rows, job.dead_after_rows, job.train.warmup_steps) for job in jobs_of(short)
     ]
     assert found == [(4096, 2458, 8), (4096, 1024, 8)]
-    half = trial_run(run, [find_basis(run)], 8, str(tmp_path / "trial"))
+    half = trial_run(run, [find_sizes(run)], 8, str(tmp_path / "trial"))
     assert [job.train.warmup_steps for job in jobs_of(half)] == [4, 4]
     assert [job.name for job in jobs_of(half)] == [job.name for job in jobs_of(run)]
 

@@ -13,12 +13,12 @@ from dist_sae.commands.cli import main
 from dist_sae.config import Run, load_run
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.interface import Rows, StepContext
-from dist_sae.planning.advice import advice, fits
-from dist_sae.planning.basis import Basis, find_basis
+from dist_sae.planning.advice import advice, needed_bytes
 from dist_sae.planning.estimate import pace_of
 from dist_sae.planning.memory import checkpoint_bytes, trainer_memory
-from dist_sae.planning.rates import ACCELERATORS, Rates, of_accelerator, of_bench
+from dist_sae.planning.rates import ACCELERATORS, Rates, rates_from_bench, rates_from_data_sheet
 from dist_sae.planning.risk import risk_of
+from dist_sae.planning.sizes import RunSizes, find_sizes
 from dist_sae.planning.stored import set_bytes, stored_over_time
 from dist_sae.planning.traffic import step_traffic
 from dist_sae.storage import open_store
@@ -81,29 +81,29 @@ def test_rows_sent_in_a_step_are_counted(tmp_path: Path, shards: int) -> None:
     run = make_run(
         tmp_path, TINY, processes={"trainers": shards, "latent_shards": shards}, train={"lr": 1e-3}
     )
-    (basis,) = find_basis(run)
+    (sizes,) = find_sizes(run)
 
     def step(axis: ThreadAxis) -> dict[str, int]:
         axis.__class__ = CountingAxis
         sae = build_sae(run.sae, 8, axis)
         torch.nn.init.normal_(sae.W_enc)
-        x = torch.randn(basis.rank_rows, 8)
+        x = torch.randn(sizes.rank_rows, 8)
         dead = torch.zeros(len(sae.W_enc), dtype=torch.bool)
         sae.objective(Rows(x, x), StepContext(1.0, dead, 0, 0.5, [0]))
         return dict(axis.sent)  # type: ignore[attr-defined]
 
     counted = on_ranks(1, shards, step)[0]
-    expected = step_traffic(basis)
+    expected = step_traffic(sizes)
     assert counted == {name: expected[name] for name in counted}
     assert expected["gather_gradients"] == expected["scatter_outputs"]
 
 
-def basis_of(tmp_path: Path, rows: int = 10_000_000, **sections: Any) -> Basis:
+def sizes_of(tmp_path: Path, rows: int = 10_000_000, **sections: Any) -> RunSizes:
     activations = {"unit_rows": None, "streams": None} | sections.pop("activations", {})
     train = {"rows": "all", "normaliser_rows": None, "lr": None} | sections.pop("train", {})
     run = make_run(tmp_path, TINY, activations=activations, train=train, **sections)
-    (basis,) = find_basis(Run.model_validate(run.model_dump()), rows)
-    return basis
+    (sizes,) = find_sizes(Run.model_validate(run.model_dump()), rows)
+    return sizes
 
 
 def test_gradients_are_summed_over_replicas_and_rows_over_shards(tmp_path: Path) -> None:
@@ -111,10 +111,10 @@ def test_gradients_are_summed_over_replicas_and_rows_over_shards(tmp_path: Path)
 
     Shards of 8 latents have 144 numbers each, which nobody else has.
     """
-    replicas = step_traffic(basis_of(tmp_path, processes={"trainers": 4}))
+    replicas = step_traffic(sizes_of(tmp_path, processes={"trainers": 4}))
     assert replicas["sum_gradients"] == 1.5 * 4 * 552
     assert replicas["gather_inputs"] == replicas["gather_entries"] == 0
-    shards = step_traffic(basis_of(tmp_path, processes={"trainers": 4, "latent_shards": 4}))
+    shards = step_traffic(sizes_of(tmp_path, processes={"trainers": 4, "latent_shards": 4}))
     assert shards["sum_gradients"] == 0
     assert shards["gather_inputs"] == 0.75 * 256 * 8 * 4
 
@@ -125,7 +125,7 @@ def test_rows_and_entries_are_exchanged_where_they_are_fewer(tmp_path: Path) -> 
     Summed gradients of 4,096 latents in two shards would be 65,536 bytes for each.
     """
     sent = step_traffic(
-        basis_of(tmp_path, sae={"n_latents": 4096}, processes={"trainers": 4, "latent_shards": 2})
+        sizes_of(tmp_path, sae={"n_latents": 4096}, processes={"trainers": 4, "latent_shards": 2})
     )
     assert sent["gather_entries"] == 2 * (128 * 8 * 4 + 128 * 2 / 2 * 12)
     assert sent["sum_gradients"] == 4 * (2048 + 8)
@@ -134,8 +134,8 @@ def test_rows_and_entries_are_exchanged_where_they_are_fewer(tmp_path: Path) -> 
 def test_memory_shrinks_with_shards_and_zero(tmp_path: Path) -> None:
     def device(**sections: Any) -> dict[str, int]:
         sae = {"n_latents": 65_536}
-        basis = basis_of(tmp_path, sae=sae, **sections)
-        return trainer_memory([basis], 0, gpu=True)["device"]
+        sizes = sizes_of(tmp_path, sae=sae, **sections)
+        return trainer_memory([sizes], 0, gpu=True)["device"]
 
     whole = device(processes={"trainers": 4})
     sharded = device(processes={"trainers": 4, "latent_shards": 4})
@@ -151,12 +151,12 @@ def test_dead_latents_and_saves_take_memory_too(tmp_path: Path) -> None:
     A save has a copy of the checkpoint, and of W_enc or W_dec, its text and its file: as much as
     all weights.
     """
-    basis = basis_of(tmp_path)
-    host = trainer_memory([basis], 0, gpu=False)["host"]
+    sizes = sizes_of(tmp_path)
+    host = trainer_memory([sizes], 0, gpu=False)["host"]
     assert host["auxk_while_latents_are_dead"] == 256 * 4 * 80
-    assert host["checkpoint_copies"] == checkpoint_bytes(basis) + 4 * 552
+    assert host["checkpoint_copies"] == checkpoint_bytes(sizes) + 4 * 552
     assert host["new_start_of_dead_latents"] == 0
-    relu = basis_of(tmp_path, sae={"kind": "relu", "n_latents": 32})
+    relu = sizes_of(tmp_path, sae={"kind": "relu", "n_latents": 32})
     host = trainer_memory([relu], 0, gpu=False)["host"]
     assert host["auxk_while_latents_are_dead"] == 0
     assert host["new_start_of_dead_latents"] == 2 * 256 * 32 * 4
@@ -174,11 +174,11 @@ def test_a_dictionary_that_does_not_fit_is_given_more_shards(tmp_path: Path) -> 
         activations={"streams": None, "unit_rows": None},
         processes={"trainers": 64, "latent_shards": 64},
     )
-    (basis,) = find_basis(load_run(str(path)), 10**9)
+    (sizes,) = find_sizes(load_run(str(path)), 10**9)
     memory = ACCELERATORS["h100"].memory_bytes
-    (said,) = [s for s in advice([basis], Rates(), memory) if s.startswith("processes.trainers")]
+    (said,) = [s for s in advice([sizes], Rates(), memory) if s.startswith("processes.trainers")]
     assert "128" in said
-    assert fits(basis, 128, 128) <= 0.9 * memory < fits(basis, 64, 64)
+    assert needed_bytes(sizes, 128, 128) <= 0.9 * memory < needed_bytes(sizes, 64, 64)
 
 
 def test_a_bench_of_the_same_shape_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -191,48 +191,48 @@ def test_a_bench_of_the_same_shape_is_taken_as_it_is(tmp_path: Path) -> None:
         "product_seconds": 0.5,
         "phases": {"adam": 0.1, "norms": 0.05},
     }
-    basis = basis_of(tmp_path)
-    assert of_bench([[basis]], found, "file").step_seconds == pytest.approx(1.0, rel=0.02)
-    assert of_bench([[basis]], found | {"n_latents": 16}, "file").step_seconds == pytest.approx(
-        2.0, rel=0.02
-    )
+    sizes = sizes_of(tmp_path)
+    assert rates_from_bench([[sizes]], found, "file").step_seconds == pytest.approx(1.0, rel=0.02)
+    assert rates_from_bench(
+        [[sizes]], found | {"n_latents": 16}, "file"
+    ).step_seconds == pytest.approx(2.0, rel=0.02)
 
 
 def test_the_slowest_part_limits_the_run(tmp_path: Path) -> None:
     """Batches of 256 in a tenth of a second are 2,560 rows/s; a row of 8 fp32 has 48 bytes."""
-    basis = basis_of(tmp_path)
-    slow = pace_of([[basis]], Rates(0.1, 1000.0))
+    sizes = sizes_of(tmp_path)
+    slow = pace_of([[sizes]], Rates(0.1, 1000.0))
     assert slow["limited_by"] == "producers"
     assert slow["producers_wanted"] == 3
-    assert slow["training_seconds"] == pytest.approx(basis.run.rows / 1000)
-    fast = pace_of([[basis]], Rates(0.1, 1e6, 48 * 100.0))
+    assert slow["training_seconds"] == pytest.approx(sizes.run.rows / 1000)
+    fast = pace_of([[sizes]], Rates(0.1, 1e6, 48 * 100.0))
     assert fast["limited_by"] == "store_reads"
-    assert fast["training_seconds"] == pytest.approx(basis.run.rows / 100)
+    assert fast["training_seconds"] == pytest.approx(sizes.run.rows / 100)
 
 
 def test_rare_features_fire_as_often_as_their_frequency_says(tmp_path: Path) -> None:
-    basis = basis_of(tmp_path)
-    risk = risk_of(basis)
-    assert risk["expected_firings"]["of_p_1e-05"] == pytest.approx(basis.run.rows * 1e-5)
-    assert risk["rows_per_latent"] == basis.run.rows / 32
-    wide = risk_of(basis_of(tmp_path, sae={"n_latents": 2**22, "init": "random"}))
+    sizes = sizes_of(tmp_path)
+    risk = risk_of(sizes)
+    assert risk["expected_firings"]["of_p_1e-05"] == pytest.approx(sizes.run.rows * 1e-5)
+    assert risk["rows_per_latent"] == sizes.run.rows / 32
+    wide = risk_of(sizes_of(tmp_path, sae={"n_latents": 2**22, "init": "random"}))
     assert wide["dead_by_chance_share"] > 0.2 > risk["dead_by_chance_share"]
 
 
 def test_retention_bounds_the_set(tmp_path: Path) -> None:
-    kept = stored_over_time(basis_of(tmp_path), 10)
+    kept = stored_over_time(sizes_of(tmp_path), 10)
     store = {"retention": "delete_consumed"}
-    basis = basis_of(tmp_path)
-    run = basis.run.model_copy(update={"store": basis.run.store.model_copy(update=store)})
-    deleted = stored_over_time(basis._replace(run=run), 10)
-    assert max(deleted.values()) < max(kept.values()) <= 1.05 * set_bytes(basis)
-    assert checkpoint_bytes(basis) == 3 * 4 * 552 + 8 * 32
+    sizes = sizes_of(tmp_path)
+    run = sizes.run.model_copy(update={"store": sizes.run.store.model_copy(update=store)})
+    deleted = stored_over_time(sizes._replace(run=run), 10)
+    assert max(deleted.values()) < max(kept.values()) <= 1.05 * set_bytes(sizes)
+    assert checkpoint_bytes(sizes) == 3 * 4 * 552 + 8 * 32
 
 
 def test_data_sheets_give_rates(tmp_path: Path) -> None:
-    basis = basis_of(tmp_path)
+    sizes = sizes_of(tmp_path)
     slower, faster = (
-        of_accelerator([[basis]], name, 25e9).step_seconds for name in ("a100", "h100")
+        rates_from_data_sheet([[sizes]], name, 25e9).step_seconds for name in ("a100", "h100")
     )
     assert slower is not None
     assert faster is not None
@@ -285,7 +285,7 @@ def test_the_table_and_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ("options", "problem"),
     [
         (["--rows", "0"], "--rows: 0 is not above 0"),
-        (["--rows", "100"], "leave 92 rows to train on, less than one batch"),
+        (["--rows", "100"], "leave 92 rows for training, less than one batch"),
         (["--width", "8"], "--width and --parameters describe a model together"),
         (["--accelerator", "abacus"], "--accelerator: abacus is not one of a100"),
         (["--prices", "nowhere.yaml"], "--prices: nowhere.yaml: No such file"),
@@ -310,10 +310,14 @@ def test_a_run_that_asks_for_more_rows_than_there_are_is_refused(
 @pytest.mark.parametrize(
     ("option", "content", "problem"),
     [
-        ("--prices", "currency: USD\npod: 3\n", "pod: Extra inputs are not permitted; keys are"),
-        ("--prices", "{", "is no YAML"),
-        ("--bench", "[]", "holds no JSON object"),
-        ("--bench", "{}", "is not what bench step, produce or store prints"),
+        (
+            "--prices",
+            "currency: USD\npod: 3\n",
+            "pod: Extra inputs are not permitted; the keys are",
+        ),
+        ("--prices", "{", "is not valid YAML"),
+        ("--bench", "[]", "does not contain a JSON object"),
+        ("--bench", "{}", "is not the --json output of bench step, produce or store"),
     ],
 )
 def test_a_bad_file_is_one_line(

@@ -73,7 +73,7 @@ def test_producers_wait_for_the_trainers() -> None:
 @pytest.mark.system
 def test_what_may_go_wrong_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_run(tmp_path, TINY)
-    assert "--simulate: needs the rate" in fail(capsys, "estimate", str(path), "--simulate")
+    assert "--simulate: needs the speed" in fail(capsys, "estimate", str(path), "--simulate")
     bench = tmp_path / "bench.json"
     bench.write_text(json.dumps({"rows_per_second": 1e3, "bare_rows_per_second": 2e3}))
     options = ["--bench", str(bench), "--accelerator", "h100", "--simulate", "--json"]

@@ -36,7 +36,7 @@ class Model(NamedTuple):
     """Bytes of the loaded part, including the embedding."""
 
 
-class Basis(NamedTuple):
+class RunSizes(NamedTuple):
     """Sizes of a planned run, or of a job of a sweep."""
 
     run: Run
@@ -98,7 +98,7 @@ class Basis(NamedTuple):
     @property
     def streams(self) -> int:
         """Streams of the activation set."""
-        assert self.run.activations.streams is not None, "the basis has numbers"
+        assert self.run.activations.streams is not None, "the plan sets streams"
         return self.run.activations.streams
 
     @property
@@ -112,14 +112,14 @@ class Basis(NamedTuple):
         return max(1, self.run.processes.trainers // self.streams)
 
 
-def sites_of(jobs: Sequence[Basis]) -> set[str]:
+def sites_of(jobs: Sequence[RunSizes]) -> set[str]:
     """Return all sites that any of the jobs reads or writes."""
     return {site for job in jobs for site in job.run.sites}
 
 
-def find_basis(
+def find_sizes(
     run: Run, rows: int | None = None, width: int | None = None, parameters: int | None = None
-) -> list[Basis]:
+) -> list[RunSizes]:
     """Find the sizes of a run, or of each job, from its plan, its corpus, or a number of rows.
 
     Args:
@@ -152,7 +152,7 @@ def find_basis(
         check_rows(job, plan)
     units = plan.rows_of_units[: plan.n_train_units]
     heldout = plan.rows_of_units[plan.n_train_units :]
-    return [Basis(job, model, units, heldout, plan.pass_rows, source) for job in jobs]
+    return [RunSizes(job, model, units, heldout, plan.pass_rows, source) for job in jobs]
 
 
 def _of_rows(run: Run, rows: int) -> Plan:
@@ -173,8 +173,8 @@ def _of_rows(run: Run, rows: int) -> Plan:
     units = np.repeat(shares, layout.streams).tolist()
     if sum(units) < batch_rows:
         raise ConfigError(
-            f"--rows: {rows} leave {sum(units)} rows to train on, less than one batch "
-            f"(train.batch_rows {batch_rows}); give more"
+            f"--rows: {rows} leave {sum(units)} rows for training, less than one batch "
+            f"(train.batch_rows {batch_rows}); pass more"
         )
     n_heldout = max(1, round(heldout / layout.unit_rows)) if heldout else 0
     own = {name: getattr(layout, name) for name in LAYOUT_SETTINGS}
