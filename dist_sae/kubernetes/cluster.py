@@ -32,7 +32,7 @@ MANAGER = "dist-sae"
 _KUBECONFIG = "~/.kube/config"
 _ROLE = "role dist-sae-researcher of k8s/base"
 _NODES_ROLE = "cluster role dist-sae-nodes of k8s/base"
-_CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 30.0
+_CONNECT_SECONDS, _READ_SECONDS = 5.0, 30.0
 """Connect and read timeouts of requests to the API server."""
 POD_SECONDS = 3.0
 """Read timeout of requests to a pod. Short, because a network policy may drop them silently."""
@@ -92,13 +92,13 @@ class Cluster:
             load_kube_config(self._file, context=self._context, client_configuration=settings)
         except _UNREADABLE as exc:
             raise ClusterError(
-                f"{self._origin}: no kubeconfig that can be used ({_line(exc)}); log in to the "
+                f"{self._origin}: cannot use the kubeconfig ({_one_line(exc)}); log in to the "
                 f"cluster, set KUBECONFIG or correct cluster.context"
             ) from exc
         return ApiClient(settings)
 
     @cached_property
-    def _hasty_client(self) -> ApiClient:
+    def _client_without_retries(self) -> ApiClient:
         """Client that does not retry."""
         settings = copy.copy(self._client.configuration)
         settings.retries = urllib3.Retry(0)
@@ -122,13 +122,13 @@ class Cluster:
         query = {"fieldManager": MANAGER, "fieldValidation": "Strict"}
         query |= {"dryRun": "All"} if dry_run else {}
         path = self._path(obj["kind"], obj["metadata"]["name"])
-        applied = self._ask("PATCH", path, query, obj, "application/apply-patch+yaml")
+        applied = self._request("PATCH", path, query, obj, "application/apply-patch+yaml")
         assert applied is not None
         return applied
 
     def get(self, kind: str, name: str) -> Object | None:
         """Return an object, or None if it does not exist."""
-        return self._ask("GET", self._path(kind, name), may_lack=True)
+        return self._request("GET", self._path(kind, name), missing_ok=True)
 
     def find(self, kind: str, selector: Mapping[str, str]) -> list[Object]:
         """Return objects with these labels, oldest first. Empty if the kind is not installed."""
@@ -144,13 +144,13 @@ class Cluster:
         while True:
             found, version = self._list(kind, selector)
             yield found
-            query = self._selecting(selector) | {"watch": "1", "resourceVersion": version}
+            query = self._label_query(selector) | {"watch": "1", "resourceVersion": version}
             query |= {"timeoutSeconds": str(_WATCH_SECONDS)}
             path = self._path(kind)
             with self._mapped(path):
                 try:
-                    with self._send("GET", path, query) as answer:
-                        next(iter(answer), None)
+                    with self._send("GET", path, query) as response:
+                        next(iter(response), None)
                 except ApiException as exc:
                     if exc.status != _EXPIRED:
                         raise
@@ -167,7 +167,7 @@ class Cluster:
             "preconditions": {"uid": metadata["uid"]},
         }
         path = self._path(obj["kind"], metadata["name"])
-        self._ask("DELETE", path, body=body, may_lack=True)
+        self._request("DELETE", path, body=body, missing_ok=True)
 
     def logs(
         self, pod: str, container: str, *, follow: bool, tail: int | None, stamped: bool = False
@@ -184,12 +184,13 @@ class Cluster:
         query |= {"timestamps": "true"} if stamped else {}
         query |= {"tailLines": str(tail)} if tail is not None else {}
         path = f"{self._path('Pod', pod)}/log"
-        with self._mapped(path), self._send("GET", path, query, patient=follow) as answer:
-            if answer.status == _NO_CONTENT:
+        seconds = None if follow else _READ_SECONDS
+        with self._mapped(path), self._send("GET", path, query, timeout=seconds) as response:
+            if response.status == _NO_CONTENT:
                 raise NotStartedError(
                     f"{self._origin}: pod {pod} has no node yet; dist-sae status shows why"
                 )
-            for line in answer:
+            for line in response:
                 yield line.decode(errors="replace").rstrip("\n")
 
     def proxy(self, pod: str, port: int, path: str) -> str:
@@ -197,12 +198,14 @@ class Cluster:
         whole = f"{self._path('Pod', f'{pod}:{port}')}/proxy/{path}"
         with self._mapped(whole):
             try:
-                text: str = self._send("GET", whole, hasty=True).data.decode()
+                text: str = self._send(
+                    "GET", whole, timeout=POD_SECONDS, retries=False
+                ).data.decode()
             except urllib3.exceptions.HTTPError as exc:
                 if not isinstance(_reason(exc), urllib3.exceptions.ReadTimeoutError):
                     raise
                 raise ClusterError(
-                    f"{self._origin}: pod {pod} does not answer on port {port} within "
+                    f"{self._origin}: pod {pod} does not respond on port {port} within "
                     f"{POD_SECONDS:g} s; check whether a network policy blocks the API server"
                 ) from exc
             return text
@@ -216,33 +219,33 @@ class Cluster:
         return self._list_all("/api/v1/nodes", {})[0]
 
     def _list(self, kind: str, selector: Mapping[str, str]) -> tuple[list[Object], str]:
-        path, query = self._path(kind), self._selecting(selector)
-        found, resource_version = self._list_all(path, query, may_lack=True)
+        path, query = self._path(kind), self._label_query(selector)
+        found, resource_version = self._list_all(path, query, missing_ok=True)
         version = _RESOURCES[kind].version  # items of a list lack version and kind
         items: list[Object] = [{"apiVersion": version, "kind": kind, **item} for item in found]
         items.sort(key=lambda obj: obj["metadata"]["creationTimestamp"])
         return items, resource_version
 
     def _list_all(
-        self, path: str, query: Mapping[str, str], *, may_lack: bool = False
+        self, path: str, query: Mapping[str, str], *, missing_ok: bool = False
     ) -> tuple[list[Object], str]:
         """Return the items of all pages and the list's resource version.
 
-        Both are empty if the list does not exist and `may_lack` is set.
+        Both are empty if the list does not exist and `missing_ok` is set.
         """
         items, token = list[Object](), ""
         while True:
             page = {**query, "limit": str(PAGE_OBJECTS)} | ({"continue": token} if token else {})
-            answer = self._ask("GET", path, page, may_lack=may_lack)
-            if answer is None:
+            response = self._request("GET", path, page, missing_ok=missing_ok)
+            if response is None:
                 return [], ""
-            items += answer["items"]
-            metadata = answer.get("metadata", {})
+            items += response["items"]
+            metadata = response.get("metadata", {})
             token = metadata.get("continue", "")
             if not token:
                 return items, metadata.get("resourceVersion", "")
 
-    def _selecting(self, selector: Mapping[str, str]) -> dict[str, str]:
+    def _label_query(self, selector: Mapping[str, str]) -> dict[str, str]:
         return {"labelSelector": ",".join(f"{key}={value}" for key, value in selector.items())}
 
     def _path(self, kind: str, name: str | None = None) -> str:
@@ -250,7 +253,7 @@ class Cluster:
         path = f"{resource.base}/namespaces/{self.namespace}/{resource.plural}"
         return f"{path}/{name}" if name else path
 
-    def _ask(
+    def _request(
         self,
         method: str,
         path: str,
@@ -258,17 +261,17 @@ class Cluster:
         body: Object | None = None,
         content: str = "application/json",
         *,
-        may_lack: bool = False,
+        missing_ok: bool = False,
     ) -> Object | None:
-        """Send a request and return the JSON of the response; None for a 404 if `may_lack`."""
+        """Send a request and return the JSON of the response; None for a 404 if `missing_ok`."""
         with self._mapped(path):
             try:
-                answer = self._send(method, path, query, body, content)
+                response = self._send(method, path, query, body, content)
             except ApiException as exc:
-                if may_lack and exc.status == _NOT_FOUND:
+                if missing_ok and exc.status == _NOT_FOUND:
                     return None
                 raise
-            found: Object = json.loads(answer.data)
+            found: Object = json.loads(response.data)
             return found
 
     def _send(
@@ -279,12 +282,11 @@ class Cluster:
         body: Object | None = None,
         content: str = "application/json",
         *,
-        patient: bool = False,
-        hasty: bool = False,
+        timeout: float | None = _READ_SECONDS,
+        retries: bool = True,
     ) -> urllib3.HTTPResponse:
-        seconds = None if patient else POD_SECONDS if hasty else _ANSWER_SECONDS
-        client = self._hasty_client if hasty else self._client
-        answer: urllib3.HTTPResponse = client.call_api(
+        client = self._client if retries else self._client_without_retries
+        response: urllib3.HTTPResponse = client.call_api(
             path,
             method,
             query_params=list((query or {}).items()),
@@ -292,9 +294,9 @@ class Cluster:
             body=body,
             auth_settings=["BearerToken"],
             _preload_content=False,
-            _request_timeout=(_CONNECT_SECONDS, seconds),
+            _request_timeout=(_CONNECT_SECONDS, timeout),
         )
-        return answer
+        return response
 
     @contextmanager
     def _mapped(self, path: str) -> Iterator[None]:
@@ -302,37 +304,39 @@ class Cluster:
         try:
             yield
         except ApiException as exc:
-            raise self._refusal(exc, path) from exc
+            raise self._error_of(exc, path) from exc
         except urllib3.exceptions.HTTPError as exc:
             server = self._client.configuration.host
             why = type(_reason(exc)).__name__
             raise ClusterError(
-                f"{self._origin}: {server} does not answer ({why}); check the network, the "
+                f"{self._origin}: {server} does not respond ({why}); check the network, the "
                 f"context and your login"
             ) from exc
 
-    def _refusal(self, exc: ApiException, path: str) -> ClusterError:
+    def _error_of(self, exc: ApiException, path: str) -> ClusterError:
         status = _status_of(exc)
-        said = status.get("message") or _line(exc.reason or exc)
+        message = status.get("message") or _one_line(exc.reason or exc)
         match exc.status:
             case 401:
-                return ClusterError(f"{self._origin}: your login is refused; log in again")
+                return ClusterError(
+                    f"{self._origin}: the cluster rejected your login; log in again"
+                )
             case 403:
-                return self._forbidden(said)
+                return self._forbidden(message)
             case 404:
-                return self._not_found(status, said, path)
+                return self._not_found(status, message, path)
             case 400 if path.endswith("/log"):  # the kubelet's response
-                return NotStartedError(f"{self._origin}: {_line(said)}")
+                return NotStartedError(f"{self._origin}: {_one_line(message)}")
             case 422:
-                return RejectedError(_line(said))
+                return RejectedError(_one_line(message))
             case _:
-                return ClusterError(f"{self._origin}: {_line(said)}")
+                return ClusterError(f"{self._origin}: {_one_line(message)}")
 
-    def _not_found(self, status: dict[str, Any], said: str, path: str) -> ClusterError:
+    def _not_found(self, status: dict[str, Any], message: str, path: str) -> ClusterError:
         kind, jobset = (status.get("details") or {}).get("kind"), _RESOURCES["JobSet"]
         if not status and path.startswith(jobset.base):
             return ClusterError(
-                f"{self._origin}: the cluster does not know {jobset.version}; install JobSet, "
+                f"{self._origin}: the cluster does not have {jobset.version}; install JobSet, "
                 f"or set cluster.jobset: false"
             )
         if kind == "namespaces":
@@ -341,22 +345,23 @@ class Cluster:
                 f"(kubectl apply -k k8s/base) or correct cluster.namespace"
             )
         if kind == "pods/log":  # the kubelet does not know the pod yet
-            return NotStartedError(f"{self._origin}: {_line(said)}")
-        return ClusterError(f"{self._origin}: {_line(said)}")
+            return NotStartedError(f"{self._origin}: {_one_line(message)}")
+        return ClusterError(f"{self._origin}: {_one_line(message)}")
 
-    def _forbidden(self, said: str) -> ClusterError:
+    def _forbidden(self, message: str) -> ClusterError:
         found = re.search(
-            r'User "(?P<user>[^"]*)" cannot (?P<verb>\w+) resource "(?P<resource>[^"]*)"', said
+            r'User "(?P<user>[^"]*)" cannot (?P<verb>\w+) resource "(?P<resource>[^"]*)"', message
         )
-        if not found and "denied the request" in said:  # by JobSet's webhook or an admission policy
-            return RejectedError(_line(said))
+        # by JobSet's webhook or an admission policy
+        if not found and "denied the request" in message:
+            return RejectedError(_one_line(message))
         if not found:  # for example, a quota is exceeded
-            return ClusterError(f"{self._origin}: {_line(said)}")
+            return ClusterError(f"{self._origin}: {_one_line(message)}")
         nodes = found["resource"] == "nodes"
         where = "of the cluster" if nodes else f"in namespace {self.namespace}"
         return ForbiddenError(
             f"{self._origin}: {found['user']} may not {found['verb']} {found['resource']} {where}; "
-            f"{_NODES_ROLE if nodes else _ROLE} would allow it"
+            f"{_NODES_ROLE if nodes else _ROLE} allows it"
         )
 
 
@@ -380,5 +385,5 @@ def _reason(exc: BaseException) -> BaseException:
     return getattr(exc, "reason", None) or exc
 
 
-def _line(error: object) -> str:
+def _one_line(error: object) -> str:
     return " ".join(str(error).split())

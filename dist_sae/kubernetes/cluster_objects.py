@@ -54,16 +54,16 @@ class ClusterObjects(NamedTuple):
     def conditions(self) -> list[str]:
         """Conditions of the workloads that are true, one line each."""
         return [
-            f"{obj['kind']} {obj['metadata']['name']} {kind}: {told}"
+            f"{obj['kind']} {obj['metadata']['name']} {kind}: {message}"
             for obj in self.workloads
-            for kind, told in _true_conditions(obj).items()
+            for kind, message in _true_conditions(obj).items()
         ]
 
     @property
     def failure(self) -> str:
         """Why the run failed, according to its workloads' conditions."""
-        told = [_true_conditions(obj).get("Failed") for obj in self.workloads]
-        return "; ".join(filter(None, told))
+        messages = [_true_conditions(obj).get("Failed") for obj in self.workloads]
+        return "; ".join(filter(None, messages))
 
 
 def configured_run(configuration: Object) -> Run:
@@ -84,33 +84,35 @@ def find_objects(cluster: Cluster, run: Run) -> ClusterObjects:
     )
 
 
-def remove(cluster: Cluster, run: Run, there: ClusterObjects, say: Say) -> None:
+def remove(cluster: Cluster, run: Run, existing: ClusterObjects, say: Say) -> None:
     """Delete the run's objects, and wait until its pods have saved and exited."""
-    for obj in there.objects:
+    for obj in existing.objects:
         cluster.delete(obj)
-    if there.workloads:
-        await_end(cluster, selector(run), there.workloads, say)
+    if existing.workloads:
+        wait_until_gone(cluster, selector(run), existing.workloads, say)
 
 
 def remove_part(cluster: Cluster, run: Run, part: Part, job: Object, say: Say) -> None:
     """Delete a part's separate Job, and wait until its pods have saved and exited."""
     cluster.delete(job)
-    await_end(cluster, selector(run, part), [job], say)
+    wait_until_gone(cluster, selector(run, part), [job], say)
 
 
-def await_end(
+def wait_until_gone(
     cluster: Cluster, labels: Mapping[str, str], workloads: list[Object], say: Say
 ) -> None:
     """Wait until pods with these labels are gone, then until their deleted workloads are."""
-    said = ""
+    announced = ""
     for pods in cluster.follow("Pod", labels):
         if not pods:
             break
         seconds = max(pod["spec"].get("terminationGracePeriodSeconds", 30) for pod in pods)
         names = ", ".join(sorted(pod["metadata"]["name"] for pod in pods))
-        if said != names:
-            say(f"waiting for {len(pods)} pods to save and end (at most {seconds} s each): {names}")
-            said = names
+        if announced != names:
+            say(
+                f"waiting for {len(pods)} pods to save and exit (at most {seconds} s each): {names}"
+            )
+            announced = names
     for kind in sorted({obj["kind"] for obj in workloads}):
         uids = {obj["metadata"]["uid"] for obj in workloads}
         for found in cluster.follow(kind, labels):
@@ -135,8 +137,9 @@ def existing_objects(
         if selector(run).items() - labels.items():
             owner = labels.get("app.kubernetes.io/instance")
             raise ClusterError(
-                f"{kind} {cluster.namespace}/{name} exists and is "
-                f"{f'of run {owner}' if owner else 'not of this run'}; choose another name"
+                f"{kind} {cluster.namespace}/{name} already exists and "
+                f"{f'belongs to run {owner}' if owner else 'does not belong to this run'}; "
+                f"choose another name"
             )
         found[kind, name] = live
     return found

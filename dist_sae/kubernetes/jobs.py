@@ -36,7 +36,7 @@ from dist_sae.kubernetes.pods import (
     METRICS,
     Object,
     Part,
-    is_apart,
+    has_own_job,
     n_pods,
     pod_template,
     pods_of,
@@ -45,7 +45,7 @@ from dist_sae.storage.lives import Part as LivingPart
 
 JOBSET_VERSION = "jobset.x-k8s.io/v1alpha2"
 RUN_KEY = "run.yaml"
-LEAST = "kueue.x-k8s.io/job-min-parallelism"
+MIN_PARALLELISM = "kueue.x-k8s.io/job-min-parallelism"
 """Annotation of a Job whose `parallelism` Kueue may reduce to this number."""
 _ELASTIC = "kueue.x-k8s.io/elastic-job"
 _TERMINATED = 128 + signal.SIGTERM
@@ -62,9 +62,9 @@ def render_objects(run: Run) -> list[Object]:
         raise ConfigError("\n".join(problems))
     configuration = _object(run, "v1", "ConfigMap") | {"data": {RUN_KEY: dump_run(in_pods(run))}}
     policy = _network_policy(run)
-    apart = [_plain_job(run, part) for part in parts(run) if is_apart(run, part)]
+    own_jobs = [_plain_job(run, part) for part in parts(run) if has_own_job(run, part)]
     if run.cluster.jobset:
-        return [configuration, policy, _jobset(run), *apart]
+        return [configuration, policy, _jobset(run), *own_jobs]
     service = _object(run, "v1", "Service") | {
         "spec": {
             "clusterIP": "None",
@@ -72,7 +72,7 @@ def render_objects(run: Run) -> list[Object]:
             "selector": selector(run),
         }
     }
-    return [configuration, policy, service, *apart]
+    return [configuration, policy, service, *own_jobs]
 
 
 def _network_policy(run: Run) -> Object:
@@ -97,7 +97,7 @@ def parts(run: Run) -> list[Part]:
     return [part for part in get_args(Part) if not left_out.get(part)]
 
 
-def _before(run: Run, part: Part) -> Part | None:
+def _prerequisite(run: Run, part: Part) -> Part | None:
     """Return the part that must complete before this one starts, or None.
 
     Only a JobSet enforces this order. Pods of plain Jobs wait by themselves (`--wait`).
@@ -118,7 +118,7 @@ def job_name(run: Run, part: Part) -> str:
 
 
 def _jobset(run: Run) -> Object:
-    return _queued(run, _object(run, JOBSET_VERSION, "JobSet")) | {
+    return _with_queue(run, _object(run, JOBSET_VERSION, "JobSet")) | {
         "spec": {
             "ttlSecondsAfterFinished": int(3600 * run.cluster.keep_hours),
             "network": {
@@ -132,7 +132,7 @@ def _jobset(run: Run) -> Object:
                 "rules": [{"name": "stop", "action": "FailJobSet"}],
             },
             "replicatedJobs": [
-                _replicated_job(run, part) for part in parts(run) if not is_apart(run, part)
+                _replicated_job(run, part) for part in parts(run) if not has_own_job(run, part)
             ],
         }
     }
@@ -140,18 +140,18 @@ def _jobset(run: Run) -> Object:
 
 def _replicated_job(run: Run, part: Part) -> Object:
     job: Object = {"name": part, "replicas": 1, "groupName": "default"}
-    if before := _before(run, part):
+    if before := _prerequisite(run, part):
         job["dependsOn"] = [{"name": before, "status": "Complete"}]
     return job | {"template": {"metadata": {"labels": labels(run, part)}, "spec": _job(run, part)}}
 
 
 def _plain_job(run: Run, part: Part) -> Object:
     queue = run.cluster.producer.queue if part == "producer" else None
-    job = _queued(run, _object(run, "batch/v1", "Job"), queue)
+    job = _with_queue(run, _object(run, "batch/v1", "Job"), queue)
     job["metadata"]["name"] = job_name(run, part)
     job["metadata"]["labels"] |= selector(run, part)
     if part == "producer":
-        job["metadata"] |= _of_kueue(run)
+        job["metadata"] |= _kueue_annotations(run)
     spec = _job(run, part)
     spec["template"]["spec"]["subdomain"] = object_name(run)
     # no TTL: a Job that was deleted would look like one that has not started
@@ -194,14 +194,14 @@ def _object(run: Run, version: str, kind: str) -> Object:
     return {"apiVersion": version, "kind": kind, "metadata": metadata}
 
 
-def _queued(run: Run, workload: Object, queue: str | None = None) -> Object:
+def _with_queue(run: Run, workload: Object, queue: str | None = None) -> Object:
     """Add the Kueue queue's label. Kueue admits a JobSet as a whole, and plain Jobs one by one."""
     if queue := queue or run.cluster.queue:
         workload["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = queue
     return workload
 
 
-def _of_kueue(run: Run) -> Object:
+def _kueue_annotations(run: Run) -> Object:
     """Return the annotations by which Kueue may admit only some of the producers.
 
     Kueue accepts at most one of the two.
@@ -210,7 +210,7 @@ def _of_kueue(run: Run) -> Object:
     if producer.least is not None:
         # `completions` is not reduced as well: producers that start later find less to do, and
         # without conditional writes, the share of a producer that never starts would be left out
-        return {"annotations": {LEAST: str(producer.least)}}
+        return {"annotations": {MIN_PARALLELISM: str(producer.least)}}
     return {"annotations": {_ELASTIC: "true"}} if producer.elastic else {}
 
 
@@ -224,16 +224,18 @@ def _problems(run: Run) -> list[str]:
     """List settings that are invalid on a cluster."""
     problems = []
     if run.cluster.image is None:
-        problems.append("cluster.image: missing; build launch/Dockerfile and name what you pushed")
+        problems.append(
+            "cluster.image: missing; build launch/Dockerfile, push the image and name it here"
+        )
     problems += [
-        f"store.{place}: {url} is a folder of one machine; pods share s3://bucket/prefix only"
+        f"store.{place}: {url} is a local folder, which pods cannot share; use s3://bucket/prefix"
         for place, url in (("activations", run.store.activations), ("runs", run.store.runs))
         if not url.startswith("s3://")
     ]
     problems += _admission_problems(run)
     if isinstance(run.corpus, FilesCorpus):
         problems += [
-            f"corpus.files: {name} is relative to a folder that pods do not have; give "
+            f"corpus.files: {name} is relative to a folder that pods do not have; use "
             f"s3://bucket/key, or an absolute path in the image"
             for name in run.corpus.files
             if not name.startswith(("s3://", "/"))
@@ -241,7 +243,7 @@ def _problems(run: Run) -> list[str]:
     if run.model.kind == "huggingface":
         models = {"model": run.model, "model.other": run.model.other}
         problems += [
-            f"{key}.path: {model.path} is relative to a folder that pods do not have; give a "
+            f"{key}.path: {model.path} is relative to a folder that pods do not have; use a "
             f"name on the hub, s3://bucket/folder, or an absolute path in the image"
             for key, model in models.items()
             if model and model.path.startswith((".", "~"))
@@ -252,16 +254,16 @@ def _problems(run: Run) -> list[str]:
 def _admission_problems(run: Run) -> Iterator[str]:
     """Yield invalid settings of the producers' queue."""
     producer, producers = run.cluster.producer, run.processes.producers
-    set_ = [name for name in ("queue", "least", "elastic") if getattr(producer, name)]
-    if set_ and not is_apart(run, "producer"):
+    given = [name for name in ("queue", "least", "elastic") if getattr(producer, name)]
+    if given and not has_own_job(run, "producer"):
         yield (
-            f"cluster.producer.{set_[0]}: producers of the JobSet are queued with it; set "
+            f"cluster.producer.{given[0]}: producers in the JobSet are queued with it; set "
             f"cluster.producer.apart: true"
         )
-    if set_ and not (producer.queue or run.cluster.queue):
-        yield f"cluster.producer.{set_[0]}: without a queue (cluster.queue) it has no effect"
+    if given and not (producer.queue or run.cluster.queue):
+        yield f"cluster.producer.{given[0]}: has no effect without a queue; set cluster.queue"
     if producer.least and producer.elastic:
-        yield "cluster.producer.elastic: Kueue refuses it together with least; choose one"
+        yield "cluster.producer.elastic: Kueue does not allow it together with least; choose one"
     if producer.least and producer.least >= producers:
         yield (
             f"cluster.producer.least: {producer.least} must be less than processes.producers "

@@ -93,7 +93,7 @@ def _follow(cluster: Cluster, pod: Object, container: str, tail: int | None) -> 
         try:
             yield from cluster.logs(name, container, follow=True, tail=tail)
         except NotStartedError as exc:
-            if not any(name_of(there) == name and not has_ended(there) for there in pods):
+            if not any(name_of(other) == name and not has_ended(other) for other in pods):
                 raise  # the pod has ended or is gone, so the container will never start
             if not waits:
                 logger.info("waiting: %s", exc)
@@ -117,19 +117,19 @@ def _by_time(cluster: Cluster, sources: list[_Source], tail: int | None) -> Iter
 
 
 def _as_they_come(cluster: Cluster, sources: list[_Source], tail: int | None) -> Iterator[str]:
-    said: queue.Queue[str | None] = queue.Queue()
+    lines: queue.Queue[str | None] = queue.Queue()
 
     def read(pod: Object, container: str) -> None:
         try:
             for line in _follow(cluster, pod, container, tail):
-                said.put(f"{name_of(pod)}: {line}")
+                lines.put(f"{name_of(pod)}: {line}")
         except ClusterError as exc:  # concerns one pod; the others continue
-            said.put(f"{name_of(pod)}: ({exc})")
+            lines.put(f"{name_of(pod)}: ({exc})")
         finally:
-            said.put(None)
+            lines.put(None)
 
     for source in sources:
         threading.Thread(target=read, args=source, daemon=True).start()
     for _ in sources:
-        while (line := said.get()) is not None:
+        while (line := lines.get()) is not None:
             yield line

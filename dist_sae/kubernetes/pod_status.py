@@ -98,8 +98,8 @@ def describe_end(pod: Object) -> str:
         ended = (container.get("state") or {}).get("terminated")
         if ended and ended["exitCode"]:
             meaning = _MEANING.get(ended["exitCode"], ended.get("reason") or "crashed")
-            said = (ended.get("message") or "").strip().splitlines()
-            return f"exit {ended['exitCode']} ({meaning})" + (f": {said[-1]}" if said else "")
+            message = (ended.get("message") or "").strip().splitlines()
+            return f"exit {ended['exitCode']} ({meaning})" + (f": {message[-1]}" if message else "")
     return "unknown"
 
 

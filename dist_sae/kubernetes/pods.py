@@ -51,7 +51,7 @@ def n_pods(run: Run, part: Part) -> int:
     return (workers | {"trainer": trainers}).get(part, 1)
 
 
-def is_apart(run: Run, part: Part) -> bool:
+def has_own_job(run: Run, part: Part) -> bool:
     """Return whether the part is a plain Job instead of a Job of the JobSet."""
     return not run.cluster.jobset or (part == "producer" and run.cluster.producer.apart)
 
@@ -148,7 +148,7 @@ def _container(run: Run, part: Part, name: str, arguments: list[str]) -> Object:
     pods, cluster = pods_of(run, part), run.cluster
     if pods.gpus and arguments[0] in _COMPUTING:
         arguments = [*arguments, "--set", "processes.device=cuda"]
-    waits = is_apart(run, part) and arguments[0] in _COMPUTING
+    waits = has_own_job(run, part) and arguments[0] in _COMPUTING
     devices = {pods.gpu_resource: pods.gpus}
     if isinstance(pods, TrainerPods):
         devices[pods.rdma_resource] = pods.rdma
@@ -224,7 +224,7 @@ def _environment(run: Run, part: Part, ranks: int) -> list[Object]:
     known: list[Object] = [
         {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in own.items()
     ]
-    if is_apart(run, "producer"):  # no controller ends the other parts when one fails
+    if has_own_job(run, "producer"):  # no controller ends the other parts when one fails
         key = {"name": object_name(run), "key": ATTEMPT_KEY, "optional": True}
         known.append({"name": ATTEMPT, "valueFrom": {"configMapKeyRef": key}})
     return [*known, *({"name": k, "value": v} for k, v in (values | run.cluster.env).items())]

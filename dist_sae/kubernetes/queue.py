@@ -36,25 +36,26 @@ def _reasons(workload: Object) -> Iterator[str]:
     status = workload.get("status") or {}
     conditions = {item["type"]: item for item in status.get("conditions") or []}
 
-    def holds(kind: str) -> bool:
+    def is_true(kind: str) -> bool:
         return bool(conditions.get(kind, {}).get("status") == "True")
 
-    if holds("Finished"):
+    if is_true("Finished"):
         return
-    if holds("Admitted"):
+    if is_true("Admitted"):
         yield from _admitted_in_part(workload)
         return
     if not workload["spec"].get("active", True):
-        yield "deactivated: Kueue will not admit it before spec.active is true again"
-    if holds("Evicted"):
+        yield "deactivated: Kueue will not admit it until spec.active is true again"
+    if is_true("Evicted"):
         evicted = conditions["Evicted"]
         yield f"evicted ({evicted.get('reason', '')}): {evicted.get('message', '')}"
-    if not holds("QuotaReserved"):
+    if not is_true("QuotaReserved"):
         reserved = conditions.get("QuotaReserved", {})
-        yield reserved.get("message") or "Kueue has not looked at it yet; is it installed?"
+        yield reserved.get("message") or "Kueue has not processed it yet; is Kueue installed?"
     for check in status.get("admissionChecks") or []:
         if check.get("state") != "Ready":
-            yield f"check {check['name']} is {check.get('state')}: {check.get('message', '')}"
+            state = f"{check.get('state')}: {check.get('message', '')}"
+            yield f"admission check {check['name']} is {state}"
 
 
 def _admitted_in_part(workload: Object) -> Iterator[str]:
@@ -63,4 +64,4 @@ def _admitted_in_part(workload: Object) -> Iterator[str]:
     for part in workload["spec"].get("podSets", []):
         count = admitted.get(part["name"])
         if count is not None and count < part["count"]:
-            yield f"had room for {count} of {part['count']} pods, and admitted these"
+            yield f"admitted {count} of {part['count']} pods (no room for more)"

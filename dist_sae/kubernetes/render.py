@@ -17,7 +17,7 @@ def _dashboards(_: Run) -> dict[str, Any]:
     return {name: json.loads(text) for name, text in render_dashboards().items()}
 
 
-WHAT: dict[str, Callable[[Run], Any]] = {
+TARGETS: dict[str, Callable[[Run], Any]] = {
     "deepspeed": deepspeed_config,
     "kubernetes": render_objects,
     "dashboards": _dashboards,
@@ -31,14 +31,14 @@ def render(run: Run, only: str | None = None) -> dict[str, Any]:
     on request, because they are long and the same for all runs.
 
     Args:
-        only: Target, a key of `WHAT`; None for the default targets.
+        only: Target, a key of `TARGETS`; None for the default targets.
 
     Raises:
         ConfigError: The run cannot run on a cluster.
     """
     implied = ["deepspeed", "kubernetes"] if run.cluster.image else ["deepspeed"]
     named = [only] if only else implied
-    return {name: WHAT[name](run) for name in named}
+    return {name: TARGETS[name](run) for name in named}
 
 
 def to_yaml(objects: list[dict[str, Any]]) -> str:

@@ -9,9 +9,9 @@ from collections.abc import Collection
 
 from dist_sae.config import Run, differences
 from dist_sae.errors import StoreError
-from dist_sae.kubernetes.jobs import LEAST, in_pods, job_name
+from dist_sae.kubernetes.jobs import MIN_PARALLELISM, in_pods, job_name
 from dist_sae.kubernetes.names import object_name
-from dist_sae.kubernetes.pods import Object, is_apart
+from dist_sae.kubernetes.pods import Object, has_own_job
 from dist_sae.kubernetes.stored import StoredRun
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def concerns_producers_only(run: Run, old: Run | None, objects: Collection[str])
         old: The run that was submitted.
         objects: Kinds and names of the objects that change.
     """
-    if old is None or not (is_apart(run, "producer") and is_apart(old, "producer")):
+    if old is None or not (has_own_job(run, "producer") and has_own_job(old, "producer")):
         return False
     of_producers = {producers_object(run), f"ConfigMap {object_name(run)}"}
     before, after = (each.model_dump(mode="json") for each in (old, in_pods(run)))
@@ -46,19 +46,19 @@ def as_admitted(obj: Object, live: Object | None) -> Object | None:
     If Kueue admitted only some of a Job's pods, it has reduced `parallelism`, which must then stay
     as it is.
     """
-    if live is None or LEAST not in (live["metadata"].get("annotations") or {}):
+    if live is None or MIN_PARALLELISM not in (live["metadata"].get("annotations") or {}):
         return obj
     spec = live["spec"]
     if spec["parallelism"] == spec["completions"]:
         return obj
-    if LEAST not in obj["metadata"].get("annotations", {}) or (
+    if MIN_PARALLELISM not in obj["metadata"].get("annotations", {}) or (
         obj["spec"]["completions"] != spec["completions"]
     ):
         return None
     return obj | {"spec": obj["spec"] | {"parallelism": spec["parallelism"]}}
 
 
-def can_stay(run: Run, old: Run | None) -> bool:
+def can_keep_running(run: Run, old: Run | None) -> bool:
     """Return whether running producers may continue under the new number of producers.
 
     In a store without conditional writes, each producer computes its share of the units from the
@@ -71,16 +71,16 @@ def can_stay(run: Run, old: Run | None) -> bool:
 def warn_of_idle_producers(run: Run) -> None:
     """Warn if producers will occupy GPUs while the planner is still running."""
     gpus = run.processes.producers * run.cluster.producer.gpus
-    if not gpus or not is_apart(run, "producer"):
+    if not gpus or not has_own_job(run, "producer"):
         return
     try:
         planned = StoredRun(run).is_planned()
     except StoreError as exc:
-        logger.warning("cannot tell from here whether there is a plan yet: %s", exc)
+        logger.warning("cannot check whether there is a plan yet: %s", exc)
         return
     if not planned:
         logger.warning(
-            "there is no plan yet: producers will hold %d GPUs while they wait for it; to spare "
-            "them make it first, on any machine that reaches text and store: dist-sae plan",
+            "there is no plan yet: producers will occupy %d GPUs while they wait for it; to avoid "
+            "this, run dist-sae plan first, on a machine that can access the corpus and the store",
             gpus,
         )

@@ -15,33 +15,34 @@ def check_schedulable(templates: Mapping[str, Object], nodes: list[Object]) -> l
         nodes: All nodes of the cluster.
 
     Returns:
-        Warnings about parts that no current node admits. An autoscaler may add a node.
+        Warnings about parts that no current node accepts. An autoscaler may add a node.
 
     Raises:
-        ConfigError: Some nodes admit a part's pods, but none of these is large enough.
+        ConfigError: Some nodes accept a part's pods, but none of these is large enough.
     """
     warnings, problems = [], []
     for part, template in templates.items():
         spec = template["spec"]
-        pool = [node for node in nodes if _admits(node, spec)]
+        pool = [node for node in nodes if _accepts(node, spec)]
         lacks = [_lacks(node, requests_of(spec)) for node in pool]
         if not pool:
             wanted = ", ".join(f"{k}={v}" for k, v in spec.get("nodeSelector", {}).items())
             warnings.append(
-                f"no node admits {part} pods now{wanted and f' ({wanted})'}: they wait for one"
+                f"no current node accepts {part} pods{wanted and f' ({wanted})'}; they stay "
+                f"pending until one is added"
             )
         elif all(lacks):
             problems.append(
-                f"cluster.{part}: a pod fits on none of the {len(pool)} nodes that admit it "
-                f"(closest: {min(lacks, key=len)}); lower it, or use --ignore-nodes if larger ones "
-                f"will be added"
+                f"cluster.{part}: a pod fits on none of the {len(pool)} nodes that accept it "
+                f"(closest: {min(lacks, key=len)}); request less, or use --ignore-nodes if larger "
+                f"nodes will be added"
             )
     if problems:
         raise ConfigError("\n".join(problems))
     return warnings
 
 
-def _admits(node: Object, spec: Object) -> bool:
+def _accepts(node: Object, spec: Object) -> bool:
     labels = node["metadata"].get("labels") or {}
     if spec.get("nodeSelector", {}).items() - labels.items():
         return False
@@ -75,7 +76,7 @@ def _lacks(node: Object, needed: Mapping[str, str]) -> str:
     """Describe the resources that the node lacks. Empty if the pod fits."""
     has = node["status"]["allocatable"]
     return ", ".join(
-        f"{name} {quantity}, it has {has.get(name, 0)}"
+        f"needs {name} {quantity}, has {has.get(name, 0)}"
         for name, quantity in needed.items()
         if amount(quantity) > amount(has.get(name, 0))
     )

@@ -44,20 +44,20 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
     status |= {"queued": [], "events": []}
     pods: list[Object] = []
     try:
-        there = find_objects(cluster, run)
+        existing = find_objects(cluster, run)
         pods = cluster.find("Pod", selector(run))
         jobs = cluster.find("Job", selector(run))
         status |= {
-            "state": there.state,
+            "state": existing.state,
             "parts": describe_parts(run, pods, jobs),
-            "conditions": there.conditions,
+            "conditions": existing.conditions,
         }
     except ClusterError as exc:
         out_of_reach["cluster"] = str(exc)
         status |= {"state": "unknown", "parts": {}, "conditions": []}
     else:
-        if there.state == "running":
-            status |= _waiting(cluster, [*there.workloads, *jobs], out_of_reach)
+        if existing.state == "running":
+            status |= _waiting(cluster, [*existing.workloads, *jobs], out_of_reach)
     of_jobs: dict[str, dict[str, Any] | None] = {}
     slowest_stage: str | None = None
     index_pace: float | None = None
@@ -73,7 +73,7 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
         if changed := stored.changes(stored.begun()):
             differing = "; ".join(changed)
             warnings.append(
-                f"the run in the store has other settings than this run file ({differing})"
+                f"the run in the store has other settings than this run file: {differing}"
             )
         for name, job in (stored.jobs or {run.name: stored}).items():
             of_jobs[name] = of_jobs.get(name) or _stored_numbers(job)
@@ -191,12 +191,12 @@ def _limit(
 
 def _limit_of(numbers: Mapping[str, Any] | None, slowest_stage: str | None) -> str | None:
     """Describe the period that the limit was judged by. Producers report only running totals."""
-    since = "all time since the pods began" if slowest_stage else None
+    since = "all the time since the pods started" if slowest_stage else None
     if not numbers:
         return since
-    saved = " that was saved" if numbers["from"] == _HISTORY else ""
-    of_producers = f"; of producers: {since}" if since else ""
-    return f"the last report{saved}, over all ranks{of_producers}"
+    saved = "saved " if numbers["from"] == _HISTORY else ""
+    of_producers = f"; for producers, {since}" if since else ""
+    return f"the last {saved}report, over all ranks{of_producers}"
 
 
 def _slow_saves(run: Run, numbers: Mapping[str, Any] | None) -> list[str]:
@@ -204,6 +204,6 @@ def _slow_saves(run: Run, numbers: Mapping[str, Any] | None) -> list[str]:
     if seconds <= grace / 2:
         return []
     return [
-        f"the last checkpoint took {seconds:.0f} s, and pods get {grace} s to save and end; "
+        f"the last checkpoint took {seconds:.0f} s, and pods get {grace} s to save and exit; "
         f"raise cluster.trainer.grace_seconds"
     ]

@@ -86,13 +86,13 @@ class StoredRun:
         if other is None:
             return []
         if (other.sweep is None) != (self._run.sweep is None):
-            return ["sweep: one of them is a sweep"]
+            return ["sweep: only one of the two runs is a sweep"]
         if self.jobs:
-            there = {job.name: job for job in jobs_of(other)}
+            theirs = {job.name: job for job in jobs_of(other)}
             return [
                 f"{name}: {line}"
                 for name, job in self.jobs.items()
-                for line in job.changes(there.get(name))
+                for line in job.changes(theirs.get(name))
             ]
         stored = run_fingerprint(other)
         run = as_begun(self._run, stored)
@@ -134,18 +134,18 @@ class StoredRun:
         """Return whether the last step's index is complete, or the run has no index."""
         if not self._run.index.workers or self.steps is None:
             return not self._run.index.workers
-        there = index_progress(self._runs, self._run, self.steps)
-        return there is not None and there.is_complete(self._run, self.steps)
+        progress = index_progress(self._runs, self._run, self.steps)
+        return progress is not None and progress.is_complete(self._run, self.steps)
 
     def _index(self, step: int) -> dict[str, int] | None:
-        there = index_progress(self._runs, self._run, step)
-        if there is None:
+        progress = index_progress(self._runs, self._run, step)
+        if progress is None:
             return None
         return {
-            "units": len(there.manifest.units),
-            "encoded_units": there.units,
-            "buckets": there.manifest.n_buckets,
-            "merged_buckets": there.buckets,
+            "units": len(progress.manifest.units),
+            "encoded_units": progress.units,
+            "buckets": progress.manifest.n_buckets,
+            "merged_buckets": progress.buckets,
         }
 
     @cached_property

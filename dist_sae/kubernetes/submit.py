@@ -28,7 +28,6 @@ from dist_sae.kubernetes.cluster import Cluster
 from dist_sae.kubernetes.cluster_objects import (
     ClusterObjects,
     Say,
-    await_end,
     configured_run,
     describe,
     existing_objects,
@@ -36,14 +35,15 @@ from dist_sae.kubernetes.cluster_objects import (
     is_ours,
     remove,
     remove_part,
+    wait_until_gone,
 )
 from dist_sae.kubernetes.jobs import RUN_KEY, in_pods, parts, render_objects
 from dist_sae.kubernetes.names import TRIAL, selector
-from dist_sae.kubernetes.pods import ATTEMPT_KEY, Object, is_apart, pod_template
+from dist_sae.kubernetes.pods import ATTEMPT_KEY, Object, has_own_job, pod_template
 from dist_sae.kubernetes.render import to_yaml
 from dist_sae.kubernetes.resizing import (
     as_admitted,
-    can_stay,
+    can_keep_running,
     concerns_producers_only,
     producers_object,
     warn_of_idle_producers,
@@ -53,7 +53,7 @@ from dist_sae.kubernetes.stored import StoredRun
 
 logger = logging.getLogger(__name__)
 
-_SERVERS = ("managedFields", "resourceVersion", "uid", "creationTimestamp", "generation")
+_SERVER_METADATA = ("managedFields", "resourceVersion", "uid", "creationTimestamp", "generation")
 """Metadata that the server adds."""
 
 
@@ -85,41 +85,43 @@ def submit(
     """
     objects = render_objects(run)
     live = existing_objects(cluster, run, objects)
-    there = find_objects(cluster, run)
-    _name_attempt(run, objects, there)
-    if steps := _completed_step(run, cluster, there):
+    existing = find_objects(cluster, run)
+    _name_attempt(run, objects, existing)
+    if steps := _completed_step(run, cluster, existing):
         say(f"{run.name} is complete: step {steps} is in {run.store.runs}/{run.name}")
         return {"outcome": "complete", "objects": {}}
-    if there.state == "ending":
+    if existing.state == "ending":
         raise ClusterError(
             f"{describe(run, cluster)} is being deleted; wait until it is gone, or: dist-sae resume"
         )
     if not ignore_nodes:
         _check_nodes(run, cluster)
 
-    changes = [_change(cluster, obj, live, fixed=bool(there.workloads)) for obj in objects]
-    same = all(change.what == "unchanged" for change in changes)
-    outcome = "created" if not there.workloads else "unchanged" if same else "replaced"
-    changed = _settings(there.run, run)
-    objects_changed = {change.name for change in changes if change.what != "unchanged"}
-    alone = there.state == "running" and concerns_producers_only(run, there.run, objects_changed)
-    result = {"outcome": outcome, "objects": {change.name: change.what for change in changes}}
+    changes = [_change(cluster, obj, live, replaceable=bool(existing.workloads)) for obj in objects]
+    same = all(change.action == "unchanged" for change in changes)
+    outcome = "created" if not existing.workloads else "unchanged" if same else "replaced"
+    changed = _settings(existing.run, run)
+    objects_changed = {change.name for change in changes if change.action != "unchanged"}
+    producers_only = existing.state == "running" and concerns_producers_only(
+        run, existing.run, objects_changed
+    )
+    result = {"outcome": outcome, "objects": {change.name: change.action for change in changes}}
     for line in chain.from_iterable(change.lines() for change in changes):
         say(line)
     if outcome == "unchanged":
-        say(f"{describe(run, cluster)} is there already, {there.state}: nothing to change")
-        if there.state == "failed":
-            say(f"it has failed ({there.failure}); to go on: dist-sae resume")
+        say(f"{describe(run, cluster)} already exists ({existing.state}); nothing to change")
+        if existing.state == "failed":
+            say(f"it has failed ({existing.failure}); to continue: dist-sae resume")
         return result
     if outcome == "replaced":
-        say(f"to be replaced: {'; '.join(changed)}")
+        say(f"differs from the run on the cluster: {'; '.join(changed)}")
         _validate(cluster, objects)
         if not (replace or dry_run):
-            how = "its pods save and end, and new ones continue"
-            how = "only its producers change" if alone else how
+            how = "its pods save and exit, and new ones continue"
+            how = "only its producers change" if producers_only else how
             raise ClusterError(
-                f"{describe(run, cluster)} is there with other settings ({'; '.join(changed)}); "
-                f"with --replace {how}"
+                f"{describe(run, cluster)} exists with other settings ({'; '.join(changed)}); "
+                f"with --replace, {how}"
             )
     if dry_run:
         say("dry run: nothing was changed")
@@ -127,8 +129,8 @@ def submit(
     warn_of_idle_producers(run)
     if outcome == "replaced":
         by_name = {change.name: change for change in changes}
-        _make_room(run, cluster, there, by_name, say, alone=alone)
-        if not alone:
+        _delete_replaced(run, cluster, existing, by_name, say, producers_only=producers_only)
+        if not producers_only:
             _name_attempt(run, objects)
     for change in changes:
         cluster.apply(change.obj)
@@ -145,33 +147,36 @@ def resume(run: Run, cluster: Cluster, say: Say, *, ignore_nodes: bool = False) 
             configuration.
     """
     render_objects(run)  # reports problems before anything is deleted
-    there = find_objects(cluster, run)
-    if steps := _completed_step(run, cluster, there):
+    existing = find_objects(cluster, run)
+    if steps := _completed_step(run, cluster, existing):
         raise PlanMismatchError(
-            f"{run.store.runs}/{run.name}: is complete at step {steps}; raise train.rows under "
-            f"another name to train for longer"
+            f"{run.store.runs}/{run.name}: is complete at step {steps}; to train for longer, "
+            f"raise train.rows and choose another name"
         )
-    if there.state == "running":
-        raise ClusterError(f"{describe(run, cluster)} is running; see: dist-sae status")
-    if there.state == "ending":
-        await_end(cluster, selector(run), there.workloads, say)
-    elif there.workloads:
-        failed = f"failed ({there.failure})" if there.state == "failed" else ""
+    if existing.state == "running":
+        raise ClusterError(f"{describe(run, cluster)} is still running; see dist-sae status")
+    if existing.state == "ending":
+        wait_until_gone(cluster, selector(run), existing.workloads, say)
+    elif existing.workloads:
+        failed = f"failed ({existing.failure})" if existing.state == "failed" else ""
         how = failed or "ended before the run was complete"
-        say(f"{describe(run, cluster)} has {how}; removing that")
-        remove(cluster, run, there, say)
+        say(f"{describe(run, cluster)} has {how}; deleting its objects")
+        remove(cluster, run, existing, say)
     return submit(run, cluster, say, ignore_nodes=ignore_nodes)
 
 
 def cancel(run: Run, cluster: Cluster, say: Say) -> dict[str, Any]:
     """Delete the run's objects from the cluster. Its pods save, and the store is not touched."""
-    there = find_objects(cluster, run)
-    if not there.objects:
+    existing = find_objects(cluster, run)
+    if not existing.objects:
         say(f"{describe(run, cluster)} is not on the cluster: nothing to cancel")
         return {"outcome": "absent", "objects": {}}
-    remove(cluster, run, there, say)
-    say(f"{describe(run, cluster)} is gone; the store keeps what it has. To go on: dist-sae resume")
-    return {"outcome": "cancelled", "objects": {_name(obj): "deleted" for obj in there.objects}}
+    remove(cluster, run, existing, say)
+    say(
+        f"{describe(run, cluster)} is deleted; its data stays in the store. "
+        f"To continue: dist-sae resume"
+    )
+    return {"outcome": "cancelled", "objects": {_name(obj): "deleted" for obj in existing.objects}}
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,7 @@ class _Change:
 
     obj: Object
     live: Object | None
-    would: Object | None
+    applied: Object | None
     """The object after the change; None if it cannot be changed."""
 
     @property
@@ -188,74 +193,74 @@ class _Change:
         return _name(self.obj)
 
     @cached_property
-    def what(self) -> str:
+    def action(self) -> str:
         if self.live is None:
             return "create"
-        if self.would is None:
+        if self.applied is None:
             return "replace"
-        return "unchanged" if _requested(self.live) == _requested(self.would) else "change"
+        return "unchanged" if _requested(self.live) == _requested(self.applied) else "change"
 
     def lines(self) -> Iterator[str]:
         """Yield the change as a unified diff."""
-        if self.what == "unchanged":
+        if self.action == "unchanged":
             return
-        yield f"{self.what} {self.name}"
-        if self.live and self.would:
+        yield f"{self.action} {self.name}"
+        if self.live and self.applied:
             before, after = (
-                to_yaml([_requested(obj)]).splitlines() for obj in (self.live, self.would)
+                to_yaml([_requested(obj)]).splitlines() for obj in (self.live, self.applied)
             )
             for line in list(difflib.unified_diff(before, after, n=2, lineterm=""))[2:]:
                 yield f"  {line}"
 
 
-def _name_attempt(run: Run, objects: list[Object], there: ClusterObjects | None = None) -> None:
+def _name_attempt(run: Run, objects: list[Object], existing: ClusterObjects | None = None) -> None:
     """Write the attempt's name to the ConfigMap: that of the run on the cluster, or a new one.
 
     A new name makes pods ignore failures of earlier attempts (`storage/failure.py`).
     """
-    if not is_apart(run, "producer"):
+    if not has_own_job(run, "producer"):
         return
-    configuration = there.configuration if there and there.workloads else None
+    configuration = existing.configuration if existing and existing.workloads else None
     name = configuration["data"].get(ATTEMPT_KEY) if configuration else uuid.uuid4().hex[:8]
     if name:  # earlier versions wrote none
         objects[0]["data"][ATTEMPT_KEY] = name
 
 
 def _change(
-    cluster: Cluster, obj: Object, live: dict[tuple[str, str], Object], *, fixed: bool = False
+    cluster: Cluster, obj: Object, live: dict[tuple[str, str], Object], *, replaceable: bool = False
 ) -> _Change:
     """Find out by a dry run what applying an object would change.
 
-    With `fixed`, a rejection means that the existing object must be replaced.
+    With `replaceable`, a rejection means that the existing object must be replaced.
     """
-    there = live.get((obj["kind"], obj["metadata"]["name"]))
-    admitted = as_admitted(obj, there)
+    existing = live.get((obj["kind"], obj["metadata"]["name"]))
+    admitted = as_admitted(obj, existing)
     # a Job of a JobSet is deleted with the JobSet, and only the JobSet controller may change it
-    if admitted is None or (there and not is_ours(there)):
-        return _Change(obj, there, None)
+    if admitted is None or (existing and not is_ours(existing)):
+        return _Change(obj, existing, None)
     try:
-        return _Change(admitted, there, cluster.apply(admitted, dry_run=True))
+        return _Change(admitted, existing, cluster.apply(admitted, dry_run=True))
     except RejectedError as exc:
-        if there and fixed:
-            return _Change(obj, there, None)
+        if existing and replaceable:
+            return _Change(obj, existing, None)
         raise _invalid(obj, exc) from exc
 
 
-def _make_room(
+def _delete_replaced(
     run: Run,
     cluster: Cluster,
-    there: ClusterObjects,
+    existing: ClusterObjects,
     changes: Mapping[str, _Change],
     say: Say,
     *,
-    alone: bool,
+    producers_only: bool,
 ) -> None:
-    """Delete what will be replaced: the run, or with `alone` its producers if they cannot stay."""
-    if not alone:
-        remove(cluster, run, there, say)
+    """Delete the run, or with `producers_only`, its producers if they cannot keep running."""
+    if not producers_only:
+        remove(cluster, run, existing, say)
         return
     job = changes[producers_object(run)]
-    if job.live and (job.would is None or not can_stay(run, there.run)):
+    if job.live and (job.applied is None or not can_keep_running(run, existing.run)):
         remove_part(cluster, run, "producer", job.live, say)
 
 
@@ -271,29 +276,31 @@ def _validate(cluster: Cluster, objects: list[Object]) -> None:
 
 
 def _invalid(obj: Object, exc: RejectedError) -> ClusterError:
-    return RejectedError(f"the cluster does not take {_name(obj)}: {exc}")
+    return RejectedError(f"the cluster rejected {_name(obj)}: {exc}")
 
 
-def _completed_step(run: Run, cluster: Cluster, there: ClusterObjects) -> int | None:
+def _completed_step(run: Run, cluster: Cluster, existing: ClusterObjects) -> int | None:
     """Return the last step if the run is complete according to the store, else None.
 
     Raises:
         PlanMismatchError: The cluster or the store has another run with this name.
     """
     stored = StoredRun(run)
-    _check_same(stored, there.run, f"{describe(run, cluster)} on the cluster")
+    _check_same(stored, existing.run, f"{describe(run, cluster)} on the cluster")
     try:
         _check_same(stored, stored.begun(), stored.url)
         return stored.steps if stored.is_complete() else None
     except StoreError as exc:  # perhaps reachable only from the cluster; trainers check again
-        logger.warning("cannot tell from here whether the run is complete, or another one: %s", exc)
+        logger.warning(
+            "cannot check whether the run is complete, or belongs to another configuration: %s", exc
+        )
         return None
 
 
 def _check_same(stored: StoredRun, other: Run | None, where: str) -> None:
     if changed := stored.changes(other):
         raise PlanMismatchError(
-            f"{where}: is a run with other settings ({'; '.join(changed)}); restore them or choose "
+            f"{where}: has other settings ({'; '.join(changed)}); restore them or choose "
             f"another name"
         )
 
@@ -302,7 +309,7 @@ def _check_nodes(run: Run, cluster: Cluster) -> None:
     try:
         nodes = cluster.nodes()
     except ForbiddenError as exc:
-        logger.warning("cannot tell whether pods fit on nodes: %s", exc)
+        logger.warning("cannot check whether pods fit on the nodes: %s", exc)
         return
     templates = {str(part): pod_template(run, part) for part in parts(run)}
     for warning in check_schedulable(templates, nodes):
@@ -314,8 +321,8 @@ def _settings(old: Run | None, new: Run) -> list[str]:
 
     If none differs, another version of dist_sae rendered the objects, and the list says so.
     """
-    there = old.model_dump(mode="json") if old else {}
-    changed = differences(there, in_pods(new).model_dump(mode="json"))
+    before = old.model_dump(mode="json") if old else {}
+    changed = differences(before, in_pods(new).model_dump(mode="json"))
     return changed or ["rendered by another version of dist_sae"]
 
 
@@ -324,7 +331,7 @@ def _requested(obj: Object) -> Object:
 
     The run file in a ConfigMap is normalized, because pods accept both old and new names of keys.
     """
-    metadata = {key: value for key, value in obj["metadata"].items() if key not in _SERVERS}
+    metadata = {key: value for key, value in obj["metadata"].items() if key not in _SERVER_METADATA}
     kept = {key: value for key, value in obj.items() if key != "status"} | {"metadata": metadata}
     if obj["kind"] == "ConfigMap" and RUN_KEY in obj.get("data", {}):
         kept["data"] = obj["data"] | {RUN_KEY: dump_run(configured_run(obj))}

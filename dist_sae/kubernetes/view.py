@@ -22,8 +22,8 @@ def _table(parts: Mapping[str, Mapping[str, Any]]) -> RenderableType:
     if not parts:
         return Text("")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("part", "wanted", "running", "ready", "done", "restarts", "last end"):
-        right = name not in ("part", "last end")
+    for name in ("part", "wanted", "running", "ready", "done", "restarts", "last exit"):
+        right = name not in ("part", "last exit")
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     for name, part in parts.items():
         counts = (part[key] for key in ("wanted", "running", "ready", "done", "restarts"))
@@ -36,11 +36,11 @@ def _lines(status: Mapping[str, Any]) -> Iterator[str]:
         yield f"queued   {why}"
     for part in status["parts"].values():
         for pending in part["pending"]:
-            yield f"waits    {pending}"
+            yield f"pending  {pending}"
     for event in status["events"]:
         yield f"event    {event}"
     for condition in status["conditions"]:
-        yield f"says     {condition}"
+        yield f"status   {condition}"
     if store := status["store"]:
         yield f"store    {_store(store)}"
         for name, of_job in store.get("jobs", {"": store}).items():
@@ -53,7 +53,7 @@ def _lines(status: Mapping[str, Any]) -> Iterator[str]:
             shown = filter(None, (metric.text.format(numbers[metric.short]) for metric in known))
             yield f"training {'  '.join(shown)}  ({numbers['from']}){_of(name)}"
     if status["limit"]:
-        yield f"limit    {status['limit']}  (of {status['limit_of']})"
+        yield f"limit    {status['limit']}  (based on {status['limit_of']})"
 
 
 def _of(job: str) -> str:
@@ -64,22 +64,22 @@ def _store(store: Mapping[str, Any]) -> str:
     if "units" not in store:
         return str(store["plan"])
     return (
-        f"{store['ready_units']} of {store['units']} units ready, the run is at "
+        f"{store['ready_units']} of {store['units']} units ready, training is at unit "
         f"{store['reached_unit']}, backlog {store['backlog_units']}"
     )
 
 
 def _index(index: Mapping[str, int], pace: float | None) -> str:
-    said = (
+    text = (
         f"{index['encoded_units']} of {index['units']} units encoded, "
         f"{index['merged_buckets']} of {index['buckets']} buckets merged"
     )
-    return said if pace is None else f"{said}, {pace:,.0f} rows/s by the first worker"
+    return text if pace is None else f"{text}, {pace:,.0f} rows/s in the first worker"
 
 
 def _saved(store: Mapping[str, Any]) -> str:
     if store["checkpoint_step"] is None:
-        return f"no checkpoint yet, of {store['steps'] or 'an unknown number of'} steps"
+        return f"no checkpoint yet; {store['steps'] or 'an unknown number of'} steps in total"
     age = _duration(store["checkpoint_age_seconds"])
     return f"step {store['checkpoint_step']} of {store['steps'] or 'an unknown number'}, {age} ago"
 
@@ -88,7 +88,7 @@ def _troubles(status: Mapping[str, Any]) -> Iterator[str]:
     for warning in status["warnings"]:
         yield f"warning: {warning}"
     for what, why in status["out_of_reach"].items():
-        yield f"{what} out of reach: {why}"
+        yield f"{what} unreachable: {why}"
 
 
 def _duration(seconds: float) -> str:

@@ -84,13 +84,13 @@ def test_more_producers_join_those_that_run(api: ApiServer, sh: Shell, path: str
     before, pods = others(api), api.pods("producer")
     more = ("submit", path, *APART, "--set", "processes.producers=5")
     assert sh.fail(*more) == (
-        "dist-sae/tiny is there with other settings (processes.producers: 2 -> 5); with --replace "
+        "dist-sae/tiny exists with other settings (processes.producers: 2 -> 5); with --replace, "
         "only its producers change"
     )
     assert (others(api), api.pods("producer")) == (before, pods)
 
     said = sh(*more, "--replace")
-    assert "to be replaced: processes.producers: 2 -> 5" in said
+    assert "differs from the run on the cluster: processes.producers: 2 -> 5" in said
     assert "waiting for" not in said
     assert others(api) == before
     assert api.pods("producer")[:2] == pods
@@ -124,8 +124,8 @@ def test_what_runs_cannot_stay_is_replaced_alone(
 def test_what_concerns_others_replaces_the_run(api: ApiServer, sh: Shell, path: str) -> None:
     sh("submit", path, *APART)
     both = ("--set", "processes.producers=3", "--set", "processes.trainers=4")
-    assert "its pods save and end, and new ones continue" in sh.fail("submit", path, *APART, *both)
-    assert "its pods save and end" in sh.fail("submit", path)  # producers as a part of the JobSet
+    assert "its pods save and exit, and new ones continue" in sh.fail("submit", path, *APART, *both)
+    assert "its pods save and exit" in sh.fail("submit", path)  # producers as a part of the JobSet
 
 
 @pytest.mark.system
@@ -158,7 +158,7 @@ def test_run_with_producers_apart_fails_ends_and_comes_back_whole(
     api.condition("Job", "tiny-producer-0", "Failed", "exit 2")
     assert json.loads(sh("status", path, *APART, "--json"))["state"] == "failed"
     more = sh.fail("submit", path, *APART, "--set", "processes.producers=3")
-    assert "its pods save and end, and new ones continue" in more  # all that is left of it
+    assert "its pods save and exit, and new ones continue" in more  # all that is left of it
     failed = api.pods("producer")
     assert "has failed (exit 2)" in sh("resume", path, *APART)
     assert not {*failed} & {*api.pods("producer")}
@@ -231,7 +231,7 @@ def test_gpus_that_would_wait_for_the_plan_are_warned_of(
     gpus = ("--set", "cluster.producer.gpus=1")
     assert "no plan yet" not in sh.warned("submit", path, *gpus)
     sh("cancel", path)
-    assert "there is no plan yet: producers will hold 2 GPUs" in sh.warned(
+    assert "there is no plan yet: producers will occupy 2 GPUs" in sh.warned(
         "submit", path, *APART, *gpus
     )
     sh("cancel", path)

@@ -419,19 +419,19 @@ APART, QUEUED = ["cluster.producer.apart=true"], ["cluster.queue=gpus", "process
         (["cluster.image=null"], ["cluster.image: missing"]),
         (
             ["store.runs=/data/runs", "store.activations=/data/a"],
-            ["store.activations: /data/a is a folder", "store.runs: /data/runs is"],
+            ["store.activations: /data/a is a local folder", "store.runs: /data/runs is"],
         ),
         (["name=1st"], ["name: 1st is not valid in names of pods"]),
         (["name=" + "n" * 43], ["name: nnn"]),
         (["name=" + "n" * 38], ["name: nnn"]),
-        (["cluster.producer.queue=spot"], ["cluster.producer.queue: producers of the JobSet are"]),
+        (["cluster.producer.queue=spot"], ["cluster.producer.queue: producers in the JobSet are"]),
         (
             [*APART, "cluster.producer.elastic=true"],
-            ["cluster.producer.elastic: without a queue (cluster.queue) it has no effect"],
+            ["cluster.producer.elastic: has no effect without a queue; set cluster.queue"],
         ),
         (
             [*APART, *QUEUED, "cluster.producer.elastic=true", "cluster.producer.least=1"],
-            ["cluster.producer.elastic: Kueue refuses it together with least"],
+            ["cluster.producer.elastic: Kueue does not allow it together with least"],
         ),
         (
             [*APART, *QUEUED, "cluster.producer.least=2"],

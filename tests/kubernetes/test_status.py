@@ -99,7 +99,7 @@ def warning(about: Object, message: str, kind: str = "Warning") -> Object:
 @pytest.mark.system
 def test_status_says_why_a_run_is_queued(api: ApiServer, sh: Shell, path: str) -> None:
     sh("submit", path)
-    assert "out of reach: " not in sh("status", path)  # without Kueue
+    assert "unreachable: " not in sh("status", path)  # without Kueue
     api.groups.add("kueue.x-k8s.io")
     uid = api.the("JobSet", "tiny")["metadata"]["uid"]
     short = "couldn't assign flavors to pod set trainer: insufficient unused quota, 8 more needed"
@@ -137,7 +137,7 @@ def test_status_says_why_a_run_is_queued(api: ApiServer, sh: Shell, path: str) -
     }
     spec = {"queueName": "gpus", "podSets": [{"name": "main", "count": 1000, "minCount": 10}]}
     api.set("Workload", f"jobset-{uid}", status=in_part, spec=spec)
-    said = "queue gpus: had room for 600 of 1000 pods, and admitted these"
+    said = "queue gpus: admitted 600 of 1000 pods (no room for more)"
     assert status(sh, path)["queued"] == [said]
     api.rules.remove(("", "events", "list"))
     assert "may not list events" in status(sh, path)["out_of_reach"]["queue and events"]
@@ -186,7 +186,7 @@ def test_status_joins_pods_store_and_history(api: ApiServer, sh: Shell, going: s
         "index": None,
     }
     assert found["limit"] == "data: trainers wait 75% of the time"
-    assert found["limit_of"] == "the last report that was saved, over all ranks"
+    assert found["limit_of"] == "the last saved report, over all ranks"
     assert found["numbers"] == {
         "step": 8,
         "fvu": 0.25,
@@ -199,8 +199,8 @@ def test_status_joins_pods_store_and_history(api: ApiServer, sh: Shell, going: s
 
     shown = sh("status", going)
     assert "tiny in dist-sae: running" in shown
-    assert f"waits    {third}: ImagePullBackOff: no such image" in shown
-    assert "store    3 of 4 units ready, the run is at 1, backlog 2" in shown
+    assert f"pending  {third}: ImagePullBackOff: no such image" in shown
+    assert "store    3 of 4 units ready, training is at unit 1, backlog 2" in shown
     assert "saved    step 8 of 16, " in shown
     assert "training step 8  fvu 0.250  100 rows/s  (the run's history)" in shown
 
@@ -260,7 +260,7 @@ def test_status_says_how_far_the_index_is(api: ApiServer, sh: Shell, going: str)
             "buckets": 2,
             "merged_buckets": 0,
         }
-        assert "0 of 2 buckets merged, 12,300 rows/s by the first worker" in sh("status", going)
+        assert "0 of 2 buckets merged, 12,300 rows/s in the first worker" in sh("status", going)
 
 
 @pytest.mark.system
@@ -332,11 +332,11 @@ def test_status_asks_the_first_trainer_for_its_numbers(
         assert found["limit"] == (
             "data: trainers wait 25% of the time; producers' slowest stage: store"
         )
-        of = "the last report, over all ranks; of producers: all time since the pods began"
+        of = "the last report, over all ranks; for producers, all the time since the pods started"
         assert found["limit_of"] == of
-        assert f"stage: store  (of {of})" in sh("status", going)
+        assert f"stage: store  (based on {of})" in sh("status", going)
         assert found["warnings"] == [
-            "the last checkpoint took 301 s, and pods get 600 s to save and end; raise "
+            "the last checkpoint took 301 s, and pods get 600 s to save and exit; raise "
             "cluster.trainer.grace_seconds"
         ]
         telemetry.set("dist_sae_checkpoint_seconds", 299)
@@ -353,7 +353,7 @@ def test_status_asks_the_first_trainer_for_its_numbers(
     del api.ports[pod]
     found = status(sh, going)
     assert found["numbers"]["from"] == "the run's history"
-    assert found["limit_of"] == "the last report that was saved, over all ranks"
+    assert found["limit_of"] == "the last saved report, over all ranks"
     assert "error trying to reach service" in found["out_of_reach"]["metrics"]
     api.rules.remove(("", "pods/proxy", "get"))
     assert "ada may not get pods/proxy" in status(sh, going)["out_of_reach"]["metrics"]
@@ -404,7 +404,7 @@ def test_status_asks_a_pod_that_does_not_answer_once_and_not_for_long(
             silent.accept()
     assert found["numbers"]["from"] == "the run's history"
     assert found["out_of_reach"]["metrics"].endswith(
-        f"pod {pod} does not answer on port 9400 within 0.2 s; check whether a network policy "
+        f"pod {pod} does not respond on port 9400 within 0.2 s; check whether a network policy "
         "blocks the API server"
     )
 
@@ -418,8 +418,10 @@ def test_status_tells_what_is_left_without_the_cluster(
     assert found["state"] == "unknown"
     assert found["store"]["checkpoint_step"] == 8
     assert found["numbers"]["step"] == 8
-    assert found["out_of_reach"]["cluster"].startswith(f"{tmp_path}/none: no kubeconfig")
-    assert f"cluster out of reach: {tmp_path}/none: no kube" in sh("status", going)
+    assert found["out_of_reach"]["cluster"].startswith(
+        f"{tmp_path}/none: cannot use the kubeconfig"
+    )
+    assert f"cluster unreachable: {tmp_path}/none: cannot use the kube" in sh("status", going)
 
 
 def test_status_tells_what_is_left_without_the_store(api: ApiServer, sh: Shell, path: str) -> None:
@@ -436,7 +438,7 @@ def test_status_of_a_run_that_nobody_submitted_says_so(
     found = status(sh, path)
     assert found["state"] == "absent"
     assert found["store"]["plan"].endswith("has no plan yet; run `dist-sae plan` first")
-    assert "saved    no checkpoint yet, of 16 steps" in sh("status", path)
+    assert "saved    no checkpoint yet; 16 steps in total" in sh("status", path)
 
 
 @pytest.mark.system

@@ -70,7 +70,7 @@ def test_submit_creates_what_the_run_asks_for_once(
     assert len(api.names("JobSet")) == (0 if mode else 1)
 
     before = versions(api)
-    assert "dist-sae/tiny is there already, running: nothing to change" in sh("submit", path, *mode)
+    assert "dist-sae/tiny already exists (running); nothing to change" in sh("submit", path, *mode)
     assert versions(api) == before
 
 
@@ -87,7 +87,7 @@ def test_dry_run_shows_and_changes_nothing(
     before = versions(api)
     larger = sh("submit", path, "--dry-run", *mode, "--set", "processes.producers=3")
     assert "+      producers: 3\n" in larger  # of run.yaml in the ConfigMap, as a diff
-    assert "to be replaced: processes.producers: 2 -> 3\n" in larger
+    assert "differs from the run on the cluster: processes.producers: 2 -> 3\n" in larger
     assert versions(api) == before
 
 
@@ -104,7 +104,7 @@ def test_run_of_another_configuration_is_left_alone(api: ApiServer, sh: Shell, p
     for options in ([], ["--replace"]):
         said = sh.fail("submit", path, "--set", "sae.k=1", *options)
         assert said == (
-            "dist-sae/tiny on the cluster: is a run with other settings (sae.k: 2 -> 1); "
+            "dist-sae/tiny on the cluster: has other settings (sae.k: 2 -> 1); "
             "restore them or choose another name"
         )
     assert versions(api) == before
@@ -131,13 +131,13 @@ def test_another_spelling_of_a_place_is_the_same_run(
     first = submit("model", "a.txt", "b.txt")
     again = submit("link", "./b.txt", "link/../a.txt")
     sh(*first)
-    assert "with --replace its pods save and end" in sh.fail(*again)
+    assert "with --replace, its pods save and exit" in sh.fail(*again)
     begun = dump_run(load_run(path, first[3::2]))
     run = load_run(path)
     open_store(run.store.runs, run.store.s3).put("tiny/run.yaml", begun.encode())
-    assert "with --replace its pods save and end" in sh.fail(*again)
+    assert "with --replace, its pods save and exit" in sh.fail(*again)
     said = sh.fail(*submit("link", "a.txt"))
-    assert "is a run with other settings (corpus.files: " in said
+    assert "has other settings (corpus.files: " in said
     assert "model.path" not in said
 
 
@@ -152,9 +152,9 @@ def test_run_that_was_submitted_with_old_names_of_keys_is_the_same_run(
     old["train"] |= old.pop("timeouts")
     api.set("ConfigMap", "tiny", data={"run.yaml": yaml.safe_dump(old)})
     before = versions(api)
-    assert "dist-sae/tiny is there already, running: nothing to change" in sh("submit", path, *mode)
+    assert "dist-sae/tiny already exists (running); nothing to change" in sh("submit", path, *mode)
     said = sh("submit", path, "--dry-run", *mode, "--set", "processes.producers=3")
-    assert "to be replaced: processes.producers: 2 -> 3\n" in said
+    assert "differs from the run on the cluster: processes.producers: 2 -> 3\n" in said
     changed = [line for line in said.splitlines() if line.startswith(("  +", "  -"))]
     assert "  +      producers: 3" in changed
     assert not [line for line in changed if "shards" in line or "_seconds" in line]
@@ -166,7 +166,7 @@ def test_stored_run_of_another_configuration_is_left_alone(
 ) -> None:
     train(path)
     said = sh.fail("submit", path, "--set", "train.lr=0.5")
-    assert said.startswith(f"s3://{bucket.name}/runs/tiny: is a run with other settings (train.lr:")
+    assert said.startswith(f"s3://{bucket.name}/runs/tiny: has other settings (train.lr:")
     assert not api.objects
 
 
@@ -208,7 +208,7 @@ def test_reporter_that_failed_comes_back(
     kind, name = ("Job", "tiny-reporter-0") if mode else ("JobSet", "tiny")
     api.condition(kind, name, "Failed", "BackoffLimitExceeded")
     (first,) = api.pods("reporter")
-    assert "to go on: dist-sae resume" in sh("submit", path, *mode)
+    assert "to continue: dist-sae resume" in sh("submit", path, *mode)
     assert "dist-sae/tiny is submitted" in sh("resume", path, *mode)
     (second,) = api.pods("reporter")
     assert second != first
@@ -238,8 +238,8 @@ def test_replace_lets_pods_save_and_then_resizes_the_run(
     before = versions(api)
     resized = ("submit", path, *mode, "--set", "processes.trainers=4")
     assert sh.fail(*resized) == (
-        "dist-sae/tiny is there with other settings (processes.trainers: 2 -> 4); with --replace "
-        "its pods save and end, and new ones continue"
+        "dist-sae/tiny exists with other settings (processes.trainers: 2 -> 4); with --replace, "
+        "its pods save and exit, and new ones continue"
     )
     assert versions(api) == before
 
@@ -248,7 +248,7 @@ def test_replace_lets_pods_save_and_then_resizes_the_run(
     assert sorted(ended) == sorted(old)
     waits = [line for line in said.splitlines() if line.startswith("waiting for ")]
     assert waits[0] == (
-        f"waiting for {len(old)} pods to save and end (at most 600 s each): {', '.join(old)}"
+        f"waiting for {len(old)} pods to save and exit (at most 600 s each): {', '.join(old)}"
     )
     assert len(waits) == len(old)
     assert len(api.pods("trainer")) == 4
@@ -270,7 +270,7 @@ def test_what_the_cluster_would_refuse_costs_no_running_run(
     bad = ("--set", "cluster.image=example.org/bad:1")
     for command in (("submit", path, "--replace", *bad), ("submit", path, "--set", "name=b", *bad)):
         said = sh.fail(*command)
-        assert said.startswith("the cluster does not take JobSet ")
+        assert said.startswith("the cluster rejected JobSet ")
         assert said.endswith("denied the request: no such image")
     assert versions(api) == before
 
@@ -289,14 +289,19 @@ def test_object_of_somebody_else_is_left_alone(api: ApiServer, sh: Shell, path: 
     stranger = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "tiny"}}
     api.create(stranger)
     said = sh.fail("submit", path)
-    assert said == "ConfigMap dist-sae/tiny exists and is not of this run; choose another name"
+    assert said == (
+        "ConfigMap dist-sae/tiny already exists and does not belong to this run; "
+        "choose another name"
+    )
     assert "nothing to cancel" in sh("cancel", path)
     assert api.names("ConfigMap") == ["tiny"]
 
     api.objects.clear()
     sh("submit", path, "--set", "name=a.b")
     said = sh.fail("submit", path, "--set", "name=a-b")  # whose objects would bear the same name
-    assert said == "ConfigMap dist-sae/a-b exists and is of run a.b; choose another name"
+    assert (
+        said == "ConfigMap dist-sae/a-b already exists and belongs to run a.b; choose another name"
+    )
 
 
 def test_missing_image_is_named(api: ApiServer, sh: Shell, path: str) -> None:
@@ -311,7 +316,7 @@ def test_missing_kubeconfig_is_named(
 ) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     said = sh.fail(command, path)
-    assert said.startswith(f"{tmp_path}/none: no kubeconfig that can be used (")
+    assert said.startswith(f"{tmp_path}/none: cannot use the kubeconfig (")
     assert said.endswith("log in to the cluster, set KUBECONFIG or correct cluster.context")
 
 
@@ -320,11 +325,11 @@ def test_context_is_the_one_that_is_asked_for(
 ) -> None:
     file = tmp_path / "kubeconfig"
     said = sh.fail("submit", path, "--set", "cluster.context=prod")
-    assert said.startswith(f"context prod of {file}: no kubeconfig that can be used (")
+    assert said.startswith(f"context prod of {file}: cannot use the kubeconfig (")
     assert "with name prod in" in said
 
     file.write_text(file.read_text().replace("current-context: test", ""))
-    assert sh.fail("submit", path).startswith(f"{file}: no kubeconfig that can be used (")
+    assert sh.fail("submit", path).startswith(f"{file}: cannot use the kubeconfig (")
     assert "is submitted" in sh("submit", path, "--set", "cluster.context=test")
 
 
@@ -340,7 +345,7 @@ def test_cluster_that_does_not_answer_is_named(
         file.write_text(yaml.safe_dump(config))
         said = sh.fail("submit", path)
     assert said == (
-        f"context test of {file}: {url} does not answer (NewConnectionError); check the network, "
+        f"context test of {file}: {url} does not respond (NewConnectionError); check the network, "
         f"the context and your login"
     )
 
@@ -348,7 +353,10 @@ def test_cluster_that_does_not_answer_is_named(
 def test_refused_login_is_told(api: ApiServer, sh: Shell, path: str, tmp_path: Path) -> None:
     api.write_kubeconfig(tmp_path / "kubeconfig", token="expired")
     said = sh.fail("submit", path)
-    assert said == f"context test of {tmp_path}/kubeconfig: your login is refused; log in again"
+    assert (
+        said
+        == f"context test of {tmp_path}/kubeconfig: the cluster rejected your login; log in again"
+    )
 
 
 @pytest.mark.parametrize(
@@ -368,7 +376,7 @@ def test_missing_permission_is_named(
     said = sh.fail(command, path)
     assert said.endswith(
         f": ada may not {verb} {resource} in namespace dist-sae; role dist-sae-researcher of "
-        f"k8s/base would allow it"
+        f"k8s/base allows it"
     )
     assert not api.objects
 
@@ -378,13 +386,13 @@ def test_missing_jobset_is_named(api: ApiServer, sh: Shell, path: str) -> None:
     api.groups.remove("jobset.x-k8s.io")
     said = sh.fail("submit", path)
     assert said.endswith(
-        "the cluster does not know jobset.x-k8s.io/v1alpha2; install JobSet, or set "
+        "the cluster does not have jobset.x-k8s.io/v1alpha2; install JobSet, or set "
         "cluster.jobset: false"
     )
     assert not api.objects
     sh("submit", path, *PLAIN)
     assert "tiny-trainer-0" in api.names("Job")
-    assert "is gone" in sh("cancel", path, *PLAIN)
+    assert "is deleted" in sh("cancel", path, *PLAIN)
     assert not api.objects
 
 
@@ -403,8 +411,8 @@ def test_pods_that_can_never_fit_are_refused(api: ApiServer, sh: Shell, path: st
     large = ("submit", path, "--set", "cluster.trainer.memory=64Gi")
     said = sh.fail(*large)
     assert said == (
-        "cluster.trainer: a pod fits on none of the 1 nodes that admit it (closest: memory 64Gi, "
-        "it has 32Gi); lower it, or use --ignore-nodes if larger ones will be added"
+        "cluster.trainer: a pod fits on none of the 1 nodes that accept it (closest: needs memory "
+        "64Gi, has 32Gi); request less, or use --ignore-nodes if larger nodes will be added"
     )
     assert not api.objects
     for tolerates in ("{key: gpu}", "{key: gpu, operator: Equal, value: 'yes'}"):
@@ -419,7 +427,10 @@ def test_pods_without_a_node_may_wait_for_one(api: ApiServer, sh: Shell, path: s
     api.nodes = [node("cpus"), node("old-gpus", {"gpu": "a100"})]
     select = ("--set", "cluster.trainer.node_selector={gpu: h100}")
     said = sh.warned("submit", path, *select)
-    assert "no node admits trainer pods now (gpu=h100): they wait for one" in said
+    assert (
+        "no current node accepts trainer pods (gpu=h100); they stay pending until one is added"
+        in said
+    )
     assert api.names("JobSet") == ["tiny"]
 
 
@@ -434,7 +445,10 @@ def test_store_that_only_the_cluster_reaches_is_no_obstacle(
     api: ApiServer, sh: Shell, path: str
 ) -> None:
     said = sh.warned("submit", path, "--set", "store.runs=s3://no-such-bucket/runs")
-    assert "cannot tell from here whether the run is complete, or another one: s3://no-such" in said
+    assert (
+        "cannot check whether the run is complete, or belongs to another configuration: s3://no-such"
+        in said
+    )
     assert api.names("JobSet") == ["tiny"]
 
 
@@ -450,7 +464,9 @@ def test_cancel_lets_pods_save_and_touches_nothing_else(
         api.run_pod(pod)
     with ending(api) as ended:
         said = sh("cancel", path, *mode)
-    assert f"waiting for 2 pods to save and end (at most 600 s each): {', '.join(trainers)}" in said
+    assert (
+        f"waiting for 2 pods to save and exit (at most 600 s each): {', '.join(trainers)}" in said
+    )
     assert ended == trainers
     assert versions(api) == others
     assert "dist-sae/tiny is not on the cluster: nothing to cancel" in sh("cancel", path, *mode)
@@ -459,7 +475,7 @@ def test_cancel_lets_pods_save_and_touches_nothing_else(
 def test_resume_goes_on_after_cancel(api: ApiServer, sh: Shell, path: str) -> None:
     sh("submit", path)
     said = sh.fail("resume", path)
-    assert said == "dist-sae/tiny is running; see: dist-sae status"
+    assert said == "dist-sae/tiny is still running; see dist-sae status"
     sh("cancel", path)
     assert not api.objects
     assert "dist-sae/tiny is submitted" in sh("resume", path)
@@ -474,14 +490,14 @@ def test_resume_replaces_a_run_that_failed(
     kind, name = ("Job", "tiny-trainer-0") if mode else ("JobSet", "tiny")
     api.condition(kind, name, "Failed", "BackoffLimitExceeded")
     first = api.the(kind, name)["metadata"]["uid"]
-    assert "it has failed (BackoffLimitExceeded); to go on: dist-sae resume" in sh(
+    assert "it has failed (BackoffLimitExceeded); to continue: dist-sae resume" in sh(
         "submit", path, *mode
     )
     assert api.the(kind, name)["metadata"]["uid"] == first
 
     roomier = ("--set", "cluster.trainer.memory=20Gi")
     said = sh("resume", path, *mode, *roomier)
-    assert "dist-sae/tiny has failed (BackoffLimitExceeded); removing that" in said
+    assert "dist-sae/tiny has failed (BackoffLimitExceeded); deleting its objects" in said
     assert api.the(kind, name)["metadata"]["uid"] != first
     check_objects(api, path, *mode[1:], roomier[1])
 
