@@ -25,7 +25,7 @@ from dist_sae.planning.rates import Rates
 from dist_sae.planning.sizes import RunSizes
 from dist_sae.storage import open_store
 from dist_sae.telemetry.history import read_history
-from dist_sae.telemetry.metric import STANDING
+from dist_sae.telemetry.metric import NON_STEP_PHASES
 
 _PASSES = 4  # passes over the rows of the trial
 _WINDOWS = 16  # windows of steps, each with one record in the history
@@ -181,7 +181,7 @@ def step_and_total_seconds(
     ends = [record["step"] for record in records]
     counts = [end - before for before, end in pairwise([0, *ends])]
     seconds = [
-        sum(spent for phase, spent in record["phases"].items() if phase not in STANDING)
+        sum(spent for phase, spent in record["phases"].items() if phase not in NON_STEP_PHASES)
         for record in records
     ]
 

@@ -32,8 +32,8 @@ def main(options: argparse.Namespace) -> int | None:
         stopping = signals.stop_event()
         return shared.run_local_ranks(options, whole, arguments, environments, stopping)
     from dist_sae.distributed.mesh import alone
+    from dist_sae.evaluation.distributed import evaluate_on_ranks
     from dist_sae.evaluation.evaluate import evaluate
-    from dist_sae.evaluation.together import evaluate_together
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -51,7 +51,7 @@ def main(options: argparse.Namespace) -> int | None:
         with shared.pushed_telemetry(run, "evaluate") as telemetry:
             if world == 1:
                 return evaluate(run, telemetry, options.step, alone())
-            result = evaluate_together(run, world, telemetry, options.step)
+            result = evaluate_on_ranks(run, world, telemetry, options.step)
         return result if shared.rank() == 0 else None
 
     shared.print_results(options, whole, work)

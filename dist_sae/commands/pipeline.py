@@ -323,10 +323,10 @@ def run_together(
             child.close()
     failed = [end for end in ends if end.failed]
     mistakes = [end for end in failed if end.code == EXIT_USER]
-    causes = [end for end in failed if not end.told] or [
+    causes = [end for end in failed if not end.stop_requested] or [
         end
         for end in ends
-        if end.code == EXIT_RESUMABLE and not end.told and children[end.child].errors
+        if end.code == EXIT_RESUMABLE and not end.stop_requested and children[end.child].errors
     ]
     if blamed := mistakes or causes:
         raise children[blamed[0].child].failure(blamed[0].code)

@@ -21,8 +21,8 @@ class OnePassAdam(torch.optim.Optimizer):
     """Dense Adam without weight decay, which also normalizes decoder rows and copies W_enc.
 
     Each tensor is read and written once per step (`Kernels.update`). The copy is W_enc in the
-    products' precision. Every step updates it, and it is rebuilt after `forget`. The copy is only
-    read within `encoder_at_hand`.
+    products' precision. Every step updates it, and it is rebuilt after `invalidate_copy`. The
+    copy is only read within `use_encoder_copy`.
     """
 
     updates: int = 0
@@ -83,7 +83,7 @@ class OnePassAdam(torch.optim.Optimizer):
         self._next = None
 
     @contextmanager
-    def encoder_at_hand(self) -> Iterator[None]:
+    def use_encoder_copy(self) -> Iterator[None]:
         """Let the dictionary use the copy for products in its precision, in a `with` block."""
         sae = self._sae
         if self._copy is None and sae.product_dtype != sae.W_enc.dtype:
@@ -94,6 +94,6 @@ class OnePassAdam(torch.optim.Optimizer):
         finally:
             sae.encoder_copy = None
 
-    def forget(self) -> None:
+    def invalidate_copy(self) -> None:
         """Discard the copy, because other code changed W_enc. It is rebuilt before its next use."""
         self._copy = None

@@ -12,26 +12,26 @@ from dist_sae.distributed.zero import deepspeed_config
 from dist_sae.errors import ConfigError
 
 
-class _Asked(dict[str, Any]):
+class _RecordedConfig(dict[str, Any]):
     """A configuration that records which keys were looked up, whether or not they exist."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         super().__init__(content)
-        self.keys_asked: set[str] = set()
+        self.keys_read: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
-        self.keys_asked.add(key)
+        self.keys_read.add(key)
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        self.keys_asked.add(key)
+        self.keys_read.add(key)
         return super().get(key, default)
 
     def __contains__(self, key: object) -> bool:
-        self.keys_asked.add(str(key))
+        self.keys_read.add(str(key))
         return super().__contains__(key)
 
-    def __copy__(self) -> "_Asked":
+    def __copy__(self) -> "_RecordedConfig":
         return self
 
 
@@ -41,7 +41,7 @@ def check_deepspeed(run: Run) -> None:
     Raises:
         ConfigError: The configuration is invalid. The message has one line for every problem.
     """
-    config = _Asked(deepspeed_config(run))
+    config = _RecordedConfig(deepspeed_config(run))
     if not run.train.deepspeed:
         return
     deepspeed = import_deepspeed()
@@ -53,11 +53,11 @@ def check_deepspeed(run: Run) -> None:
         reason = " ".join(str(exc).split()) or type(exc).__name__
         raise ConfigError(f"train.deepspeed: DeepSpeed refuses it: {reason}") from exc
     constants = vars(deepspeed.runtime.constants)  # some are looked up later, by the engine
-    known = config.keys_asked | {v for k, v in constants.items() if k.isupper() and type(v) is str}
+    known = config.keys_read | {v for k, v in constants.items() if k.isupper() and type(v) is str}
     unknown = [key for key in run.train.deepspeed if key not in known]
     if unknown:
         raise ConfigError(
-            "\n".join(f"train.deepspeed.{key}: {_hint(key, config.keys_asked)}" for key in unknown)
+            "\n".join(f"train.deepspeed.{key}: {_hint(key, config.keys_read)}" for key in unknown)
         )
 
 

@@ -37,7 +37,7 @@ class Engine:
 
     def objective(self, rows: Rows, context: StepContext) -> Output:
         """Compute the dictionary's objective on this rank's rows."""
-        with self._adam.encoder_at_hand():
+        with self._adam.use_encoder_copy():
             return self._sae.objective(rows, context)
 
     def backward(self, loss: Float[Tensor, ""]) -> None:
@@ -66,7 +66,7 @@ class Engine:
     def revive(self, stuck: Tensor, x: Tensor, error: Tensor) -> None:
         """Revive stuck latents as the recipe does; see `Dictionary.revive`."""
         self._sae.revive(stuck, x, error)
-        self._adam.forget()
+        self._adam.invalidate_copy()
 
     def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
         """Return a parameter's full moment tensor; `name` is one of `moments`. Collective."""
@@ -78,7 +78,7 @@ class Engine:
         self._adam.updates = step
         for parameter, state in moments.items():
             self._adam.state[parameter] = dict(state)
-        self._adam.forget()
+        self._adam.invalidate_copy()
 
     def _updated(self, constrain: Callable[[], None], norm: Tensor, *wanted: Tensor) -> list[float]:
         """Read the norm and other values. If the norm is finite, count the update and constrain."""
@@ -133,7 +133,7 @@ class DeepSpeedEngine(Engine):
             )
 
     def objective(self, rows: Rows, context: StepContext) -> Output:
-        with nullcontext() if self._stage else self._adam.encoder_at_hand():
+        with nullcontext() if self._stage else self._adam.use_encoder_copy():
             output: Output = self._engine(rows, context)
         return output
 

@@ -44,10 +44,10 @@ class Leader:
         for tensor in (tokens.int(), mask.byte()):
             dist.broadcast(tensor.contiguous(), 0, self._mesh.control)
         self._batches += 1
-        self._watch.at(self._batches, working=True)
+        self._watch.set_step(self._batches, working=True)
         result = self._work(tokens, mask)
         _wait_for_device(self._mesh)
-        self._watch.at(self._batches, working=False)
+        self._watch.set_step(self._batches, working=False)
         return result
 
 
@@ -84,11 +84,11 @@ def follow(open_work: Callable[[], Work], mesh: Mesh, watch: Watch) -> None:
         for tensor in (tokens, mask):
             dist.broadcast(tensor, 0, mesh.control)
         batches += 1
-        watch.at(batches, working=True)
+        watch.set_step(batches, working=True)
         assert work is not None
         work(tokens, mask.bool())
         _wait_for_device(mesh)
-        watch.at(batches, working=False)
+        watch.set_step(batches, working=False)
 
 
 def _wait_for_device(mesh: Mesh) -> None:

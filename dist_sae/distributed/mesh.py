@@ -70,7 +70,7 @@ class Mesh(NamedTuple):
         """Wait until every rank has called this."""
         self.any_rank(False)  # noqa: FBT003
 
-    def of_first(self, work: Callable[[], T], kind: Any = Any) -> T:
+    def on_first_rank(self, work: Callable[[], T], kind: Any = Any) -> T:
         """Do work on rank 0 only, and return its result on all ranks. Collective.
 
         Args:
@@ -182,7 +182,7 @@ def join_mesh(
     if world > 1:
         control, background = (_group(backend="gloo") for _ in range(2))
     try:
-        if backend == "nccl" and world > 1 and transport.rdma_is_asked_for():
+        if backend == "nccl" and world > 1 and transport.rdma_is_requested():
             dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects at the first collective
             transport.check_rdma()
         axis = _split(rank, world, shards)

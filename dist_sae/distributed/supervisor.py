@@ -27,7 +27,7 @@ class End(NamedTuple):
     """Number of the child."""
     code: int
     """Exit code; -n if signal n killed it."""
-    told: bool
+    stop_requested: bool
     """Whether the child had been sent SIGTERM before it ended."""
 
     @property
@@ -37,7 +37,7 @@ class End(NamedTuple):
         SIGTERM kills a child that has not installed its handler yet. That is not a failure, because
         the child had nothing to save.
         """
-        fine = (EXIT_DONE, EXIT_RESUMABLE, *([-signal.SIGTERM] if self.told else []))
+        fine = (EXIT_DONE, EXIT_RESUMABLE, *([-signal.SIGTERM] if self.stop_requested else []))
         return self.code not in fine
 
 
@@ -93,12 +93,12 @@ def supervise(
     """
     children: list[subprocess.Popen[Any]] = []
     ends: dict[int, End] = {}
-    told, deadline = False, float("inf")
+    stop_requested, deadline = False, float("inf")
 
     def collect() -> None:
         for index, child in enumerate(children):
             if index not in ends and (code := child.poll()) is not None:
-                ends[index] = End(index, code, told)
+                ends[index] = End(index, code, stop_requested)
 
     try:
         for begin in starts:
@@ -110,8 +110,8 @@ def supervise(
                 break
             stopped = any(end.code == EXIT_RESUMABLE for end in ends.values())
             if failed or stopped or stopping.is_set():
-                if not told:
-                    told = True
+                if not stop_requested:
+                    stop_requested = True
                     for child in children:
                         child.send_signal(signal.SIGTERM)  # does nothing if it has ended
                 grace = failed_grace_seconds if failed else stop_grace_seconds

@@ -29,7 +29,7 @@ def pod_environment(folder: str) -> dict[str, str]:
     }
 
 
-def rdma_is_asked_for() -> bool:
+def rdma_is_requested() -> bool:
     """Return True in a pod that asks for RDMA devices."""
     return _ASKED in os.environ
 

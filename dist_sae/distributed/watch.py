@@ -107,7 +107,7 @@ class Watch:
             for work in (self._beat, self._watch_store)
         ]
 
-    def at(self, step: int, *, working: bool) -> None:
+    def set_step(self, step: int, *, working: bool) -> None:
         """Record this rank's current step, and whether the rank is working on it."""
         self._at = (step, working)
 
@@ -119,7 +119,7 @@ class Watch:
                 because the supervisor of the ranks ends all of them when one fails.
         """
         self._done = True
-        self.at(self._at[0], working=False)
+        self.set_step(self._at[0], working=False)
         if self._ranks.world == 1:
             return
         store = self._ranks.connect()

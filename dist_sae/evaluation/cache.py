@@ -49,7 +49,7 @@ def cached(
     """
     of = {**of, "dist_sae": __version__}
     key = f"evaluation/{kind}-{fingerprint(of)}.json"
-    if found := mesh.of_first(lambda: _read(store, key), CachedResult | None):
+    if found := mesh.on_first_rank(lambda: _read(store, key), CachedResult | None):
         return found.result
     made = CachedResult(of=of, result=dict(compute()))
     if mesh.is_first:

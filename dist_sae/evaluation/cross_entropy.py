@@ -37,7 +37,7 @@ _RESAMPLES = 1000
 _LOSSES = ("clean", "spliced", "zero", "mean", "replacement")
 _Passes = dict[str, Callable[[Splice], Edits]]
 """Passes over a batch, in order. By the name of a pass's losses, a function returns its edits."""
-_Places = Mapping[str, tuple[str, ...]]
+_SiteSets = Mapping[str, tuple[str, ...]]
 """Written sites that are replaced at once. The key is "" for all sites, or the name of one."""
 
 
@@ -96,12 +96,12 @@ def cross_entropies(
     exclude = run.activations.exclude
     means = {site: of.mean.float() / of.scale for site, of in normalisers.of.items()}
 
-    places = {"": writes, **{site: (site,) for site in writes if len(writes) > 1}}
-    plain: _Passes = {"clean": Splice.read, **_ablations(places, means)}
+    site_sets = {"": writes, **{site: (site,) for site in writes if len(writes) > 1}}
+    baseline_passes: _Passes = {"clean": Splice.read, **_ablations(site_sets, means)}
     live = causal and _are_read_first(names, normalisers)
-    ours = _reconstructions(places, several=len(sites) > 1, live=live)
+    dictionary_passes = _reconstructions(site_sets, several=len(sites) > 1, live=live)
     progress = logs.RateLimitedProgress("losses", enabled=mesh.is_first)
-    turns = len(plain) + len(ours)
+    turns = len(baseline_passes) + len(dictionary_passes)
     total = turns * sum(len(batch.tokens) for batch in batches)
 
     def losses(passes: _Passes, before: int) -> dict[str, list[float]]:
@@ -127,7 +127,7 @@ def cross_entropies(
             raise NonFiniteError(f"model.path {model.path}: a loss is NaN or infinite")
         return sums
 
-    of = {
+    cache_key = {
         "plan": activations.plan.hash,
         "sites": sites,
         "writes": writes,
@@ -137,19 +137,19 @@ def cross_entropies(
         "device": own_device().type,
         "versions": {name: versions()[name] for name in ("torch", "transformers")},
     }
-    without = cached(
+    baseline_sums = cached(
         activations.store,
         "cross-entropy",
-        of,
-        lambda: losses(plain, 0),
+        cache_key,
+        lambda: losses(baseline_passes, 0),
         mesh,
     )
-    sums = losses(ours, len(plain)) | without
+    sums = losses(dictionary_passes, len(baseline_passes)) | baseline_sums
     progress.end(total)
     n_tokens = int(tokens.sum())
     numbers, *by_site = (
-        _numbers({name: sum(each) for name, each in _of(place, sums).items()}, n_tokens)
-        for place in places
+        _numbers({name: sum(each) for name, each in _sums_of(site_set, sums).items()}, n_tokens)
+        for site_set in site_sets
     )
     if math.isnan(numbers["ce_recovered"]) or math.isnan(numbers["ce_recovered_mean"]):
         reason = f"ablation of {', '.join(writes)} changes no prediction in {n_tokens} tokens"
@@ -162,7 +162,7 @@ def cross_entropies(
         **_by_site(writes, by_site),
         "tokens": n_tokens,
         "ce_documents": len(set(documents.tolist())),
-        "intervals": bootstrap_intervals(_of("", sums), tokens, documents),
+        "intervals": bootstrap_intervals(_sums_of("", sums), tokens, documents),
     }
 
 
@@ -180,21 +180,21 @@ def _are_read_first(names: Mapping[str, str], normalisers: SiteNormalisers) -> b
     return all(depths[read] <= depths[written] for read, written in layers)
 
 
-def _ablations(places: _Places, means: Mapping[str, Tensor]) -> _Passes:
-    """Return passes with the sites of each place set to zero, and to their means."""
+def _ablations(site_sets: _SiteSets, means: Mapping[str, Tensor]) -> _Passes:
+    """Return passes that replace each set of sites by zero, and by the means."""
     constants: dict[str, Values] = {
         "zero": lambda _, rows: torch.zeros_like(rows),
         "mean": lambda site, rows: means[site].to(rows.device).expand(rows.shape),
     }
     return {
-        _named(name, place): partial(Splice.replace, sites=sites, values=values)
-        for place, sites in places.items()
+        _named(name, site_set): partial(Splice.replace, sites=sites, values=values)
+        for site_set, sites in site_sets.items()
         for name, values in constants.items()
     }
 
 
-def _reconstructions(places: _Places, *, several: bool, live: bool) -> _Passes:
-    """Return passes with the sites of each place replaced by their reconstructions.
+def _reconstructions(site_sets: _SiteSets, *, several: bool, live: bool) -> _Passes:
+    """Return passes that replace each set of sites by reconstructions.
 
     Args:
         several: Whether the dictionary reads or writes several sites.
@@ -203,19 +203,19 @@ def _reconstructions(places: _Places, *, several: bool, live: bool) -> _Passes:
     if not several:
         return {"spliced": Splice.reconstruct_live}
     passes: _Passes = {"clean": Splice.read}
-    for place, sites in places.items():
-        passes[_named("spliced", place)] = partial(Splice.reconstruct, sites=sites)
+    for site_set, sites in site_sets.items():
+        passes[_named("spliced", site_set)] = partial(Splice.reconstruct, sites=sites)
     return passes | ({"replacement": Splice.reconstruct_live} if live else {})
 
 
-def _named(name: str, place: str) -> str:
-    return f"{name} {place}" if place else name
+def _named(name: str, site_set: str) -> str:
+    return f"{name} {site_set}" if site_set else name
 
 
-def _of(place: str, sums: Mapping[str, list[float]]) -> dict[str, list[float]]:
-    """Return the losses of one place's passes."""
-    names = {name: name if name == "clean" else _named(name, place) for name in _LOSSES}
-    return {name: sums[of_place] for name, of_place in names.items() if of_place in sums}
+def _sums_of(site_set: str, sums: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """Return the losses of the passes that replace one set of sites."""
+    names = {name: name if name == "clean" else _named(name, site_set) for name in _LOSSES}
+    return {name: sums[pass_name] for name, pass_name in names.items() if pass_name in sums}
 
 
 def _by_site(sites: tuple[str, ...], numbers: Sequence[Mapping[str, float]]) -> dict[str, Any]:

@@ -99,10 +99,10 @@ def evaluate(
     plan = load_plan(store, run)
     if not len(plan.heldout_units):
         raise ConfigError("activations.heldout_share: is 0, so there are no rows to evaluate on")
-    result = mesh.of_first(lambda: _known(runs, store, run, plan, step))
+    result = mesh.on_first_rank(lambda: _known(runs, store, run, plan, step))
     if result is None:
         if mesh.world > 1 and step is None:  # all must read the same one
-            step = mesh.of_first(lambda: _newest(runs, run), int | None)
+            step = mesh.on_first_rank(lambda: _newest(runs, run), int | None)
         patience = float(run.timeouts.missing_seconds)  # its default is an int
         activations = ActivationSet(store, plan, run.sites, patience_seconds=patience)
 
@@ -181,7 +181,7 @@ def _measure(
     progress.end(fit.rows)
     fit = fit.on_cpu()
     by_site = dict(zip(columns, fit.fvu_by_site, strict=True)) if len(columns) > 1 else None
-    made = mesh.of_first(lambda: produced(activations.store, plan))
+    made = mesh.on_first_rank(lambda: produced(activations.store, plan))
     result = {
         **subject(own, plan, made, trained.checkpoint),
         "training_seconds": training_seconds(read_history(runs, run.name), trained.step),
@@ -230,7 +230,7 @@ def _pca(
         return {}
     components = min(max(1, l0), width)
     pca = partial(pca_fvu, activations, normalisers, rows, components, mesh.device)
-    return {"pca_fvu": mesh.of_first(pca, float), "pca_components": components}
+    return {"pca_fvu": mesh.on_first_rank(pca, float), "pca_components": components}
 
 
 def _duplicates(run: Run, pages: PagedDictionary) -> dict[str, float]:

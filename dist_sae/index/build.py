@@ -380,7 +380,7 @@ class _Worker:
             yield None
             return
         queue = WorkQueue(self._opened.store, work, worker, self._stopping, self._telemetry)
-        with queue.renewed(lambda: self._telemetry.pulse.fault("/livez") is None):
+        with queue.renewed(lambda: self._telemetry.liveness.probe_failure("/livez") is None):
             try:
                 yield queue
             finally:
@@ -390,8 +390,8 @@ class _Worker:
         """Report to the watch and to the liveness check whether this rank is working."""
         self._done += working
         if self._watch:
-            self._watch.at(self._done, working=working)
+            self._watch.set_step(self._done, working=working)
         if working:
-            self._telemetry.pulse.work(self._opened.run.timeouts.hung_seconds)
+            self._telemetry.liveness.busy(self._opened.run.timeouts.hung_seconds)
         else:
-            self._telemetry.pulse.rest()
+            self._telemetry.liveness.idle()

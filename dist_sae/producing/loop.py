@@ -128,7 +128,7 @@ class _Producer:
         Raises:
             Stopped: The producer was stopped and units are still missing.
         """
-        with self._queue.renewed(lambda: self._telemetry.pulse.fault("/livez") is None):
+        with self._queue.renewed(lambda: self._telemetry.liveness.probe_failure("/livez") is None):
             try:
                 yield
             except BaseException:

@@ -22,8 +22,8 @@ from dist_sae.distributed.deepspeed_keys import check_deepspeed
 from dist_sae.errors import EXIT_USER, HubUnavailableError
 from dist_sae.models import build_tokenizer, check_sites
 from dist_sae.storage import UNMETERED, Meter, open_store
+from dist_sae.training.ineffective import ineffective_settings
 from dist_sae.training.start import Start
-from dist_sae.training.void import void_settings
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
     meter.set("dist_sae_plan_documents", told["documents"])
     meter.set("dist_sae_plan_train_rows", made.train_rows_estimate)
     logger.info("%s %s: %s", "created" if created else "found", store.url, describe(told))
-    void = dict.fromkeys(line for job, _ in jobs for line in void_settings(job, made))
+    void = dict.fromkeys(line for job, _ in jobs for line in ineffective_settings(job, made))
     for warning in (*_warnings(told), *void):
         logger.warning("%s", warning)
     logs.progress("plan", 1, 1, said=describe(told))
@@ -106,8 +106,8 @@ def _start(run: Run, plan: Plan, meter: Meter) -> Start:
     runs = open_store(run.store.runs, run.store.s3, meter)
     newest = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
     if newest and newest.scalars.get("plan") == plan.hash:
-        return Start.of_own([newest])
-    return Start.of_others(runs, run, plan)
+        return Start.from_own_checkpoints([newest])
+    return Start.from_parent(runs, run, plan)
 
 
 def forecast(

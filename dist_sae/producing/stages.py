@@ -105,14 +105,14 @@ def compute(
         for batch in work.batches:
             if stopping.is_set():
                 raise Stopped(f"stopped within unit {work.unit}; start again to continue")
-            telemetry.pulse.work(run.timeouts.hung_seconds)
+            telemetry.liveness.busy(run.timeouts.hung_seconds)
             keep = admitted(batch, special, run.activations.exclude, excluded)
             transfers += forward(batch.tokens, batch.mask, keep)
             telemetry.add("dist_sae_produce_tokens_total", int(batch.mask.sum()))
             origins.append((batch.tokens[keep], batch.positions[keep], batch.documents[keep]))
             n_rows += int(keep.sum())
             progress.within(work.unit, n_rows, work.seconds["tokenize"])
-    telemetry.pulse.rest()
+    telemetry.liveness.idle()
     origin = tuple(map(torch.cat, zip(*origins, strict=True)))
     return ComputedUnit(work, transfers, origin, excluded)
 

@@ -46,7 +46,7 @@ def produce_together(
             return in_step(build_source(run.model, run.activations.sites).run)
 
         if not mesh.is_first:
-            telemetry.pulse.rest()  # ready; from here on, the watch detects whether it hangs
+            telemetry.liveness.idle()  # ready; from here on, the watch detects whether it hangs
             follow(open_work, mesh, watch)
             return {}
         with leading(mesh):

@@ -43,7 +43,7 @@ from dist_sae.report.shown import duration
 from dist_sae.storage import UNMETERED, Meter, ObjectStore, open_store
 from dist_sae.storage.records import digest
 from dist_sae.telemetry.history import read_history
-from dist_sae.training.void import void_settings
+from dist_sae.training.ineffective import ineffective_settings
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
         evaluation=evaluation,
         history=history,
         producer_seconds=made["seconds"],
-        void_settings=void_settings(own, plan),
+        ineffective_settings=ineffective_settings(own, plan),
         latents=views,
         left_out=[] if isinstance(index, str) else left_out(index.manifest),
         latent_rows=0 if isinstance(index, str) else index.rows,

@@ -102,7 +102,7 @@ class Page(NamedTuple):
     history: Sequence[Mapping[str, Any]]
     producer_seconds: Mapping[str, float]
     """Seconds by stage of the producers, summed over the existing units."""
-    void_settings: Sequence[str]
+    ineffective_settings: Sequence[str]
     """Settings that have no effect in this run, each with the reason."""
     latents: Sequence[LatentView]
     left_out: Sequence[str]

@@ -22,10 +22,10 @@ from dist_sae import __version__
 from dist_sae.config.cluster import kubernetes_name
 from dist_sae.errors import DistSaeError, Stopped
 from dist_sae.storage.lives import Life
+from dist_sae.telemetry.liveness import Liveness
 from dist_sae.telemetry.metric import EVERY_SERIES, SHORT_LIVED, Metric
 from dist_sae.telemetry.metrics import metrics_of
 from dist_sae.telemetry.process import device_bytes, resident_bytes
-from dist_sae.telemetry.pulse import Pulse
 from dist_sae.telemetry.server import PageServer
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Telemetry:
         jobs: Sequence[str] = (),
     ) -> None:
         labels = {"role": role, "rank": str(rank)}
-        self.every = [{"run": name, **labels} for name in jobs or [run]]
+        self.run_labels = [{"run": name, **labels} for name in jobs or [run]]
         """Labels of each run's series. Every value is set for all of these runs."""
         self._ended: set[str] = set()
         self._pushgateway_url = pushgateway_url
@@ -74,14 +74,16 @@ class Telemetry:
         self._only: dict[tuple[str, str], list[str]] = {}
         """Label values that `set_only` set last, by metric and run."""
         self._metrics = {m.name: self._open(m) for m in metrics_of(role)}
-        self.begin()
-        self.pulse = Pulse()
+        self.create_counters()
+        self.liveness = Liveness()
         self.life = Life()
         """Counts this start of the pod, if the process runs in one."""
         self.device: Any = None
         """The device in use, whose memory is exported."""
         self._server = (
-            None if port is None else PageServer(port, lambda _: self.render(), self.pulse.fault)
+            None
+            if port is None
+            else PageServer(port, lambda _: self.render(), self.liveness.probe_failure)
         )
         self.port = None if self._server is None else self._server.port
         if self.port is not None:
@@ -105,7 +107,7 @@ class Telemetry:
         failed = isinstance(error, Exception) and not isinstance(error, Stopped)
         if error is None or failed:
             self.ended(error)
-        if self.every[0]["role"] in SHORT_LIVED:
+        if self.run_labels[0]["role"] in SHORT_LIVED:
             self.set("dist_sae_job_seconds", time.time() - self._began)
             self.set("dist_sae_job_end_timestamp_seconds", time.time())
         if self._pushgateway_url is not None:
@@ -125,13 +127,17 @@ class Telemetry:
     def of_runs(self, *runs: str) -> Self:
         """Return a view of these metrics that sets values for some of the runs only."""
         view = copy(self)
-        view.every = [{**self.every[0], "run": run} for run in runs]
-        view.begin()
+        view.run_labels = [{**self.run_labels[0], "run": run} for run in runs]
+        view.create_counters()
         return view
 
     def ended(self, error: BaseException | None = None) -> None:
         """Export how the runs ended. A run whose end was already exported is not changed."""
-        left = [every["run"] for every in self.every if every["run"] not in self._ended]
+        left = [
+            labels_of_run["run"]
+            for labels_of_run in self.run_labels
+            if labels_of_run["run"] not in self._ended
+        ]
         if not left:
             return
         self._ended.update(left)
@@ -142,45 +148,45 @@ class Telemetry:
             name = type(error).__name__ if isinstance(error, DistSaeError) else "bug"
             view.set("dist_sae_run_failed", 1, error=name)
 
-    def begin(self) -> None:
+    def create_counters(self) -> None:
         """Create the counters' series at 0, where the values of their labels are known."""
-        for metric in metrics_of(self.every[0]["role"]):
+        for metric in metrics_of(self.run_labels[0]["role"]):
             opened = self._metrics[metric.name]
             if isinstance(opened, Counter):
                 first, values = metric.labels[:1], metric.values
                 known = [{first[0]: value} for value in values] if first else [{}]
                 for labels in known:
-                    for every in self.every:
-                        opened.labels(**every, **labels)
+                    for labels_of_run in self.run_labels:
+                        opened.labels(**labels_of_run, **labels)
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""
         gauge = self._metrics[name]
         assert isinstance(gauge, Gauge)
-        for every in self.every:
-            gauge.labels(**every, **labels).set(value)
+        for labels_of_run in self.run_labels:
+            gauge.labels(**labels_of_run, **labels).set(value)
 
     def set_only(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge and drop its other series. Labels must be in the metric table's order."""
-        for every in self.every:
-            if before := self._only.get((name, every["run"])):
-                self._metrics[name].remove(*every.values(), *before)
-            self._only[name, every["run"]] = list(labels.values())
+        for labels_of_run in self.run_labels:
+            if before := self._only.get((name, labels_of_run["run"])):
+                self._metrics[name].remove(*labels_of_run.values(), *before)
+            self._only[name, labels_of_run["run"]] = list(labels.values())
         self.set(name, value, **labels)
 
     def add(self, name: str, value: float, **labels: str) -> None:
         """Add to a counter."""
         counter = self._metrics[name]
         assert isinstance(counter, Counter)
-        for every in self.every:
-            counter.labels(**every, **labels).inc(value)
+        for labels_of_run in self.run_labels:
+            counter.labels(**labels_of_run, **labels).inc(value)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Add a value to a histogram."""
         histogram = self._metrics[name]
         assert isinstance(histogram, Histogram)
-        for every in self.every:
-            histogram.labels(**every, **labels).observe(value)
+        for labels_of_run in self.run_labels:
+            histogram.labels(**labels_of_run, **labels).observe(value)
 
     def _open(self, metric: Metric) -> Counter | Gauge | Histogram:
         names = metric.name, metric.help, (*EVERY_SERIES, *metric.labels)
@@ -191,7 +197,7 @@ class Telemetry:
         return Counter(*names, registry=self._registry)
 
     def _push(self, url: str) -> None:
-        group = {name: self.every[0][name] for name in ("run", "role")}
+        group = {name: self.run_labels[0][name] for name in ("run", "role")}
         try:
             push_to_gateway(url, "dist_sae", self._registry, group, _PUSH_SECONDS)
         except OSError as exc:

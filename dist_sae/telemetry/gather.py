@@ -39,7 +39,7 @@ class GatheredTelemetry:
         self._labels = f'role="{role}",run="{run}"'
         self._ranks = [Rank(rank, target) for rank, target in targets.items()]
         self._pool = ThreadPoolExecutor(2 * len(self._ranks), "gather")  # scrape and probe
-        self._server = PageServer(port, self._render, self._fault)
+        self._server = PageServer(port, self._render, self._probe_failure)
         self.port = self._server.port
 
     def __enter__(self) -> Self:
@@ -50,7 +50,7 @@ class GatheredTelemetry:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _render(self, scraped: bool) -> bytes:  # noqa: FBT001 - PageServer gives it no name
-        answers = [rank.ask(self._pool, scraped=scraped) for rank in self._ranks]
+        answers = [rank.request_page(self._pool, scraped=scraped) for rank in self._ranks]
         wait(answers, timeout=PATIENCE_SECONDS)
         up = "".join(
             f'{_UP.name}{{rank="{rank.number}",{self._labels}}} {float(bool(rank.page))}\n'
@@ -60,10 +60,10 @@ class GatheredTelemetry:
         own = f"# HELP {_UP.name} {_UP.help}\n# TYPE {_UP.name} gauge\n{up}"
         return merge([own, *pages]).encode()
 
-    def _fault(self, path: str) -> str | None:
+    def _probe_failure(self, path: str) -> str | None:
         """Return why a probe fails, or None. The pod is alive or ready when all ranks are."""
-        faults = self._pool.map(lambda rank: rank.fault(path), self._ranks)
-        return next((fault for fault in faults if fault), None)
+        failures = self._pool.map(lambda rank: rank.probe_failure(path), self._ranks)
+        return next((failure for failure in failures if failure), None)
 
 
 def merge(pages: Iterable[str]) -> str:
@@ -89,13 +89,13 @@ class Rank:
         """The rank's last page; empty if the rank did not respond."""
         self._served = True
         self._url = f"http://127.0.0.1:{port}"
-        self._asked: Future[None] | None = None
+        self._request: Future[None] | None = None
 
-    def ask(self, pool: ThreadPoolExecutor, *, scraped: bool) -> Future[None]:
+    def request_page(self, pool: ThreadPoolExecutor, *, scraped: bool) -> Future[None]:
         """Request a new page unless a request is running; on behalf of Prometheus if `scraped`."""
-        if self._asked is None or self._asked.done():
-            self._asked = pool.submit(self._fetch, {SCRAPE_HEADER: "1"} if scraped else {})
-        return self._asked
+        if self._request is None or self._request.done():
+            self._request = pool.submit(self._fetch, {SCRAPE_HEADER: "1"} if scraped else {})
+        return self._request
 
     def serve(self) -> str:
         """Return the page and note that it was served."""
@@ -111,7 +111,7 @@ class Rank:
             if self._served:  # else keep the rank's last page, which came too late for a scrape
                 self.page = ""
 
-    def fault(self, path: str) -> str | None:
+    def probe_failure(self, path: str) -> str | None:
         """Return why the rank fails a probe; None if it passes."""
         try:
             with _DIRECT.open(f"{self._url}{path}", timeout=_PROBE_SECONDS):

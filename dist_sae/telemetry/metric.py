@@ -19,9 +19,9 @@ PHASES = ("wait", "ranks", "begin", "forward", "backward", "optimiser", "save", 
 - `begin`: before the first step
 - `others`: in steps of other jobs of a sweep
 """
-STANDING = ("wait", "begin", "save", OTHERS)
+NON_STEP_PHASES = ("wait", "begin", "save", OTHERS)
 """Phases in which no step of the job runs."""
-WORKING = tuple(phase for phase in PHASES if phase not in (*STANDING, "ranks"))
+COMPUTE_PHASES = tuple(phase for phase in PHASES if phase not in (*NON_STEP_PHASES, "ranks"))
 """Phases in which a rank works. In the others it waits or saves."""
 STAGES = ("tokenize", "forward", "pack", "store")
 """Stages of a producer, in the order of the work. Stages overlap in time."""

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from dist_sae.errors import TelemetryError
-from dist_sae.telemetry.pulse import PATHS
+from dist_sae.telemetry.liveness import PATHS
 
 logger = logging.getLogger(__name__)
 
@@ -28,21 +28,21 @@ class PageServer:
         render: Renders the page in Prometheus' text format. Called with True for a scrape by
             Prometheus, and with False for a person or another program, for whom the process does
             not wait at its end.
-        fault: Returns why the probe of a path fails (see `pulse`); None if it passes.
+        probe_failure: Returns why the probe of a path fails (see `liveness`); None if it passes.
 
     Raises:
         TelemetryError: The port is taken.
     """
 
     def __init__(
-        self, port: int, render: Callable[[bool], bytes], fault: Callable[[str], str | None]
+        self, port: int, render: Callable[[bool], bytes], probe_failure: Callable[[str], str | None]
     ) -> None:
         self._render = render
-        self._fault = fault
+        self._probe_failure = probe_failure
         self._sent: float | None = None
         self._interval: float | None = None
         self._ending = float("inf")
-        self._once_more = threading.Event()
+        self._scraped_again = threading.Event()
         try:
             self._server = _Server(("", port), self._handler())
         except OSError as exc:
@@ -69,26 +69,27 @@ class PageServer:
         rest = LAST_SCRAPE_SECONDS  # one scrape so far: the interval is unknown
         if self._interval is not None:  # negative if scrapes have ended
             rest = self._sent + 1.5 * self._interval + _LATE_SECONDS - self._ending
-        self._once_more.wait(min(max(rest, 0.0), LAST_SCRAPE_SECONDS))
+        self._scraped_again.wait(min(max(rest, 0.0), LAST_SCRAPE_SECONDS))
 
-    def _note(self, asked: float) -> None:
+    def _note_scrape(self, asked: float) -> None:
         if self._sent is not None:
             self._interval = asked - self._sent
         self._sent = asked
 
-    def _told(self, asked: float) -> None:
+    def _note_response(self, asked: float) -> None:
         if asked >= self._ending:
-            self._once_more.set()
+            self._scraped_again.set()
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
-        render, note, told, fault = self._render, self._note, self._told, self._fault
+        render, probe_failure = self._render, self._probe_failure
+        note_scrape, note_response = self._note_scrape, self._note_response
 
         class Handler(BaseHTTPRequestHandler):
             timeout = _CLIENT_SECONDS
 
             def do_GET(self) -> None:
                 if self.path in PATHS:
-                    why = fault(self.path)
+                    why = probe_failure(self.path)
                     self._answer(200 if why is None else 503, f"{why or 'ok'}\n".encode())
                     return
                 asked, scraped = time.monotonic(), SCRAPE_HEADER in self.headers
@@ -99,10 +100,10 @@ class PageServer:
                     self.send_error(500)
                     return
                 if scraped:
-                    note(asked)  # before responding: an ending process must wait for this client
+                    note_scrape(asked)  # before responding: an ending process waits for this client
                 self._answer(200, page)
                 if scraped:
-                    told(asked)
+                    note_response(asked)
 
             def _answer(self, status: int, page: bytes) -> None:
                 self.send_response(status)

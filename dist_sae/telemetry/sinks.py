@@ -49,13 +49,13 @@ def open_sinks(run: Run, runs: ObjectStore, first_step: int) -> list[Sink]:
     sinks: list[Sink] = [History(runs, run.name, first_step)]
     if run.telemetry.tensorboard is not None:
         folder = Path(run.telemetry.tensorboard).expanduser() / run.name
-        sinks.append(Dispensable("tensorboard", TensorBoard(folder, first_step)))
+        sinks.append(OptionalSink("tensorboard", TensorBoard(folder, first_step)))
     if run.telemetry.wandb is not None:
-        sinks.append(Dispensable("wandb", WeightsAndBiases(run, run.telemetry.wandb)))
+        sinks.append(OptionalSink("wandb", WeightsAndBiases(run, run.telemetry.wandb)))
     return sinks
 
 
-class Dispensable:
+class OptionalSink:
     """An optional sink: after its first failure it is dropped with a warning."""
 
     def __init__(self, name: str, sink: Sink) -> None:

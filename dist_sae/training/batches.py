@@ -53,16 +53,14 @@ class TrainingBatch:
     Args:
         loaded: The batch from the loader.
         device: This rank's device.
-        wants_to_meet: Returns whether this rank must synchronize with the others before the next
+        needs_sync: Returns whether this rank must synchronize with the others before the next
             batch.
     """
 
-    def __init__(
-        self, loaded: Batch, device: torch.device, wants_to_meet: Callable[[], bool]
-    ) -> None:
+    def __init__(self, loaded: Batch, device: torch.device, needs_sync: Callable[[], bool]) -> None:
         self.loaded = loaded
-        self.wants_to_meet = wants_to_meet
-        self._said: list[bool] = []
+        self.needs_sync = needs_sync
+        self._sync_needed: list[bool] = []
         self._device = device
         self._rows: dict[Hashable, Rows] = {}
 
@@ -76,17 +74,17 @@ class TrainingBatch:
             self._rows[key] = normalisers.rows(self.loaded.acts, self._device)
         return self._rows[key]
 
-    def told(self, *, meet: bool) -> None:
+    def record_sync(self, *, needed: bool) -> None:
         """Record whether any rank must synchronize, which all ranks learned in a step."""
-        self._said.append(meet)
+        self._sync_needed.append(needed)
 
     @property
-    def meets(self) -> bool:
+    def synchronizes(self) -> bool:
         """Whether the ranks synchronize before the next batch.
 
         They also do if no step ran on this batch, because then no rank knows about the others.
         """
-        return any(self._said) or not self._said
+        return any(self._sync_needed) or not self._sync_needed
 
 
 class Reader(Protocol):
@@ -139,23 +137,25 @@ class Batches:
             if self.loader is None:
                 self.reading.close()
                 self.loader = self.reading.enter_context(self.open_loader(steps, position.cursors))
-            loader, meets = self.loader, True
+            loader, synchronizes = self.loader, True
             for step in steps:
                 if not any(step in job.steps for job in self.jobs):
                     break  # the remaining jobs start at a later step: reopen the loader there
                 self.times.step = step
-                self.watch.at(step, working=False)
+                self.watch.set_step(step, working=False)
                 self.telemetry.set("dist_sae_train_loaded_batches", loader.loaded)
-                loaded = next_batch(loader, self.mesh, self.stopping, self.times, meets=meets)
+                loaded = next_batch(
+                    loader, self.mesh, self.stopping, self.times, synchronizes=synchronizes
+                )
                 if loaded is None:
                     return
                 self._export(loaded)
-                wants_to_meet = partial(self._wants_to_meet, loader, is_last=step == steps[-1])
-                yield (batch := TrainingBatch(loaded, self.mesh.device, wants_to_meet))
-                meets = batch.meets
+                needs_sync = partial(self._needs_sync, loader, is_last=step == steps[-1])
+                yield (batch := TrainingBatch(loaded, self.mesh.device, needs_sync))
+                synchronizes = batch.synchronizes
             self.loader = None
 
-    def _wants_to_meet(self, loader: Loader, *, is_last: bool) -> bool:
+    def _needs_sync(self, loader: Loader, *, is_last: bool) -> bool:
         return not is_last and (self.stopping.is_set() or not loader.is_ready)
 
     def raise_if_stopped(self) -> None:
@@ -283,20 +283,26 @@ def open_loader(
 
 
 def next_batch(
-    loader: Loader, mesh: Mesh, stopping: threading.Event, times: Times, *, meets: bool = True
+    loader: Loader,
+    mesh: Mesh,
+    stopping: threading.Event,
+    times: Times,
+    *,
+    synchronizes: bool = True,
 ) -> Batch | None:
     """Return the next batch once all ranks have theirs; None if any rank has none or must stop.
 
     Args:
-        meets: Whether the ranks synchronize; must be the same on all of them. If they do, all wait
-            while one waits for its data. If they do not, every rank must have a batch ready.
+        synchronizes: Whether the ranks synchronize; must be the same on all of them. If they do,
+            all wait while one waits for its data. If they do not, every rank must have a batch
+            ready.
     """
     batch = loader.next(times.waiting)
     waited = batch.waited_seconds if batch else 0.0
-    times.stood_still(waited)
+    times.count_wait(waited)
     times.end("wait")
-    if not meets:
-        assert batch is not None, "a rank that has none asks to meet"
+    if not synchronizes:
+        assert batch is not None, "a rank without a batch requests synchronization"
         return batch
     ends, longest = mesh.any_rank_and_max(batch is None or stopping.is_set(), waited)
     times.end("ranks", waited=longest - waited)

@@ -8,7 +8,7 @@ import torch
 from dist_sae import logs
 from dist_sae.distributed import axis
 from dist_sae.telemetry.exporter import Telemetry
-from dist_sae.telemetry.metric import STANDING
+from dist_sae.telemetry.metric import NON_STEP_PHASES
 from dist_sae.training.phases import Clock, Phases
 
 
@@ -56,7 +56,7 @@ class Times:
             self._waited = 0.0
             self._report_waiting()
 
-    def stood_still(self, seconds: float) -> None:
+    def count_wait(self, seconds: float) -> None:
         """Count the seconds for which this rank has waited in the current wait for data."""
         # fewer seconds than reported before: a new wait, such as for the normalisers' next unit
         since = self._waited if self._waited <= seconds else 0.0
@@ -66,7 +66,7 @@ class Times:
     def waiting(self, seconds: float) -> None:
         """Report `seconds` of an ongoing wait for data. The next regular report may be far away."""
         self._phases.end("wait")
-        self.stood_still(seconds)
+        self.count_wait(seconds)
         for job, early in self._exported_early.items():
             for phase, spent in self._export(job).items():
                 early[phase] += spent
@@ -93,6 +93,6 @@ class Times:
 
 
 def rows_per_worked_second(rows: int, phases: Mapping[str, float]) -> float:
-    """Return rows per second of the time spent in steps, without `STANDING` phases."""
-    worked = sum(seconds for phase, seconds in phases.items() if phase not in STANDING)
+    """Return rows per second of the time spent in steps, without `NON_STEP_PHASES`."""
+    worked = sum(seconds for phase, seconds in phases.items() if phase not in NON_STEP_PHASES)
     return rows / worked

@@ -33,7 +33,7 @@ def training_step(
     progress: float,
     lr: float,
     end_phase: Callable[[str], None],
-    wants_to_meet: Callable[[], bool] = lambda: False,
+    needs_sync: Callable[[], bool] = lambda: False,
 ) -> tuple[Output, float, bool]:
     """Run forward, backward and optimizer; update dead latents and running average. Collective.
 
@@ -47,7 +47,7 @@ def training_step(
         progress: Share of the run's steps that are done.
         lr: Learning rate.
         end_phase: Called with `forward`, `backward` and `optimiser` as each phase ends.
-        wants_to_meet: Returns whether this rank must synchronize with the others before the next
+        needs_sync: Returns whether this rank must synchronize with the others before the next
             batch.
 
     Returns:
@@ -62,15 +62,15 @@ def training_step(
     end_phase("forward")
     engine.backward(output.terms.total)
     end_phase("backward")
-    numbers = dead.update(output.fired, batch_rows, extra=int(wants_to_meet()))
-    gradient_norm, *counts, want_to_meet = engine.step(lr, numbers)
+    numbers = dead.update(output.fired, batch_rows, extra=int(needs_sync()))
+    gradient_norm, *counts, need_sync = engine.step(lr, numbers)
     dead.counted(counts)
     end_phase("optimiser")
     if dead.n_stuck:
         engine.revive(dead.stuck, rows.inputs, output.error)
     if average is not None:
         average.update(rows, progress)
-    return output, gradient_norm, want_to_meet > 0
+    return output, gradient_norm, need_sync > 0
 
 
 @dataclass(eq=False)
@@ -114,7 +114,7 @@ class TrainingJob:
             self.registration.at(batch.loaded.cursors)
         if batch.loaded.step not in self.steps[:1]:
             return
-        self.watch.at(self.position.step, working=True)
+        self.watch.set_step(self.position.step, working=True)
         self.registration.at(batch.loaded.cursors)
         rows = batch.rows(self.normalisers)
         self.report.end("rest")
@@ -135,7 +135,7 @@ class TrainingJob:
             warmup_steps=train.warmup_steps,
             decay_share=train.decay_share,
         )
-        output, gradient_norm, meet = training_step(
+        output, gradient_norm, sync_needed = training_step(
             rows,
             self.engine,
             self.state.dead,
@@ -145,9 +145,9 @@ class TrainingJob:
             progress=done / run.steps,
             lr=lr,
             end_phase=self.report.end,
-            wants_to_meet=batch.wants_to_meet,
+            needs_sync=batch.needs_sync,
         )
-        batch.told(meet=meet)
+        batch.record_sync(needed=sync_needed)
         self.position = after = self.position.after(batch.loaded)
         self.report.step(after.step, rows, output, lr=lr, gradient_norm=gradient_norm)
         if after.step % train.save_every_steps == 0 or not self.steps:
@@ -172,7 +172,7 @@ class TrainingJob:
         done, cursors, repeated_here = self.position
         if done == self.saver.last_step:
             return
-        self.watch.at(done, working=False)
+        self.watch.set_step(done, working=False)
         check_replicated(self.mesh, self.state.sae.replicated)
         fvu = self.heldout.measure(self.state)
         self.report.heldout(done, fvu)

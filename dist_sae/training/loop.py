@@ -52,7 +52,7 @@ def train(
     store = open_store(run.store.runs, run.store.s3, telemetry, stopping)
     for each in runs if run.sweep is None else (run, *runs):
         check_kind(store, each)
-    done = mesh.of_first(lambda: _completed(runs)) if run.sweep else {}
+    done = mesh.on_first_rank(lambda: _completed(runs)) if run.sweep else {}
     left = [each for each in runs if each.name not in done]
     if run.sweep and mesh.is_first:  # commands accept this folder in place of the run file
         store.put(run_file_key(run.name), dump_run(with_absolute_paths(run)).encode())

@@ -138,7 +138,7 @@ class ProductSamples:
         """Time of the product; None before the first sample."""
         return None if self._best == float("inf") else self._best
 
-    def at_most(self, seconds: float) -> None:
+    def cap(self, seconds: float) -> None:
         """Cap the time at that of an average forward pass, which includes the product."""
         if self._best != float("inf"):
             self._best = min(self._best, seconds)

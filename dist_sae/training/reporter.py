@@ -26,10 +26,11 @@ from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.errors import DistSaeError, Stopped
 from dist_sae.telemetry.exporter import Telemetry
-from dist_sae.telemetry.metric import DENSITIES, NEVER, PHASES, RARE, WORKING
+from dist_sae.telemetry.metric import COMPUTE_PHASES, DENSITIES, NEVER, PHASES, RARE
 from dist_sae.telemetry.metrics import gauges, listed
 from dist_sae.telemetry.sinks import Sink
 from dist_sae.training.clock import Times, rows_per_worked_second
+from dist_sae.training.health import training_warning
 from dist_sae.training.limits import describe_slow
 from dist_sae.training.numbers import (
     batch_numbers,
@@ -39,7 +40,6 @@ from dist_sae.training.numbers import (
     starved_share,
 )
 from dist_sae.training.phases import ProductSamples
-from dist_sae.training.sane import doubt
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class TrainingReporter:
             len(self.state.sae.W_enc), run.dead_after_rows, self.mesh.axis, device
         )
         self._experts = ExpertLoads()
-        self._doubted = False
+        self._warned = False
         self._counts: defaultdict[str, float] = defaultdict(float)
         telemetry.set(
             "dist_sae_train_info",
@@ -116,7 +116,7 @@ class TrainingReporter:
             lr: Learning rate of the update.
             gradient_norm: Norm of the gradient before clipping.
         """
-        self.telemetry.pulse.rest()  # the pod is ready; hung steps are left to the watch to detect
+        self.telemetry.liveness.idle()  # the pod is ready; the watch detects hung steps
         self._counts["dist_sae_train_stuck_latents_total"] += self.state.dead.n_stuck
         self._densities.add(output.firings, self.run.train.batch_rows)
         if output.routing:
@@ -157,7 +157,7 @@ class TrainingReporter:
         rows = steps * run.train.batch_rows
         numbers["rows_per_second"] = rows / seconds
         numbers["worked_rows_per_second"] = rows_per_worked_second(rows, phases)
-        self._product.at_most(phases.get("forward", float("inf")) / steps)
+        self._product.cap(phases.get("forward", float("inf")) / steps)
         if self._product.seconds is not None:
             numbers["product_seconds"] = self._product.seconds
             numbers["product_share"] = self._product.seconds * steps / seconds
@@ -183,15 +183,15 @@ class TrainingReporter:
             names = [metric.short for metric in listed("progress") if metric.short in numbers]
             shown = {name: numbers[name] for name in names}
             logs.progress(self.role, step, run.steps, **shown, phases=phases, slow=slow)
-            self._doubt(step, numbers)
+            self._check_health(step, numbers)
 
-    def _doubt(self, step: int, numbers: Mapping[str, float]) -> None:
+    def _check_health(self, step: int, numbers: Mapping[str, float]) -> None:
         d_in = self.normalisers.widths.d_in
-        found = None if self._doubted else doubt(self.run, d_in, step, numbers)
+        found = None if self._warned else training_warning(self.run, d_in, step, numbers)
         if found:
             who = f"{self.run.name}: " if self.role != "train" else ""
             logger.warning("%safter %d of %d steps %s", who, step, self.run.steps, found)
-            self._doubted = True
+            self._warned = True
 
     def _record(self, record: Mapping[str, Any]) -> None:
         """Export a record's gauges, and append the record to the sinks, which only rank 0 has."""
@@ -211,7 +211,7 @@ class TrainingReporter:
         table[mesh.rank] = torch.tensor([phases.get(phase, 0.0) for phase in PHASES])
         table = mesh.axis.total(table.to(mesh.device)).cpu()
         mean = dict(zip(PHASES, table.mean(0).tolist(), strict=True))
-        worked = table[:, [PHASES.index(phase) for phase in WORKING]].sum(1)
+        worked = table[:, [PHASES.index(phase) for phase in COMPUTE_PHASES]].sum(1)
         slowest = int(worked.argmax())
         ratio = float(worked[slowest] / worked.median())
         host = mesh.hosts[slowest] if mesh.hosts else socket.gethostname()

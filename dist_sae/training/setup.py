@@ -44,11 +44,11 @@ from dist_sae.telemetry.sinks import open_sinks
 from dist_sae.training.batches import Batches, FirstBatches, StreamPosition, open_loader
 from dist_sae.training.clock import Times
 from dist_sae.training.heldout import HeldoutFvu
+from dist_sae.training.ineffective import ineffective_settings
 from dist_sae.training.job import TrainingJob
 from dist_sae.training.memory import check_memory
 from dist_sae.training.reporter import TrainingReporter
 from dist_sae.training.start import Start, find_start, restore
-from dist_sae.training.void import void_settings
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def open_training(
         yield _open(runs, mesh, watch, stopping, telemetry, opened, is_sweep=is_sweep)
 
 
-class _Begun(NamedTuple):
+class _PreparedRun(NamedTuple):
     """A run and where it continues from, before its dictionary is built."""
 
     run: Run
@@ -114,28 +114,30 @@ def _open(
     plan = load_plan(stores[1], shared)
     sites = tuple(dict.fromkeys(site for run in runs for site in run.sites))
     activation_set = ActivationSet(stores[1], plan, sites, stopping)
-    begun = [
-        _begin(run, mesh, of_each[run.name], activation_set, stores[0], opened) for run in runs
+    prepared = [
+        _prepare(run, mesh, of_each[run.name], activation_set, stores[0], opened) for run in runs
     ]
     if mesh.is_first:
-        for line in dict.fromkeys(line for job in begun for line in void_settings(job.run, plan)):
+        for line in dict.fromkeys(
+            line for job in prepared for line in ineffective_settings(job.run, plan)
+        ):
             logger.warning("%s", line)
-    first = begun[0].start.lineage
-    for other in begun:
+    first = prepared[0].start.lineage
+    for other in prepared:
         if other.start.lineage.stream_rows != first.stream_rows:
             raise ConfigError(
                 f"{other.run.name}: its parent's checkpoint is at another place in the stream than "
-                f"that of {begun[0].run.name}; give the step in train.parent.step"
+                f"that of {prepared[0].run.name}; give the step in train.parent.step"
             )
-    times.steps = max(job.run.steps for job in begun)
-    normalisers = _normalisers(begun, activation_set, times)
-    check_memory([(job.run, normalisers[job.run.name].widths, job.mesh) for job in begun], mesh)
+    times.steps = max(job.run.steps for job in prepared)
+    normalisers = _normalisers(prepared, activation_set, times)
+    check_memory([(job.run, normalisers[job.run.name].widths, job.mesh) for job in prepared], mesh)
 
     def open_(steps: range, cursors: Mapping[int, StreamCursor]) -> Loader:
         return open_loader(shared, mesh, activation_set, steps, first, cursors)
 
     reading = opened.enter_context(ExitStack())
-    new = [job for job in begun if not job.start.found]
+    new = [job for job in prepared if not job.start.found]
     first_batches = None
     if new:  # after the normalisers: reads of their manifests would queue behind blocks of batches
         loader = reading.enter_context(open_(range(times.steps), new[0].start.cursors))
@@ -145,7 +147,7 @@ def _open(
     thread = opened.enter_context(saver_thread())
     heldout: dict[Hashable, HeldoutFvu] = {}
     jobs = []
-    for each in begun:
+    for each in prepared:
         own = normalisers[each.run.name]
         state, engine = _build(each, own, first_batches)
         key = each.run.train.heldout_rows, own.key
@@ -188,14 +190,14 @@ def _open(
     return batches, jobs
 
 
-def _begin(
+def _prepare(
     run: Run,
     mesh: Mesh,
     telemetry: Telemetry,
     activation_set: ActivationSet,
     runs: ObjectStore,
     opened: ExitStack,
-) -> _Begun:
+) -> _PreparedRun:
     """Find where a run continues, register it and write its run file. Collective."""
     plan = activation_set.plan
     check_rows(plan.resolve(run), plan)
@@ -218,11 +220,11 @@ def _begin(
     if not start.found:
         registration.begin(start.cursors)
     own = mesh.sharded(run.processes.latent_shards)
-    return _Begun(run, own, kernels, telemetry, registration, checkpoints, start)
+    return _PreparedRun(run, own, kernels, telemetry, registration, checkpoints, start)
 
 
 def _reporter(
-    begun: _Begun,
+    prepared: _PreparedRun,
     times: Times,
     state: TrainingState,
     normalisers: SiteNormalisers,
@@ -230,7 +232,7 @@ def _reporter(
     runs: ObjectStore,
     role: str,
 ) -> TrainingReporter:
-    run, mesh = begun.run, begun.mesh
+    run, mesh = prepared.run, prepared.mesh
     logger.info(
         "%s: %s at step %d of %d",
         run.name,
@@ -241,19 +243,19 @@ def _reporter(
     return TrainingReporter(
         run,
         mesh,
-        begun.telemetry,
+        prepared.telemetry,
         times,
         open_sinks(run, runs, position.step) if mesh.is_first else [],
         state,
         normalisers,
         position.step,
         role,
-        begun.start.lineage.counted_rows,
+        prepared.start.lineage.counted_rows,
     )
 
 
 def _saver(
-    begun: _Begun,
+    prepared: _PreparedRun,
     plan: Plan,
     state: TrainingState,
     normalisers: SiteNormalisers,
@@ -261,19 +263,19 @@ def _saver(
     position: StreamPosition,
     thread: ThreadPoolExecutor,
 ) -> Saver:
-    run, mesh = begun.run, begun.mesh
+    run, mesh = prepared.run, prepared.mesh
 
     def on_durable(saved: Saved) -> None:
         cursors = {stream: StreamCursor(*place) for stream, place in saved.cursors.items()}
-        begun.registration.durable(cursors, ended=saved.step == run.steps)
+        prepared.registration.durable(cursors, ended=saved.step == run.steps)
         report.saved(saved)
 
     return Saver(
-        checkpoints=begun.checkpoints,
+        checkpoints=prepared.checkpoints,
         state=state,
         scalars=normalisers.to_scalars()
         | {"plan": plan.hash, "run": run_fingerprint(run)}
-        | begun.start.lineage.to_scalars(),
+        | prepared.start.lineage.to_scalars(),
         all_gather=mesh.in_background().all_gather_objects,
         writes_manifest=mesh.is_first,
         before_commit=report.flush,
@@ -307,7 +309,7 @@ def _ready_units(
 
 
 def _normalisers(
-    begun: Sequence[_Begun], activation_set: ActivationSet, times: Times
+    prepared: Sequence[_PreparedRun], activation_set: ActivationSet, times: Times
 ) -> dict[str, SiteNormalisers]:
     """Return each job's normalisers: stored ones if measured on this activation set, or new ones.
 
@@ -315,9 +317,9 @@ def _normalisers(
     """
     measured: dict[str, Normaliser] = {}
     found = {}
-    for each in begun:
+    for each in prepared:
         run, start = each.run, each.start
-        if known := start.knows_rows_of(activation_set.plan):
+        if known := start.normaliser_checkpoint(activation_set.plan):
             found[run.name] = normalisers_of(run, known)
             continue
         if not measured:
@@ -332,15 +334,15 @@ def _normalisers(
 
 
 def _build(
-    begun: _Begun, normalisers: SiteNormalisers, first_batches: FirstBatches | None
+    prepared: _PreparedRun, normalisers: SiteNormalisers, first_batches: FirstBatches | None
 ) -> tuple[TrainingState, DeepSpeedEngine]:
     """Build the dictionary, its engine, its counts of dead latents and its running average.
 
     A new dictionary is initialized from the parent or from the first batches.
     """
-    run, mesh, start = begun.run, begun.mesh, begun.start
+    run, mesh, start = prepared.run, prepared.mesh, prepared.start
     sae = build_sae(
-        run.sae, normalisers.widths, mesh.axis, begun.kernels, PRODUCT_DTYPES[run.train.products]
+        run.sae, normalisers.widths, mesh.axis, prepared.kernels, PRODUCT_DTYPES[run.train.products]
     ).to(mesh.device)
     if start.parent and warm_start.width(start.parent) == sae.n_latents:
         warm_start.load(sae, start.parent)
@@ -384,16 +386,16 @@ def init_batches(run: Run, start: Start) -> int:
     return max(1, -(-start.init_rows(run) // run.train.batch_rows))
 
 
-def _restore(begun: _Begun, state: TrainingState) -> StreamPosition:
+def _restore(prepared: _PreparedRun, state: TrainingState) -> StreamPosition:
     """Load the run's checkpoint or a parent's optimizer state, and return the stream position."""
-    start, checkpoints, telemetry = begun.start, begun.checkpoints, begun.telemetry
+    start, checkpoints, telemetry = prepared.start, prepared.checkpoints, prepared.telemetry
     if start.parent and start.lineage.updates:
         state.read(start.parent)()
     if not start.found:
         return StreamPosition(0, start.cursors, 0)
-    position = restore(state, start.found, checkpoints, begun.mesh, telemetry)
+    position = restore(state, start.found, checkpoints, prepared.mesh, telemetry)
     durable_at = time.time() - checkpoints.ages()[position.step]
     telemetry.set("dist_sae_checkpoint_step", position.step)
     telemetry.set("dist_sae_checkpoint_timestamp_seconds", durable_at)
-    begun.registration.begin(position.cursors, ended=position.step == begun.run.steps)
+    prepared.registration.begin(position.cursors, ended=position.step == prepared.run.steps)
     return position

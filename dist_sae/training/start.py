@@ -40,14 +40,14 @@ class Start(NamedTuple):
     """Stream positions of the run, or of its parent if `train.parent.data` is `continue`."""
 
     @classmethod
-    def of_own(cls, found: Sequence[Checkpoint]) -> Self:
+    def from_own_checkpoints(cls, found: Sequence[Checkpoint]) -> Self:
         """Return the start of a run that has checkpoints."""
         return cls(
             found, lineage=Lineage.from_scalars(found[0].scalars), cursors=cursors_of(found[0])
         )
 
     @classmethod
-    def of_others(cls, runs: ObjectStore, run: Run, plan: Plan) -> Self:
+    def from_parent(cls, runs: ObjectStore, run: Run, plan: Plan) -> Self:
         """Return the start of a run without checkpoints: a parent, converted weights, or nothing.
 
         Args:
@@ -87,7 +87,7 @@ class Start(NamedTuple):
             return run.sae.init_rows
         return run.sae.n_latents - warm_start.width(self.parent)  # the parent has the others
 
-    def knows_rows_of(self, plan: Plan) -> Checkpoint | None:
+    def normaliser_checkpoint(self, plan: Plan) -> Checkpoint | None:
         """Return a checkpoint whose normaliser was measured on this plan, if there is one."""
         known = self.found[0] if self.found else self.parent
         return known if known and known.scalars.get("plan") == plan.hash else None
@@ -104,7 +104,7 @@ class Start(NamedTuple):
             ConfigError: `store.max_ahead_units` would stop producers before training can start.
         """
         check_rows(run, plan, self.taken_rows(plan))
-        normaliser_rows = 0 if self.knows_rows_of(plan) else run.train.normaliser_rows or 0
+        normaliser_rows = 0 if self.normaliser_checkpoint(plan) else run.train.normaliser_rows or 0
         first = lowest_unit(plan, self.cursors, keeps=run.train.max_passes > 1)
         check_ahead(run, plan, max(normaliser_rows, self.init_rows(run)), first)
 
@@ -118,8 +118,8 @@ def find_start(
         Stopped: The ranks found different checkpoints of the parent.
     """
     if found := find_checkpoints(checkpoints, runs, run, plan, mesh):
-        return Start.of_own(found)
-    start = Start.of_others(runs, run, plan)
+        return Start.from_own_checkpoints(found)
+    start = Start.from_parent(runs, run, plan)
     if len(set(mesh.all_gather_objects(start.parent and start.parent.step, int | None))) > 1:
         raise Stopped(
             f"{run.name}: a checkpoint of its parent was saved while the ranks started; start again"

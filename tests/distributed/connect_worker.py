@@ -20,7 +20,7 @@ def rank(folder: Path, env: dict[str, str]) -> None:
     resource.setrlimit(files, (FEW_FILES, resource.getrlimit(files)[1]))
     with rendezvous(int(env["WORLD_SIZE"])) as ranks, join_mesh(ranks) as mesh:
         before = mesh.all_gather_objects(mesh.rank)
-        assert mesh.of_first(lambda: before) == list(range(mesh.world))
+        assert mesh.on_first_rank(lambda: before) == list(range(mesh.world))
         mesh.in_background().all_gather_objects(mesh.rank)
         assert mesh.any_rank(mesh.rank == 1)
         sockets = sum(

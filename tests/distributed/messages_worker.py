@@ -43,7 +43,7 @@ def told(rank: int) -> Told:
 
 def talk(mesh: Mesh) -> Any:
     everyone = mesh.all_gather_objects(told(mesh.rank), Told)
-    first = mesh.of_first(lambda: {"fvu": float("inf"), "site": ["a", None, mesh.rank]})
+    first = mesh.on_first_rank(lambda: {"fvu": float("inf"), "site": ["a", None, mesh.rank]})
     return [everyone == [told(0), told(1)], repr(first)]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_sae.distributed.transport import check_rdma, pod_environment, rdma_is_asked_for
+from dist_sae.distributed.transport import check_rdma, pod_environment, rdma_is_requested
 from dist_sae.errors import ConfigError
 
 HEAD = "node:7:7 [0] NCCL INFO Bootstrap : Using eth0:10.0.0.4<0>\n"
@@ -26,7 +26,7 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_sockets_where_rdma_was_asked_for_are_refused_with_what_nccl_says(log: Path) -> None:
-    assert rdma_is_asked_for()
+    assert rdma_is_requested()
     log.write_text(HEAD + SOCKETS)
     with pytest.raises(ConfigError) as refused:
         check_rdma()
@@ -58,4 +58,4 @@ def test_a_log_that_does_not_say_it_is_a_warning(
 
 def test_nobody_asks_without_rdma_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIST_SAE_RDMA", raising=False)
-    assert not rdma_is_asked_for()
+    assert not rdma_is_requested()

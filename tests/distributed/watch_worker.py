@@ -45,12 +45,12 @@ def work(what: str) -> None:
 
 def go(what: str, mesh: Mesh, watch: Watch, stopping: threading.Event) -> None:
     for step in range(10_000):
-        watch.at(step, working=False)
+        watch.set_step(step, working=False)
         if what == "waits" and mesh.rank == 1 and step == 3:
             time.sleep(2 * HUNG_SECONDS)  # as if it waited for data
         if mesh.any_rank(stopping.is_set()):
             raise Stopped(f"stopped at step {step}")
-        watch.at(step, working=True)
+        watch.set_step(step, working=True)
         if mesh.rank == 1 and step == 3:
             if what in ("hangs", "hangs in a group"):
                 time.sleep(3600)

@@ -20,7 +20,7 @@ from dist_sae.index.build import index
 from dist_sae.index.encode import Encoded, Encoder
 from dist_sae.storage import open_store
 from dist_sae.storage.local import LocalStore
-from dist_sae.telemetry import pulse
+from dist_sae.telemetry import liveness
 from dist_sae.telemetry.exporter import Telemetry
 from tests.conftest import Bucket
 from tests.index.indexed import SCALE, add_checkpoint, files, make_index, produced
@@ -138,12 +138,12 @@ def test_a_worker_that_stops_leaves_the_unit_that_it_has_claimed_ahead(
 def test_a_bucket_that_takes_longer_than_a_hang_keeps_its_claim(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claims are renewed as long as the pulse has no fault; each piece of work is a beat."""
+    """Claims are renewed as long as the liveness probe passes; each piece of work is a beat."""
     run = produced(tmp_path)
     add_checkpoint(run)
     monkeypatch.setattr(dist_sae.index.merge, "MOST_ENTRIES", 700)
     now, faults = 1000.0, list[str | None]()
-    monkeypatch.setattr(pulse, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(liveness, "time", SimpleNamespace(monotonic=lambda: now))
     telemetry = Telemetry(run.name, "index", None)
     put = LocalStore.put
 
@@ -151,7 +151,7 @@ def test_a_bucket_that_takes_longer_than_a_hang_keeps_its_claim(
         nonlocal now
         if "/postings/" in key:
             now += 0.7 * run.timeouts.hung_seconds
-            faults.append(telemetry.pulse.fault("/livez"))
+            faults.append(telemetry.liveness.probe_failure("/livez"))
         return put(self, key, data, if_absent=if_absent)
 
     monkeypatch.setattr(LocalStore, "put", slow)

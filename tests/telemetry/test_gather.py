@@ -106,13 +106,13 @@ def test_last_words_that_come_too_late_for_a_page_are_in_the_next(
         assert free.wait(20)
         return b'# HELP one A one.\n# TYPE one gauge\none{rank="1"} 1.0\n'
 
-    answers, ask = list[Future[None]](), Rank.ask
+    answers, ask = list[Future[None]](), Rank.request_page
 
     def kept(*args: Any, **kwargs: Any) -> Future[None]:
         answers.append(ask(*args, **kwargs))
         return answers[-1]
 
-    monkeypatch.setattr(Rank, "ask", kept)
+    monkeypatch.setattr(Rank, "request_page", kept)
     monkeypatch.setattr(gather, "PATIENCE_SECONDS", 0.0)
     slow = PageServer(0, render, lambda _: None)
     with GatheredTelemetry("run", "train", {1: slow.port}, 0) as gathered:
@@ -133,8 +133,8 @@ def test_a_proxy_for_the_internet_is_not_asked_for_the_ranks(
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with Telemetry("run", "train", 0, 1) as telemetry, ThreadPoolExecutor(1) as pool:
         rank = Rank(1, telemetry.port or 0)
-        assert rank.fault("/livez") is None
-        rank.ask(pool, scraped=False).result(20)
+        assert rank.probe_failure("/livez") is None
+        rank.request_page(pool, scraped=False).result(20)
         assert "dist_sae_run_info" in rank.serve()
 
 

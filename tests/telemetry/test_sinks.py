@@ -13,7 +13,7 @@ from wandb.proto import wandb_internal_pb2
 from dist_sae.config import Run, load_run
 from dist_sae.errors import ConfigError
 from dist_sae.storage import open_store
-from dist_sae.telemetry.sinks import Dispensable, open_sinks
+from dist_sae.telemetry.sinks import OptionalSink, open_sinks
 from tests.runs import TINY, write_run
 
 
@@ -111,7 +111,7 @@ def test_a_run_goes_on_without_a_sink_that_fails(caplog: pytest.LogCaptureFixtur
             raise AssertionError("it is not asked any more")
 
     inner = Full()
-    sink = Dispensable("tensorboard", inner)
+    sink = OptionalSink("tensorboard", inner)
     sink.append({"step": 1})
     sink.flush()
     sink.append({"step": 2})

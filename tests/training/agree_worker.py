@@ -68,10 +68,10 @@ def rank(path: Path, why: str, env: dict[str, str]) -> None:
     step = 0
 
     class Noting(Watch):
-        def at(self, at: int, *, working: bool) -> None:
+        def set_step(self, at: int, *, working: bool) -> None:
             nonlocal step
             step = at
-            super().at(at, working=working)
+            super().set_step(at, working=working)
 
     def counted(name: str, mesh: Mesh) -> Any:
         whole = getattr(dist, name)

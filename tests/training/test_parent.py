@@ -114,7 +114,7 @@ def go_on(path: Path, settings: Sequence[str], plan: Plan) -> None:
     other = load_run(path, settings)
     read = "another" if other.activations.seed else plan.hash
     warm_start.find(open_store(other.store.runs), other, read)
-    Start.of_others(open_store(other.store.runs), other, plan).check(other, plan)
+    Start.from_parent(open_store(other.store.runs), other, plan).check(other, plan)
 
 
 @pytest.mark.parametrize(

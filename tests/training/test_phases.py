@@ -142,7 +142,7 @@ def test_waiting_is_counted_while_it_lasts() -> None:
     times.end("begin")
     wait(2.0)
     for waited in (3.0, 0.0):
-        times.stood_still(waited)
+        times.count_wait(waited)
         times.end("wait")
     wait()
     assert counted == [5.0, 9.0, 11.0, 12.0]
@@ -155,15 +155,15 @@ def test_the_product_is_scaled_up_from_its_sample(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(phases, "MOST_SAMPLE_SHARE", 1e9)
     x = torch.randn(128, 4)
     topk = ProductSamples(build_sae(TopKConfig(n_latents=32_768, k=4, auxk=4), 4), Clock(CPU))
-    topk.at_most(3.0)
+    topk.cap(3.0)
     assert topk.seconds is None
     topk.sample(x)
     assert topk.seconds == 0.25 * 32
     topk.sample(x)  # the fastest sample counts
     assert topk.seconds == 0.25 * 32
-    topk.at_most(0.25 * 40)
+    topk.cap(0.25 * 40)
     assert topk.seconds == 0.25 * 32
-    topk.at_most(3.0)  # what a forward pass takes, the product in it
+    topk.cap(3.0)  # what a forward pass takes, the product in it
     assert topk.seconds == 3.0
     config = RoutedConfig(n_latents=32_768, k=4, auxk=4, experts=16, experts_per_row=2)
     routed = ProductSamples(build_sae(config, 4), Clock(CPU))

@@ -53,8 +53,8 @@ class StopAt(Watch):
         super().__init__(RANKS, stopping, lost_seconds=60, hung_seconds=60)
         self.asked, self.step = stopping, step
 
-    def at(self, step: int, *, working: bool) -> None:
-        super().at(step, working=working)
+    def set_step(self, step: int, *, working: bool) -> None:
+        super().set_step(step, working=working)
         if step == self.step:
             self.asked.set()
 

@@ -142,7 +142,7 @@ def save(run: Run, mesh: Mesh, world: WorldRows, state: TrainingState) -> str:
     )
     saver.save(run.steps, {})
     saver.finish()
-    return mesh.of_first(lambda: export(run))
+    return mesh.on_first_rank(lambda: export(run))
 
 
 def main(path: str) -> int:

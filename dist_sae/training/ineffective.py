@@ -10,7 +10,7 @@ from dist_sae.data.plan import Plan
 _FEW_DOCUMENTS = 30  # from 30 samples on, a mean is roughly normally distributed
 
 
-def void_settings(run: Run, plan: Plan) -> list[str]:
+def ineffective_settings(run: Run, plan: Plan) -> list[str]:
     """List warnings about settings without effect, before a run costs anything.
 
     Args:

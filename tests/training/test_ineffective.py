@@ -7,7 +7,7 @@ import pytest
 from dist_sae.config import load_run
 from dist_sae.data.plan import Plan
 from dist_sae.producing.planner import plan
-from dist_sae.training.void import void_settings
+from dist_sae.training.ineffective import ineffective_settings
 from tests.runs import TINY, write_run
 
 SOUND = [
@@ -30,7 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Plan]:
 
 def test_a_sound_run_is_told_nothing(made: tuple[Path, Plan]) -> None:
     path, plan_ = made
-    assert void_settings(load_run(path, SOUND), plan_) == []
+    assert ineffective_settings(load_run(path, SOUND), plan_) == []
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_what_cannot_act_is_said_in_one_line(
     made: tuple[Path, Plan], settings: list[str], said: str | None
 ) -> None:
     path, plan_ = made
-    lines = void_settings(load_run(path, [*SOUND, *settings]), plan_)
+    lines = ineffective_settings(load_run(path, [*SOUND, *settings]), plan_)
     about = [line for line in lines if said is None or line.startswith(said.partition(":")[0])]
     assert len(about) == (said is not None), lines
     assert said is None or about[0].startswith(said)

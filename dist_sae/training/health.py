@@ -10,7 +10,7 @@ _MOST_L0 = 0.5  # maximum L0 per dimension of the rows; above it, codes are no s
 _MOST_DEAD = 0.3
 
 
-def doubt(run: Run, d_in: int, step: int, numbers: Mapping[str, float]) -> str | None:
+def training_warning(run: Run, d_in: int, step: int, numbers: Mapping[str, float]) -> str | None:
     """Describe a problem with sparsity or dead latents, and the remedy.
 
     Args:

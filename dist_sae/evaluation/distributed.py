@@ -12,7 +12,7 @@ from dist_sae.evaluation.evaluate import evaluate
 from dist_sae.storage import UNMETERED, Meter
 
 
-def evaluate_together(
+def evaluate_on_ranks(
     run: Run, world: int, meter: Meter = UNMETERED, step: int | None = None
 ) -> dict[str, Any]:
     """Evaluate as one of several ranks (RANK, WORLD_SIZE), each with a shard of the latents.

@@ -9,26 +9,26 @@ import time
 PATHS = ("/livez", "/readyz")
 
 
-class Pulse:
-    """Whether the process is working, resting or hung. Written by one thread, read by others."""
+class Liveness:
+    """Whether the process is busy, idle or hung. Written by one thread, read by others."""
 
     def __init__(self) -> None:
-        self._begun = False
+        self._started = False
         self._until = float("inf")
 
-    def work(self, seconds: float) -> None:
+    def busy(self, seconds: float) -> None:
         """Record that work starts. After `seconds` without another call, the process is hung."""
         self._until = time.monotonic() + seconds
-        self._begun = True
+        self._started = True
 
-    def rest(self) -> None:
+    def idle(self) -> None:
         """Record that the work is done. Waiting for more work has no time limit."""
         self._until = float("inf")
-        self._begun = True
+        self._started = True
 
-    def fault(self, path: str) -> str | None:
+    def probe_failure(self, path: str) -> str | None:
         """Return why a probe fails; None if it passes."""
         if path == "/readyz":
-            return None if self._begun else "has not begun to work"
+            return None if self._started else "has not begun to work"
         late = time.monotonic() - self._until
         return f"hung: should have been done {late:.0f} s ago" if late > 0 else None

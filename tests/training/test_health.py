@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dist_sae.config import load_run
-from dist_sae.training.sane import doubt
+from dist_sae.training.health import training_warning
 from tests.runs import write_run
 
 PENALISED: dict[str, Any] = {"kind": "jumprelu", "n_latents": 64}
@@ -42,14 +42,16 @@ def test_what_is_out_of_range_is_said_with_what_helps(
     run = load_run(write_run(tmp_path, sae=sae))
     numbers = {"l0_latents": l0, "dead_share": dead}
     late = -(-run.steps // 4)
-    found = doubt(run, 16, late, numbers)
+    found = training_warning(run, 16, late, numbers)
     assert found is not None
     assert re.fullmatch(expected, found)
-    assert doubt(run, 16, late - 1, numbers) is None
+    assert training_warning(run, 16, late - 1, numbers) is None
 
 
 @pytest.mark.parametrize("sae", [PENALISED, COUNTING])
 def test_an_ordinary_dictionary_is_not_doubted(tmp_path: Path, sae: dict[str, Any]) -> None:
     run = load_run(write_run(tmp_path, sae=sae))
-    assert doubt(run, 16, run.steps, {"l0_latents": 8.0, "dead_share": 0.3}) is None
-    assert doubt(run, 16, run.steps, {"l0_latents": 1.0}) is None  # who is dead is not known yet
+    assert training_warning(run, 16, run.steps, {"l0_latents": 8.0, "dead_share": 0.3}) is None
+    assert (
+        training_warning(run, 16, run.steps, {"l0_latents": 1.0}) is None
+    )  # who is dead is not known yet

@@ -7,7 +7,7 @@ from urllib.error import HTTPError
 
 import pytest
 
-from dist_sae.telemetry import pulse
+from dist_sae.telemetry import liveness
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.gather import GatheredTelemetry
 
@@ -24,17 +24,17 @@ def test_a_process_is_ready_once_it_works_and_lives_until_it_hangs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 1000.0
-    monkeypatch.setattr(pulse, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(liveness, "time", SimpleNamespace(monotonic=lambda: now))
     with Telemetry("run", "produce", 0) as telemetry:
         assert answer(telemetry.port, "/livez") == (200, "ok")
         assert answer(telemetry.port, "/readyz") == (503, "has not begun to work")
-        telemetry.pulse.work(60)
+        telemetry.liveness.busy(60)
         assert answer(telemetry.port, "/readyz") == (200, "ok")
         now += 59
         assert answer(telemetry.port, "/livez") == (200, "ok")
         now += 4
         assert answer(telemetry.port, "/livez") == (503, "hung: should have been done 3 s ago")
-        telemetry.pulse.rest()  # it came back
+        telemetry.liveness.idle()  # it came back
         now += 10_000
         assert answer(telemetry.port, "/livez") == (200, "ok")
 
@@ -44,11 +44,11 @@ def test_a_pod_is_what_the_worst_of_its_ranks_is() -> None:
         second = other.enter_context(Telemetry("run", "train", 0, 5))
         ports = {4: first.port or 0, 5: second.port or 0}
         with GatheredTelemetry("run", "train", ports, 0) as pod:
-            first.pulse.rest()
+            first.liveness.idle()
             assert answer(pod.port, "/readyz") == (503, "rank 5: has not begun to work")
-            second.pulse.rest()
+            second.liveness.idle()
             assert answer(pod.port, "/readyz") == (200, "ok")
-            second.pulse.work(-1)
+            second.liveness.busy(-1)
             assert answer(pod.port, "/livez")[1].startswith("rank 5: hung")
             other.close()
             assert answer(pod.port, "/livez") == (503, "rank 5: does not answer")
