@@ -27,7 +27,7 @@ def render_rules() -> str:
         "metadata": {"name": "dist-sae"},
         "spec": {"groups": [group for file in files for group in file["groups"]]},
     }
-    head = "# Generated from rules.yaml and alerts.yaml by launch/render.sh: edit the former.\n"
+    head = "# Generated from rules.yaml and alerts.yaml by launch/render.sh; edit those files.\n"
     return head + yaml.safe_dump(rule, sort_keys=False, width=100)
 
 

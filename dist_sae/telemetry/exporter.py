@@ -201,4 +201,4 @@ class Telemetry:
         try:
             push_to_gateway(url, "dist_sae", self._registry, group, _PUSH_SECONDS)
         except OSError as exc:
-            logger.warning("telemetry.pushgateway_url %s: nothing was pushed: %s", url, exc)
+            logger.warning("telemetry.pushgateway_url %s: metrics were not pushed: %s", url, exc)

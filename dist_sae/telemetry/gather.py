@@ -119,4 +119,4 @@ class Rank:
         except HTTPError as exc:
             return f"rank {self.number}: {exc.read().decode().strip()}"
         except (OSError, HTTPException):
-            return f"rank {self.number}: does not answer"
+            return f"rank {self.number}: does not respond"

@@ -29,6 +29,6 @@ class Liveness:
     def probe_failure(self, path: str) -> str | None:
         """Return why a probe fails; None if it passes."""
         if path == "/readyz":
-            return None if self._started else "has not begun to work"
+            return None if self._started else "has not started working"
         late = time.monotonic() - self._until
-        return f"hung: should have been done {late:.0f} s ago" if late > 0 else None
+        return f"hung: exceeded its time limit {late:.0f} s ago" if late > 0 else None

@@ -18,12 +18,12 @@ METRICS = (
     # the process
     Metric(
         "dist_sae_run_info",
-        "1; the labels say which version runs, and how the run's objects are named on Kubernetes.",
+        "Always 1. The labels give the version, and the name of the run's Kubernetes objects.",
         labels=("version", "kubernetes_name"),
     ),
     Metric(
         "dist_sae_build_info",
-        "1; the labels say with which versions it was built.",
+        "Always 1. The labels give the versions of dist_sae, Python and torch.",
         labels=("version", "python", "torch"),
     ),
     Metric("dist_sae_process_start_timestamp_seconds", "Unix time at which this process started."),
@@ -40,7 +40,7 @@ METRICS = (
     ),
     Metric(
         "dist_sae_run_failed",
-        "1 if this process ended by an error, named by the label (errors.py, or `bug`).",
+        "1 if this process ended with an error, which the label names (errors.py, or `bug`).",
         labels=("error",),
     ),
     Metric("dist_sae_job_seconds", "Run time of this program."),
@@ -72,10 +72,10 @@ METRICS = (
     Metric("dist_sae_produce_units_total", "Units written by this producer."),
     Metric(
         "dist_sae_produce_ready_units",
-        "Units that exist, by any producer, as far as this producer has seen.",
+        "Existing units of all producers, as last seen by this producer.",
     ),
     Metric(
-        "dist_sae_produce_producers", "processes.producers: the producers that there should be."
+        "dist_sae_produce_producers", "Number of producers in the run file (processes.producers)."
     ),
     Metric("dist_sae_produce_plan_units", "Units of the plan."),
     Metric(
@@ -120,20 +120,20 @@ METRICS = (
     ),
     Metric(
         "dist_sae_store_request_seconds",
-        "Time until the headers of a response.",
+        "Time until the headers of a response arrive.",
         labels=("operation",),
         buckets=_REQUEST_SECONDS,
     ),
     Metric(
         "dist_sae_store_operation_seconds",
-        "Time of an operation on any store, with all its requests, bodies and retries.",
+        "Time of an operation on any store, including all requests, bodies and retries.",
         labels=("operation",),
         values=("get", "put", "size", "list", "delete"),
         buckets=_OPERATION_SECONDS,
     ),
     Metric(
         "dist_sae_store_errors_total",
-        "Operations that failed for good, by error (errors.py); a missing object is no error.",
+        "Operations that failed for good, by error (errors.py); a missing object is not an error.",
         labels=("error",),
         values=STORE_ERRORS,
     ),
@@ -141,10 +141,8 @@ METRICS = (
     # the latent index
     Metric("dist_sae_index_plan_units", "Units that the index covers."),
     Metric("dist_sae_index_plan_buckets", "Buckets of latents of the index."),
-    Metric("dist_sae_index_units", "Units encoded, by any worker, as far as this worker has seen."),
-    Metric(
-        "dist_sae_index_buckets", "Buckets merged, by any worker, as far as this worker has seen."
-    ),
+    Metric("dist_sae_index_units", "Units encoded by all workers, as last seen by this worker."),
+    Metric("dist_sae_index_buckets", "Buckets merged by all workers, as last seen by this worker."),
     Metric("dist_sae_index_claimed_units", "Units that this worker is encoding."),
     Metric("dist_sae_index_claimed_buckets", "Buckets that this worker is merging."),
     Metric(
@@ -153,7 +151,7 @@ METRICS = (
     ),
     Metric(
         "dist_sae_index_waited_seconds_total",
-        "Waiting time of this worker for the last units or buckets, which others have in hand.",
+        "Time this worker waited for the last units or buckets, which others are processing.",
         labels=("waited_for",),
         values=("units", "buckets"),
     ),
@@ -165,7 +163,9 @@ METRICS = (
         "Rows encoded per second by this worker, in the last unit and the wait before it.",
     ),
     # held-out numbers
-    Metric("dist_sae_evaluate_step", "Step of the checkpoint that was evaluated.", "Of step"),
+    Metric(
+        "dist_sae_evaluate_step", "Step of the checkpoint that was evaluated.", "Evaluated step"
+    ),
     Metric(
         "dist_sae_evaluate_rows",
         "Held-out rows behind FVU, L0 and densities.",
@@ -193,15 +193,15 @@ METRICS = (
     ),
     Metric(
         "dist_sae_evaluate_dead_share",
-        "Share of latents that had not fired for sae.dead_after_rows rows at the checkpoint; not "
-        "known before so many.",
+        "Share of latents that had not fired for sae.dead_after_rows rows at the checkpoint; "
+        "unknown before that many rows.",
         "Dead latents",
         views=("card",),
     ),
     Metric(
         "dist_sae_evaluate_ce_recovered",
-        "Share of zero ablation's harm to the cross-entropy that splicing in the reconstruction "
-        "avoids.",
+        "Share of the increase in cross-entropy under zero ablation that splicing in the "
+        "reconstruction avoids.",
         "CE recovered",
         views=("card",),
     ),
@@ -226,10 +226,10 @@ def render_table() -> str:
             "",
             "Generated by `dist-sae config metrics` from `dist_sae/telemetry/metrics.py`.",
             "",
-            f"Besides its own labels, every series has {every}: the run's name, the program,",
+            f"Besides the labels below, every series has {every}: the run's name, the program,",
             "and the number of the process (a trainer's rank; a producer's number times",
             "`model.tensor_parallel` plus its rank within the model). A gauge has no series until",
-            "its value is known, a counter starts at 0. Histograms have `_bucket`, `_sum` and",
+            "its value is known. A counter starts at 0. Histograms have `_bucket`, `_sum` and",
             "`_count`.",
             "",
             *head,

@@ -1,4 +1,4 @@
-"""Serves a page of metrics and responds to probes, over HTTP."""
+"""Serves a metrics page and responds to probes, over HTTP."""
 
 import logging
 import socket
@@ -96,7 +96,7 @@ class PageServer:
                 try:
                     page = render(scraped)
                 except Exception:
-                    logger.exception("the page of metrics could not be rendered")
+                    logger.exception("could not render the metrics page")
                     self.send_error(500)
                     return
                 if scraped:

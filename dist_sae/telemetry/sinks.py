@@ -79,7 +79,7 @@ class OptionalSink:
         except Exception as exc:  # dozens of types: a full disk, an unreachable service
             self._sink = None
             logger.warning(
-                "telemetry.%s failed and gets no more records from this process: %s",
+                "telemetry.%s failed, and this process sends it no more records: %s",
                 self._name,
                 exc,
             )

@@ -6,10 +6,10 @@ TRAINING = (
     # training: progress
     Metric(
         "dist_sae_train_info",
-        "1; the labels say what is trained, and on which device.",
+        "Always 1. The labels give the kind of dictionary, its sites and the device.",
         labels=("kind", "site", "device"),
     ),
-    Metric("dist_sae_train_ranks", "Ranks of the job, by the run file."),
+    Metric("dist_sae_train_ranks", "Number of ranks of the job, from the run file."),
     Metric("dist_sae_train_latents", "Width of the whole dictionary."),
     Metric("dist_sae_train_step", "Steps done.", "Steps", text="step {:,.0f}", views=("status",)),
     Metric("dist_sae_train_steps", "Steps of the whole run."),
@@ -32,7 +32,7 @@ TRAINING = (
     Metric(
         "dist_sae_train_prefix_fvu",
         "Fraction of variance unexplained by each nested dictionary (matryoshka) on the last "
-        "batch, by its latents.",
+        "batch, by its number of latents.",
         "FVU of nested dictionaries, by latents",
         labels=("prefix",),
     ),
@@ -92,17 +92,18 @@ TRAINING = (
     ),
     Metric(
         "dist_sae_train_density_latents",
-        "Latents by log10 of the share of rows that they fire on: half a decade from the label "
-        "on; `never`: on none. Over the last one to two dead_after_rows of this process.",
-        "Latents by log10 of how often they fire",
+        "Latents by log10 of the share of rows on which they fire, in buckets of half a decade, "
+        "labelled by their lower edges; `never`: on no row. Over the last one to two "
+        "dead_after_rows of this process.",
+        "Latents by log10 of firing frequency",
         recorded_as="density",
         labels=("log10",),
         values=DENSITIES,
     ),
     Metric(
         "dist_sae_train_density_rows",
-        "Rows behind train_density_latents and train_rare_share.",
-        "Rows that the densities are of",
+        "Rows over which train_density_latents and train_rare_share are counted.",
+        "Rows used for densities",
     ),
     Metric(
         "dist_sae_train_starved_share",
@@ -112,8 +113,8 @@ TRAINING = (
     ),
     Metric(
         "dist_sae_train_stuck_latents_total",
-        "Latents dead for another dead_after_rows: re-tied to the data (TopK and its kin) or "
-        "initialised again.",
+        "Latents that stayed dead for another dead_after_rows, and were re-tied to the data (TopK "
+        "and its variants) or initialised again.",
     ),
     # training: how evenly the work is distributed
     Metric(
@@ -138,7 +139,7 @@ TRAINING = (
     ),
     Metric(
         "dist_sae_train_dropped_rows_total",
-        "Rows that an expert of this rank had no room for (sae.capacity).",
+        "Rows that an expert on this rank dropped because it was full (sae.capacity).",
     ),
     # training: where time goes
     Metric(
@@ -150,8 +151,8 @@ TRAINING = (
     ),
     Metric(
         "dist_sae_train_worked_rows_per_second",
-        "Rows per second of the time in steps, without waiting for data, saving and the start; "
-        "all ranks.",
+        "Rows per second of all ranks, counting only time in steps: without the start, saving and "
+        "waiting for data.",
         "Time in steps",
         text="{:,.0f} rows/s in steps",
         views=("status", "progress"),
@@ -163,20 +164,20 @@ TRAINING = (
         "dist_sae_train_phase_seconds_total",
         "Time in training by phase: `wait` for data (on the rank that waits longest), `ranks` in "
         "collectives (for slower ranks, and for the network), `begin` before the first step, "
-        "`save` standing still for checkpoints, `others` in steps of other jobs of a sweep. All "
+        "`save` blocked by checkpoints, `others` in steps of other jobs of a sweep. All "
         "other phases are the GPU's time where there is one.",
         labels=("phase",),
         values=PHASES,
     ),
     Metric(
         "dist_sae_train_phase_share",
-        "Share of the time since the last report by phase, mean over all ranks; by rank 0.",
+        "Share of the time since the last report by phase, mean over ranks; exported by rank 0.",
         labels=("phase",),
     ),
     Metric(
         "dist_sae_train_slowest_ratio",
-        "Time at work of the slowest rank since the last report, without waiting and collectives, "
-        "over that of the median rank; by rank 0. The labels name the rank and its host.",
+        "Compute time of the slowest rank since the last report, without waiting and collectives, "
+        "over the median rank's; exported by rank 0. The labels name the rank and its host.",
         labels=("slowest", "host"),
     ),
     Metric(
@@ -186,12 +187,12 @@ TRAINING = (
     ),
     Metric(
         "dist_sae_train_product_share",
-        "Share of step time that the bare encoder product takes, since the last report. The limit "
-        "is 1: no other dense work is needed.",
+        "Share of step time that the bare encoder product takes, since the last report. The "
+        "maximum is 1, because no other dense work is needed.",
         "Encoder product",
         views=("status", "progress"),
     ),
-    Metric("dist_sae_train_wait_seconds_total", "Time this rank stood still for data."),
+    Metric("dist_sae_train_wait_seconds_total", "Time this rank waited for data."),
     Metric(
         "dist_sae_train_loader_stalls_total",
         "Steps that waited for their batch for more than 10 ms.",
@@ -202,11 +203,9 @@ TRAINING = (
     ),
     Metric(
         "dist_sae_train_loaded_batches",
-        "Batches that the loader held ready at the last step; 0 while data is the limit.",
+        "Batches that the loader had ready at the last step; 0 while data is the limit.",
     ),
-    Metric(
-        "dist_sae_train_save_stall_seconds_total", "Time this rank stood still for checkpoints."
-    ),
+    Metric("dist_sae_train_save_stall_seconds_total", "Time this rank was blocked by checkpoints."),
     # training: the data ahead, as seen by rank 0
     Metric("dist_sae_train_plan_units", "Training units of the activation set."),
     Metric("dist_sae_train_ready_units", "Training units that exist."),
@@ -228,7 +227,7 @@ TRAINING = (
     Metric(
         "dist_sae_checkpoint_seconds",
         "Time from the copy of the last checkpoint until it was durable.",
-        "Time to make one durable",
+        "Time until a checkpoint is durable",
         views=("status",),
     ),
     Metric("dist_sae_checkpoint_bytes", "Size of the last checkpoint."),

@@ -248,7 +248,7 @@ def test_ranks_and_producers_are_shown_of_how_many() -> None:
     assert wanted == {
         "Trainer ranks": now("dist_sae_train_ranks").expr,
         "Producers": now("dist_sae_produce_producers").expr,
-        "Live": now("dist_sae_produce_producers").expr,
+        "Live producers": now("dist_sae_produce_producers").expr,
     }
 
 

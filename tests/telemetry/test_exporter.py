@@ -189,7 +189,7 @@ def test_a_push_that_fails_is_a_warning(caplog: pytest.LogCaptureFixture) -> Non
         ):
             pass
     (said,) = caplog.messages
-    assert said.startswith(f"telemetry.pushgateway_url {url}: nothing was pushed: ")
+    assert said.startswith(f"telemetry.pushgateway_url {url}: metrics were not pushed: ")
 
 
 def test_names_follow_the_conventions_of_prometheus() -> None:

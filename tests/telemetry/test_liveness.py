@@ -27,13 +27,13 @@ def test_a_process_is_ready_once_it_works_and_lives_until_it_hangs(
     monkeypatch.setattr(liveness, "time", SimpleNamespace(monotonic=lambda: now))
     with Telemetry("run", "produce", 0) as telemetry:
         assert answer(telemetry.port, "/livez") == (200, "ok")
-        assert answer(telemetry.port, "/readyz") == (503, "has not begun to work")
+        assert answer(telemetry.port, "/readyz") == (503, "has not started working")
         telemetry.liveness.busy(60)
         assert answer(telemetry.port, "/readyz") == (200, "ok")
         now += 59
         assert answer(telemetry.port, "/livez") == (200, "ok")
         now += 4
-        assert answer(telemetry.port, "/livez") == (503, "hung: should have been done 3 s ago")
+        assert answer(telemetry.port, "/livez") == (503, "hung: exceeded its time limit 3 s ago")
         telemetry.liveness.idle()  # it came back
         now += 10_000
         assert answer(telemetry.port, "/livez") == (200, "ok")
@@ -45,10 +45,10 @@ def test_a_pod_is_what_the_worst_of_its_ranks_is() -> None:
         ports = {4: first.port or 0, 5: second.port or 0}
         with GatheredTelemetry("run", "train", ports, 0) as pod:
             first.liveness.idle()
-            assert answer(pod.port, "/readyz") == (503, "rank 5: has not begun to work")
+            assert answer(pod.port, "/readyz") == (503, "rank 5: has not started working")
             second.liveness.idle()
             assert answer(pod.port, "/readyz") == (200, "ok")
             second.liveness.busy(-1)
             assert answer(pod.port, "/livez")[1].startswith("rank 5: hung")
             other.close()
-            assert answer(pod.port, "/livez") == (503, "rank 5: does not answer")
+            assert answer(pod.port, "/livez") == (503, "rank 5: does not respond")

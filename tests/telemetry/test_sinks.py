@@ -118,7 +118,7 @@ def test_a_run_goes_on_without_a_sink_that_fails(caplog: pytest.LogCaptureFixtur
     sink.flush()
     sink.close()
     assert inner.appended == 1
-    said = "telemetry.tensorboard failed and gets no more records from this process: no space left"
+    said = "telemetry.tensorboard failed, and this process sends it no more records: no space left"
     assert caplog.messages == [said]
 
 

@@ -49,4 +49,4 @@ def _explained(page: Page) -> Page:
 def _with_help(panel: Panel) -> Panel:
     asked = {name for query in panel.queries for name in re.findall(r"dist_sae_\w+", query.expr)}
     helps = [f"`{metric.name}`: {metric.help}" for metric in METRICS if metric.name in asked]
-    return panel._replace(says="\n\n".join(filter(None, [panel.says, *helps])))
+    return panel._replace(description="\n\n".join(filter(None, [panel.description, *helps])))

@@ -7,7 +7,7 @@ from dist_sae.telemetry.dashboards.repeated import DEAD, FVU, L0
 DICTIONARY = Page(
     "dictionary",
     "dist_sae: dictionary health",
-    "What is learnt: reconstruction, use of latents, experts.",
+    "What the dictionary learns: reconstruction, use of latents, experts.",
     {
         "Does it reconstruct?": (
             FVU,
@@ -15,19 +15,19 @@ DICTIONARY = Page(
                 graph,
                 "dist_sae_train_row_explained_variance",
                 "run, quantile",
-                says="A low 0.05 line: some rows are not reconstructed at all.",
+                description="If the 0.05 line is low, some rows are not reconstructed at all.",
             ),
             gauge(
                 graph,
                 "dist_sae_train_site_fvu",
                 "run, site",
-                says="Of dictionaries that write several sites.",
+                description="For dictionaries that write several sites.",
             ),
             gauge(
                 graph,
                 "dist_sae_train_prefix_fvu",
                 "run, prefix",
-                says="Of matryoshka dictionaries: each prefix without the latents beyond it.",
+                description="For matryoshka dictionaries: each prefix without later latents.",
                 width=12,
             ),
             graph(
@@ -43,20 +43,22 @@ DICTIONARY = Page(
             L0,
             DEAD,
             stack(
-                "Latents by log10 of how often they fire",
+                "Latents by log10 of firing frequency",
                 "count",
                 now("dist_sae_train_density_latents", "run, log10"),
-                "A band that grows at `never` or the lowest numbers: latents die.",
+                "If the bands `never` or the lowest numbers grow, latents are dying.",
             ),
-            gauge(graph, "dist_sae_train_starved_share", says="If it grows, lower train.eps."),
+            gauge(
+                graph, "dist_sae_train_starved_share", description="If it grows, lower train.eps."
+            ),
             graph(
                 "Latents stuck dead",
                 "per second",
                 rate("dist_sae_train_stuck_latents_total"),
-                says="Each is tied to the data again.",
+                description="Each is tied to the data again, or initialised again.",
             ),
             graph(
-                "Rows that the densities are of",
+                "Rows used for densities",
                 "count",
                 now("dist_sae_train_density_rows"),
                 now("dist_sae_train_latents").named("latents"),
@@ -72,7 +74,7 @@ DICTIONARY = Page(
             ),
             gauge(graph, "dist_sae_train_expert_dead_share"),
         ),
-        "What did the last evaluation say?": (
+        "What did the last evaluation find?": (
             gauge(number, "dist_sae_evaluate_fvu"),
             gauge(number, "dist_sae_evaluate_pca_fvu"),
             gauge(number, "dist_sae_evaluate_ce_recovered"),

@@ -15,7 +15,7 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 from dist_sae.telemetry.dashboards.panels import Page, Panel, Shape, Unit
 
-GENERATED = "Generated from dist_sae/telemetry/dashboards/ by launch/render.sh: edit the former."
+GENERATED = "Generated from dist_sae/telemetry/dashboards/ by launch/render.sh; edit the source."
 _SOURCE = schema.DataSourceRef(type_val="prometheus", uid="${datasource}")
 _GRAFANA_UNITS: dict[Unit, str] = {
     "count": "short",
@@ -44,7 +44,7 @@ def render_page(page: Page, others: Sequence[Page]) -> str:
     built = (
         dashboard.Dashboard(page.title)
         .uid(page.uid)
-        .description(f"{page.says} {GENERATED}")
+        .description(f"{page.description} {GENERATED}")
         .tags(["dist-sae", "generated"])
         .readonly()
         .tooltip(schema.DashboardCursorSync.CROSSHAIR)
@@ -98,7 +98,7 @@ def _link(page: Page) -> dashboard.DashboardLink:
         dashboard.DashboardLink(page.title)
         .type(schema.DashboardLinkType.LINK)
         .url(f"/d/{page.uid}")
-        .tooltip(page.says)
+        .tooltip(page.description)
         .include_vars(True)
         .keep_time(True)
     )
@@ -134,7 +134,7 @@ _Built = TypeVar("_Built", timeseries.Panel, stat.Panel, table.Panel)
 def _begin(built: _Built, panel: Panel) -> _Built:
     """Set the properties that panels of every shape have."""
     width, height = _SIZES[panel.shape]
-    built.title(panel.title).description(panel.says).datasource(_SOURCE)
+    built.title(panel.title).description(panel.description).datasource(_SOURCE)
     return built.span(panel.width or width).height(height)
 
 

@@ -6,7 +6,7 @@ from dist_sae.telemetry.dashboards.queries import alive, by_rank, growth, now, r
 INDEX = Page(
     "index",
     "dist_sae: latent index",
-    "The latent index while it is made: units, then buckets of latents.",
+    "The latent index while it is built: units, then buckets of latents.",
     {
         "Are its workers healthy?": (
             number("Live workers", "count", alive("index"), width=6),
@@ -36,7 +36,7 @@ INDEX = Page(
                 "count",
                 now("dist_sae_index_plan_units").named("planned"),
                 now("dist_sae_index_units").named("encoded"),
-                says="Stage 1; stage 2 begins when all are.",
+                description="Stage 1. Stage 2 starts when all units are encoded.",
                 width=12,
             ),
             graph(
@@ -44,7 +44,7 @@ INDEX = Page(
                 "count",
                 now("dist_sae_index_plan_buckets").named("planned"),
                 now("dist_sae_index_buckets").named("merged"),
-                says="Stage 2; with the last one the index is complete.",
+                description="Stage 2. With the last bucket, the index is complete.",
                 width=12,
             ),
             graph(
@@ -58,7 +58,7 @@ INDEX = Page(
                 "per second",
                 rate("dist_sae_index_entries_total").named("encoded"),
                 rate("dist_sae_index_merged_entries_total").named("merged"),
-                says="Activations of a latent on a row.",
+                description="An entry is the activation of one latent on one row.",
                 width=12,
             ),
         ),
@@ -69,14 +69,15 @@ INDEX = Page(
                 rate("dist_sae_index_waited_seconds_total", "run, waited_for").over(
                     now("dist_sae_index_plan_units", how="count"), on="run"
                 ),
-                says="Mean of the workers: the last units, or the last buckets, are in others' "
-                "hands.",
+                description="Mean over workers. The last units or buckets are being processed by "
+                "others.",
             ),
             graph(
                 "Pace of the last unit",
                 "rows/s",
                 *by_rank(now("dist_sae_index_rows_per_second", "run, rank"), lowest=True),
-                says="A worker that lags has a slow device, or a slow way to the store.",
+                description="A worker that lags has a slow device, or a slow connection to the "
+                "store.",
             ),
             graph(
                 "Memory of workers",

@@ -33,8 +33,7 @@ OVERVIEW = Page(
             table(
                 "Alerts",
                 Query('ALERTS{alertname=~"DistSae.*"}', ""),
-                "What fires, of any run, or will if it stays so; monitoring/runbook.md says "
-                "what to do.",
+                "Alerts firing or pending, for all runs; monitoring/runbook.md says what to do.",
             ),
             number("Trainer ranks", "count", alive("train"), of=now("dist_sae_train_ranks")),
             number("Producers", "count", alive("produce"), of=now("dist_sae_produce_producers")),
@@ -42,7 +41,7 @@ OVERVIEW = Page(
                 "Checkpoint age",
                 "seconds",
                 age("dist_sae_checkpoint_timestamp_seconds"),
-                "What a crash would cost.",
+                "The training time that a crash would lose.",
                 CHECKPOINT_LIMITS,
             ),
             gauge(number, "dist_sae_train_fvu"),
@@ -52,7 +51,8 @@ OVERVIEW = Page(
                 "Pods pending",
                 "count",
                 pending_pods(),
-                says="By part; from kube-state-metrics. `dist-sae status` says what they wait for.",
+                description="By part, from kube-state-metrics. `dist-sae status` shows why they "
+                "are pending.",
                 width=12,
             ),
             graph("Restarts within an hour", "count", restarts(), width=12),
@@ -102,7 +102,7 @@ OVERVIEW = Page(
                 "Encoder product's share of a step",
                 "share",
                 now("dist_sae_train_product_share", how="avg"),
-                says="The nearer to 1, the less there is to gain.",
+                description="The closer to 1, the less there is to gain.",
             ),
             BACKLOG,
             graph("Store", "bytes/s", rate("dist_sae_store_bytes_total", "run, direction")),

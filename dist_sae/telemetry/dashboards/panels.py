@@ -18,7 +18,7 @@ class Panel(NamedTuple):
     title: str
     unit: Unit
     queries: tuple[Query, ...]
-    says: str = ""
+    description: str = ""
     """How to read the panel."""
     limits: tuple[float, ...] = ()
     """Thresholds for yellow, then red. A single one is for red."""
@@ -31,7 +31,7 @@ class Page(NamedTuple):
 
     name: str
     title: str
-    says: str
+    description: str
     """The dashboard's description."""
     sections: Mapping[str, tuple[Panel, ...]]
     """By question, the panels that answer it."""
@@ -48,18 +48,22 @@ def graph(
     title: str,
     unit: Unit,
     *queries: Query,
-    says: str = "",
+    description: str = "",
     limits: tuple[float, ...] = (),
     width: int | None = None,
 ) -> Panel:
     """Create a panel with lines over time."""
-    return Panel("graph", title, unit, queries, says, limits, width)
+    return Panel("graph", title, unit, queries, description, limits, width)
 
 
-def stack(title: str, unit: Unit, query: Query, says: str = "") -> Panel:
+def stack(title: str, unit: Unit, query: Query, description: str = "") -> Panel:
     """Create a panel with stacked areas, which show the parts of a whole for one run."""
     return Panel(
-        "stack", title, unit, (query,), f"{says} Choose one run: several would be piled up."
+        "stack",
+        title,
+        unit,
+        (query,),
+        f"{description} Select a single run, because several would be stacked.",
     )
 
 
@@ -67,14 +71,14 @@ def number(
     title: str,
     unit: Unit,
     query: Query,
-    says: str = "",
+    description: str = "",
     limits: tuple[float, ...] = (),
     width: int | None = None,
     of: Query | None = None,
 ) -> Panel:
-    """Create a panel with the last value as a large number; with `of`, also the wanted value."""
-    queries = (query.named("there"), of.named("wanted")) if of else (query,)
-    return Panel("number", title, unit, queries, says, limits, width)
+    """Create a panel with the last value as a large number; with `of`, also the expected value."""
+    queries = (query.named("running"), of.named("expected")) if of else (query,)
+    return Panel("number", title, unit, queries, description, limits, width)
 
 
 def gauge(panel: Callable[..., Panel], name: str, by: str = "run", **settings: Any) -> Panel:
@@ -90,6 +94,6 @@ def gauge(panel: Callable[..., Panel], name: str, by: str = "run", **settings: A
     return panel(metric.title, _UNITS.get(metric.unit, "count"), now(name, by), **settings)
 
 
-def table(title: str, query: Query, says: str = "") -> Panel:
+def table(title: str, query: Query, description: str = "") -> Panel:
     """Create a table of the current series, with their labels in columns."""
-    return Panel("table", title, "count", (query,), says)
+    return Panel("table", title, "count", (query,), description)

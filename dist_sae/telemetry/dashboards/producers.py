@@ -7,14 +7,21 @@ from dist_sae.telemetry.dashboards.repeated import BACKLOG, STAGES, WAITING_PROD
 PRODUCERS = Page(
     "producers",
     "dist_sae: producers",
-    "Language models at work: pace, stages, units, what is left out.",
+    "The language models: speed, stages, units, excluded rows.",
     {
         "Are they healthy?": (
             number(
-                "Live", "count", alive("produce"), of=now("dist_sae_produce_producers"), width=6
+                "Live producers",
+                "count",
+                alive("produce"),
+                of=now("dist_sae_produce_producers"),
+                width=6,
             ),
             number(
-                "Units in hand", "count", now("dist_sae_produce_claimed_units", how="sum"), width=6
+                "Units in progress",
+                "count",
+                now("dist_sae_produce_claimed_units", how="sum"),
+                width=6,
             ),
             number(
                 "Units taken over",
@@ -55,14 +62,15 @@ PRODUCERS = Page(
                 "Waiting",
                 "share",
                 WAITING_PRODUCERS,
-                says="For consumers: trainers are the limit. For producers: nothing is left.",
+                description="For consumers: trainers are the limit. For producers: no unit is left "
+                "to claim.",
             ),
             BACKLOG,
             graph(
                 "Forward pass by producer",
                 "count",
                 *by_rank(rate("dist_sae_produce_seconds_total", "run, rank", stage="forward")),
-                says="Seconds per second.",
+                description="Seconds per second.",
             ),
             graph(
                 "Units by producer",

@@ -13,7 +13,7 @@ FVU = graph(
     "count",
     now("dist_sae_train_fvu").named("batch"),
     now("dist_sae_train_heldout_fvu").named("held out"),
-    says="Falls, then levels off; 1 is no better than the mean.",
+    description="Should fall, then level off. 1 is no better than predicting the mean.",
 )
 L0 = gauge(graph, "dist_sae_train_l0_latents")
 DEAD = graph(
@@ -29,14 +29,16 @@ UNITS = graph(
     now("dist_sae_train_plan_units").named("planned"),
     now("dist_sae_train_ready_units").named("ready"),
     now("dist_sae_train_reached_units").named("reached"),
-    says="In the first pass trainers wait where the reached meet the ready; later all are there.",
+    description="In the first pass, trainers wait when reached catches up with ready; later all "
+    "units exist.",
 )
 BACKLOG = graph(
     "Backlog of units",
     "count",
     now("dist_sae_train_backlog_units").named("waiting"),
     now("dist_sae_produce_max_ahead_units").named("limit"),
-    says="While units are made: at 0 producers are the limit, near its limit trainers are.",
+    description="While units are being produced: at 0, producers are the limit; near the limit "
+    "line, trainers are.",
 )
 STAGES = graph(
     "Where producers' time goes",
@@ -45,7 +47,7 @@ STAGES = graph(
     rate("dist_sae_produce_seconds_total", "run, stage").over(
         now("dist_sae_produce_plan_units", how="count"), on="run"
     ),
-    says="Seconds per second, mean of the producers; stages overlap, and the one nearest to 1 is "
+    description="Seconds per second, mean over producers. Stages overlap; the one closest to 1 is "
     "the limit.",
 )
 WAITING_PRODUCERS = recorded("run_waited_for:dist_sae_produce_waited:share5m")

@@ -6,7 +6,7 @@ from dist_sae.telemetry.dashboards.queries import quantile, rate
 STORE = Page(
     "store",
     "dist_sae: store",
-    "The object store as the programs see it: errors, repeats, bytes, latency.",
+    "The object store as its clients see it: errors, retries, bytes, latency.",
     {
         "Is it healthy?": (
             graph(
@@ -15,7 +15,7 @@ STORE = Page(
                 rate("dist_sae_store_errors_total", "run, error"),
             ),
             graph(
-                "Repeats among the requests",
+                "Retries, share of requests",
                 "share",
                 rate("dist_sae_store_retries_total", "run, role").over(
                     rate("dist_sae_store_requests_total", "run, role")
@@ -23,7 +23,7 @@ STORE = Page(
                 limits=(0.05, 0.1),
             ),
             graph(
-                "Answers by status",
+                "Responses by status",
                 "per second",
                 rate("dist_sae_store_requests_total", "run, status"),
             ),
@@ -34,18 +34,18 @@ STORE = Page(
                 "Requests", "per second", rate("dist_sae_store_requests_total", "run, operation")
             ),
             graph(
-                "Time until an answer begins, p99",
+                "Time to response headers, p99",
                 "seconds",
                 quantile(0.99, "dist_sae_store_request_seconds", "run, operation"),
             ),
             graph(
-                "Time of an operation, p50",
+                "Operation time, p50",
                 "seconds",
                 quantile(0.5, "dist_sae_store_operation_seconds", "run, operation"),
                 width=12,
             ),
             graph(
-                "Time of an operation, p99",
+                "Operation time, p99",
                 "seconds",
                 quantile(0.99, "dist_sae_store_operation_seconds", "run, operation"),
                 width=12,

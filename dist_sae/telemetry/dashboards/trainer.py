@@ -22,7 +22,7 @@ def _phases(phases: str) -> Query:
 TRAINER = Page(
     "trainer",
     "dist_sae: trainer",
-    "A training job by rank: pace, phases, data, checkpoints, memory.",
+    "A training job by rank: speed, phases, data, checkpoints, memory.",
     {
         "Is it healthy?": (
             gauge(graph, "dist_sae_train_loss"),
@@ -32,7 +32,7 @@ TRAINER = Page(
                 "Ranks",
                 "count",
                 alive("train").named("live"),
-                now("dist_sae_train_ranks").named("wanted"),
+                now("dist_sae_train_ranks").named("expected"),
             ),
             graph(
                 "Memory",
@@ -62,7 +62,7 @@ TRAINER = Page(
                 width=12,
             ),
             graph(
-                "Rows read again, of streams that ended early",
+                "Rows read again because streams ended early",
                 "rows/s",
                 rate("dist_sae_train_repeated_rows_total"),
                 width=12,
@@ -71,13 +71,13 @@ TRAINER = Page(
                 "Steps",
                 "count",
                 now("dist_sae_train_step").named("done"),
-                now("dist_sae_train_steps").named("wanted"),
+                now("dist_sae_train_steps").named("planned"),
                 width=12,
             ),
         ),
         "What limits it?": (
             stack(
-                "Phases, mean of the chosen ranks",
+                "Phases, mean of the selected ranks",
                 "count",
                 rate("dist_sae_train_phase_seconds_total", "run, rank, phase").averaged(
                     "run, phase"
@@ -92,13 +92,13 @@ TRAINER = Page(
                         rate(STEP_SECONDS, "run, rank")
                     )
                 ),
-                says="For its own; all wait meanwhile. One rank alone: its way to the store "
-                "is slower.",
+                description="Waiting for its own data; other ranks wait too. If only one rank "
+                "waits, its connection to the store is slower.",
                 limits=(0.05,),
                 width=12,
             ),
             graph(
-                "With other ranks",
+                "Time in collectives",
                 "share",
                 *by_rank(
                     rate("dist_sae_train_phase_seconds_total", "run, rank", phase="ranks").over(
@@ -106,52 +106,58 @@ TRAINER = Page(
                     ),
                     lowest=True,
                 ),
-                says="The one with the least keeps the others waiting.",
+                description="The rank with the lowest share keeps the others waiting.",
             ),
             graph(
-                "Exchange against compute",
+                "Collectives and compute",
                 "share",
-                _phases("ranks").named("with other ranks"),
+                _phases("ranks").named("collectives"),
                 _phases("forward|backward|optimiser").named("compute"),
-                says="Mean of the ranks. On a GPU an exchange for which no rank waits is compute.",
+                description="Mean over ranks. At ZeRO stages 1 and 2, DeepSpeed's collectives "
+                "count as compute.",
             ),
             graph(
                 "Ranks that the others wait for",
                 "share",
                 slowest_ranks(),
-                says="Time with other ranks of those that spend least in it, and their nodes; on a "
-                "cluster with kube-state-metrics.",
+                description="Time in collectives of the ranks that spend the least in them, with "
+                "their nodes. Needs kube-state-metrics.",
             ),
             graph(
                 "Slowest rank over the median",
                 "count",
                 now("dist_sae_train_slowest_ratio", "run, slowest, host"),
-                says="By time at work; the labels name it. At 1 all are alike.",
+                description="Ratio of compute times; the labels name the rank. 1: all are equally "
+                "fast.",
             ),
             graph(
                 "Encoder product's share of a step",
                 "share",
                 *by_rank(now("dist_sae_train_product_share", "run, rank"), lowest=True),
-                says="The nearer to 1, the less there is to gain.",
+                description="The closer to 1, the less there is to gain.",
             ),
             graph(
                 "Bare encoder product",
                 "seconds",
                 *by_rank(now("dist_sae_train_product_seconds", "run, rank")),
-                says="A rank above the others has a slower device.",
+                description="A rank above the others has a slower device.",
             ),
             graph(
                 "Batches ready",
                 "count",
                 *by_rank(now("dist_sae_train_loaded_batches", "run, rank"), lowest=True),
-                says="0: data is the limit.",
+                description="0: data is the limit.",
             ),
             graph(
-                "Stalls of the loader",
+                "Loader stalls",
                 "per second",
                 *by_rank(rate("dist_sae_train_loader_stalls_total", "run, rank")),
             ),
-            gauge(graph, "dist_sae_train_shard_load_ratio", says="The others wait for it."),
+            gauge(
+                graph,
+                "dist_sae_train_shard_load_ratio",
+                description="The others wait for this shard.",
+            ),
             UNITS._replace(width=12),
             BACKLOG._replace(width=12),
         ),
@@ -164,7 +170,7 @@ TRAINER = Page(
             ),
             gauge(graph, "dist_sae_checkpoint_seconds"),
             graph(
-                "Standing still for them",
+                "Time blocked by checkpoints",
                 "share",
                 *by_rank(
                     rate("dist_sae_train_save_stall_seconds_total", "run, rank").over(
@@ -172,10 +178,10 @@ TRAINER = Page(
                     )
                 ),
             ),
-            number("Size", "bytes", now("dist_sae_checkpoint_bytes"), width=8),
-            number("Step of the last", "count", now("dist_sae_checkpoint_step"), width=8),
+            number("Checkpoint size", "bytes", now("dist_sae_checkpoint_bytes"), width=8),
+            number("Last checkpointed step", "count", now("dist_sae_checkpoint_step"), width=8),
             number(
-                "Damaged",
+                "Damaged checkpoints",
                 "count",
                 growth("dist_sae_checkpoint_damaged_total"),
                 limits=(1,),
