@@ -51,7 +51,7 @@ def check_deepspeed(run: Run) -> None:
         raise ConfigError("\n".join(_explain(exc, run.train.deepspeed))) from exc
     except Exception as exc:  # of many types; the derived keys are valid, so the user's are not
         reason = " ".join(str(exc).split()) or type(exc).__name__
-        raise ConfigError(f"train.deepspeed: DeepSpeed refuses it: {reason}") from exc
+        raise ConfigError(f"train.deepspeed: DeepSpeed rejects it: {reason}") from exc
     constants = vars(deepspeed.runtime.constants)  # some are looked up later, by the engine
     known = config.keys_read | {v for k, v in constants.items() if k.isupper() and type(v) is str}
     unknown = [key for key in run.train.deepspeed if key not in known]

@@ -129,7 +129,7 @@ class DeepSpeedEngine(Engine):
         if self._stage == 0 and self._engine.optimizer is not self._optimizer:
             raise ConfigError(
                 "train.deepspeed: this setting wraps the optimiser (bf16 or fp16), which would "
-                "keep a second copy of the parameters, which are fp32 already; leave it out"
+                "keep a second copy of the parameters although they are fp32; leave it out"
             )
 
     def objective(self, rows: Rows, context: StepContext) -> Output:
@@ -259,6 +259,6 @@ def check_finite(norm: float) -> None:
     """Raise `NonFiniteError` for a gradient's norm that is NaN or infinite."""
     if not math.isfinite(norm):
         raise NonFiniteError(
-            f"the gradient's norm is {norm}; the weights are those of the step before. "
+            f"the gradient's norm is {norm}; the weights are those of the previous step. "
             f"Lower train.lr under another name, or check the shards with `dist-sae store verify`"
         )

@@ -73,7 +73,7 @@ def follow(open_work: Callable[[], Work], mesh: Mesh, watch: Watch) -> None:
     while True:
         what, rows, length = _broadcast(mesh)
         if what == _STOP:
-            raise Stopped("stopped with the rank that leads; start again to continue")
+            raise Stopped("stopped because rank 0 stopped; start again to continue")
         if what == _END:
             return
         if what == _OPEN:

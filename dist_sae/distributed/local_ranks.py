@@ -41,15 +41,17 @@ def rank_environments(n_local: int, world: int) -> list[dict[str, str]]:
         ConfigError: The job's ranks do not fill whole pods, or the number of this pod is unknown.
     """
     if world % n_local:
-        raise ConfigError(f"--local-ranks {n_local}: does not divide the {world} ranks of the job")
+        raise ConfigError(
+            f"--local-ranks {n_local}: does not divide the {world} ranks of the job; use a divisor"
+        )
     node, place = 0, {}
     if world == n_local:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     else:
         if _NODE_RANK not in os.environ:
             raise ConfigError(
-                f"{_NODE_RANK}: not set, though {world} ranks are on {world // n_local} nodes; "
-                f"an Indexed Job sets it, elsewhere set it to the node's number"
+                f"{_NODE_RANK}: not set, although {world} ranks are on {world // n_local} nodes; "
+                f"an Indexed Job sets it; elsewhere, set it to the node's number"
             )
         node = int(os.environ[_NODE_RANK])
     return [

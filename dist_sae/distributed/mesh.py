@@ -136,9 +136,9 @@ class _Message:
             return self._values.validate_python(json.loads(data.numpy().tobytes()))
         except (ValueError, RecursionError) as exc:
             raise DivergedError(
-                f"rank {rank} sent what is no message of this program "
-                f"({str(exc).splitlines()[0]}); find out who else reaches the ranks' ports, and "
-                f"start again"
+                f"rank {rank} sent an invalid message "
+                f"({str(exc).splitlines()[0]}); find out what else connects to the ranks' ports, "
+                f"and start again"
             ) from exc
 
 

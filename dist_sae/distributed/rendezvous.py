@@ -140,7 +140,7 @@ class _Joining:
                 raise Stopped("stopped before all ranks had joined; start again to continue")
             if time.monotonic() > self._until + _FROZEN_SECONDS:
                 self._given_up.set()
-                raise _gone(TimeoutError("it does not answer"))
+                raise _gone(TimeoutError("it does not respond"))
         if self._failure is not None:
             raise self._failure
         return self._hosts
@@ -199,7 +199,7 @@ class _Joining:
                 raise RankLostError(store.get(f"{generation}/missing").decode())
             if time.monotonic() > self._until + _MARGIN_SECONDS:
                 raise RankLostError(
-                    f"rank 0 has opened no rendezvous after {self._limit_seconds:.0f} s; "
+                    f"rank 0 did not open a rendezvous within {self._limit_seconds:.0f} s; "
                     f"find out why, and start all ranks again"
                 )
 
@@ -212,8 +212,8 @@ class _Joining:
                 if time.monotonic() > self._until or self._given_up.is_set():
                     address, port = _address()
                     raise RankLostError(
-                        f"rank 0 is not at MASTER_ADDR:MASTER_PORT {address}:{port} "
-                        f"({_first_line(exc)}); find out why it does not run, or correct the "
+                        f"rank 0 is not reachable at MASTER_ADDR:MASTER_PORT {address}:{port} "
+                        f"({_first_line(exc)}); find out why it is not running, or correct the "
                         f"address, and start again"
                     ) from exc
 
@@ -258,7 +258,7 @@ def _connect(limit_seconds: float = 60.0) -> Any:
 
 def _gone(exc: BaseException) -> RankLostError:
     return RankLostError(
-        f"lost the connection to rank 0, which keeps the ranks' store ({_first_line(exc)}); "
+        f"lost the connection to rank 0, which hosts the ranks' store ({_first_line(exc)}); "
         f"start again"
     )
 

@@ -45,7 +45,7 @@ def check_rdma() -> None:
     log = path.read_text(errors="replace") if path.is_file() else ""
     networks = re.findall(r"NCCL INFO Using network (.+)", log)
     if not networks:
-        logger.warning("cannot tell whether NCCL uses RDMA: %s does not say it", path)
+        logger.warning("cannot tell whether NCCL uses RDMA: %s does not mention a network", path)
     elif "Socket" in (networks := [network.strip() for network in networks]):
         said = re.findall(r"NCCL INFO (NET/(?!Socket).+)", log)
         raise ConfigError(

@@ -153,7 +153,7 @@ class Watch:
             self._over.wait(self._lost_seconds + GRACE_SECONDS)
             self._leave(None)
             if self._stopping.is_set() and not self._verdict:
-                raise Stopped("stopped while others were at work; start again") from error
+                raise Stopped("stopped while other ranks were working; start again") from error
             words = f"another rank has failed ({_first_line(error)}); start again"
             raise RankLostError(self._verdict or words) from error
         if failed is None and self._over.is_set():
@@ -181,7 +181,7 @@ class Watch:
             self._write()  # report that this rank has left
         except dist.DistError as exc:
             if not self._ended.is_set():
-                self._end(f"rank 0, which keeps the ranks' store, is gone ({_first_line(exc)})")
+                self._end(f"rank 0, which hosts the ranks' store, is gone ({_first_line(exc)})")
 
     def _write(self) -> None:
         self._beats += 1
@@ -237,7 +237,7 @@ class Watch:
             who = f"rank {rank} ({self._ranks.hosts[rank]})"
             if heartbeat.left:
                 if heartbeat.error is not None:
-                    return f"{who} has ended: {heartbeat.error}"
+                    return f"{who} has failed: {heartbeat.error}"
             elif now - alive > self._lost_seconds:
                 return f"{who} is lost: no heartbeat for {now - alive:.0f} s"
             elif heartbeat.working:
@@ -257,7 +257,7 @@ class Watch:
         """End the job if a call to the store does not return."""
         while not self._ended.wait(_BEAT_SECONDS) and not self._over.is_set():
             if time.monotonic() - self._answered > self._lost_seconds:
-                self._end("rank 0, which keeps the ranks' store, does not answer")
+                self._end("rank 0, which hosts the ranks' store, does not respond")
 
     def _end(self, verdict: str) -> None:
         """Ask the training thread to end with this error. Exit the process if it does not."""

@@ -9,7 +9,7 @@ from dist_sae.errors import ConfigError
 _OWNED = {  # other settings decide these; DeepSpeed would train something else, or ignore the key
     "train_batch_size": "follows from train.batch_rows",
     "train_micro_batch_size_per_gpu": "follows from train.batch_rows and processes.trainers",
-    "gradient_accumulation_steps": "a batch is one step here",
+    "gradient_accumulation_steps": "is always 1: a batch is one step",
     "gradient_clipping": "is train.clip_norm",
     "optimizer": "is Adam with train.lr, train.betas and train.eps",
     "scheduler": "is train.warmup_steps and train.decay_share",
@@ -35,14 +35,14 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
     if stage not in (0, 1, 2):
         raise ConfigError(
             f"train.deepspeed.zero_optimization.stage: {stage} would split each shard's parameters "
-            f"over the replicas once more; use 0, 1 or 2, and processes.latent_shards for a "
+            f"over the replicas again; use 0, 1 or 2, and processes.latent_shards for a "
             f"dictionary that does not fit"
         )
     offload = _section(zero, "offload_optimizer", "zero_optimization.").get("device", "none")
     if offload not in ("none", "cpu"):
         raise ConfigError(
             f"train.deepspeed.zero_optimization.offload_optimizer.device: {offload} is for stage 3 "
-            f"only (at stage {stage} DeepSpeed would take the CPU's memory without a word); use cpu"
+            f"only (at stage {stage} DeepSpeed would silently use CPU memory); use cpu"
         )
     for precision in ("bf16", "bfloat16", "fp16"):
         if _section(run.train.deepspeed, precision).get("enabled"):
@@ -58,7 +58,8 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
     if stage and not run.train.save_in_background:
         raise ConfigError(
             "train.save_in_background: false needs train.deepspeed.zero_optimization.stage 0: at "
-            "others ranks gather what they save, and one that cannot write keeps the rest waiting"
+            "other stages ranks gather what they save, and a rank that cannot write blocks the "
+            "others"
         )
     owned = {key: why for key, why in _OWNED.items() if key in run.train.deepspeed}
     if not stage:

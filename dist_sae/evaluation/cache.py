@@ -56,7 +56,7 @@ def cached(
         try:
             store.put(key, seal(made))
         except StoreError as exc:
-            logger.warning("%s; the result is not stored, and computed each time", exc)
+            logger.warning("%s; the result is not cached, and will be computed each time", exc)
     return made.result
 
 

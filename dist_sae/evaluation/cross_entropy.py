@@ -81,7 +81,7 @@ def cross_entropies(
     sites, writes = tuple(normalisers.of), normalisers.writes
     (model, names), *others = run.model.by_model(sites)  # pinned to the plan's commit
     if others:
-        return {"ce_left_out": "the dictionary's sites are of two models"}
+        return {"ce_left_out": "the dictionary's sites belong to two models"}
     tokenizer = build_tokenizer(run)
     try:
         spliced = SplicedModel(model, tuple(names), divided=mesh.world > 1)
@@ -298,7 +298,7 @@ def _heldout_batches(
         context_tokens=run.activations.context_tokens,
         bos=bos,
         failed=lambda document, exc: logger.warning(
-            "document %d is left out, the tokenizer refuses it: %s", document.number, exc
+            "document %d is left out because the tokenizer refuses it: %s", document.number, exc
         ),
     )
     chosen = list(islice(contexts, run.evaluate.contexts))

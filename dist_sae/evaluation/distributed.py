@@ -34,7 +34,7 @@ def evaluate_on_ranks(
         experts = f" in {run.sae.n_experts} experts" if run.sae.n_experts else ""
         raise ConfigError(
             f"WORLD_SIZE is {world}, which does not divide the {run.sae.n_latents} latents"
-            f"{experts}; start another number of ranks, or one"
+            f"{experts}; start a number of ranks that does, or one"
         )
     timeouts, stopping = run.timeouts, threading.Event()
     with (

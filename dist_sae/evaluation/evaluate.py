@@ -226,7 +226,9 @@ def _pca(
     """Measure a PCA with about as many components as active latents, if it is not too wide."""
     width = normalisers.widths.d_out
     if width > WIDEST:
-        logger.info("pca_fvu is left out: targets are %d wide, above %d", width, WIDEST)
+        logger.info(
+            "pca_fvu is left out: targets are %d wide, above the limit of %d", width, WIDEST
+        )
         return {}
     components = min(max(1, l0), width)
     pca = partial(pca_fvu, activations, normalisers, rows, components, mesh.device)

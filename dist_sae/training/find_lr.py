@@ -11,7 +11,7 @@ from dist_sae.telemetry.history import read_history
 _FACTORS = tuple(2.0**power for power in range(-4, 5))
 _RECORDS = 20  # points of each curve
 _WARMUP_SHARE = 0.1  # maximum share of the steps
-_SAYS = "train.lr stays what the run file says; to take another, set it there"
+_SAYS = "train.lr is unchanged; set it in the run file"
 
 
 def lr_sweep(run: Run, steps: int) -> Run:
@@ -60,7 +60,7 @@ def lr_table(sweep: Run, own: float) -> dict[str, Any]:
     best = min(ended, key=lambda rate: float(rate["loss"]), default=None)
     said = "all rates diverged" if best is None else f"lowest loss at {best['lr']:g}"
     if best is not None and best in (rates[0], rates[-1]):
-        said += ", the last one tried: the best may be beyond it"
+        said += ", at the edge of the range; the optimum may lie outside"
     return {
         "own": own,
         "rates": rates,

@@ -28,10 +28,12 @@ def training_warning(run: Run, d_in: int, step: int, numbers: Mapping[str, float
     more, less = ("lower", "raise") if key == "sae.sparsity" else ("raise", "lower")
     l0, dead = numbers["l0_latents"], numbers.get("dead_share", 0.0)
     if l0 > _MOST_L0 * d_in:
-        found = f"{l0:.0f} latents are active in a row of {d_in} numbers, which is not sparse"
+        found = f"{l0:.0f} latents are active per row of {d_in} numbers, which is not sparse"
         return f"{found}; {less} {key}"
     if l0 < 1:
-        return f"{l0:.2g} latents are active in a row, so most rows have no code; {more} {key}"
+        return (
+            f"{l0:.2g} latents are active per row, so most rows have no active latent; {more} {key}"
+        )
     if dead > _MOST_DEAD:
         found = f"{dead:.0%} of the latents are dead (sae.dead_after_rows: {run.dead_after_rows})"
         return f"{found}; {more} {key}, or try a lower train.lr or fewer sae.n_latents"

@@ -43,11 +43,13 @@ def describe_limit(
     shares = {phase: seconds / total for phase, seconds in phases.items()}
     if (waiting := shares.get("wait", 0.0)) > _STALLED:
         if all_produced:
-            return f"the store: all units are there, and trainers wait {waiting:.0%} of the time"
+            return (
+                f"the store: all units exist, but trainers wait for reads {waiting:.0%} of the time"
+            )
         of_producers = f"; {_stage(slowest_stage)}" if slowest_stage else ""
         return f"data: trainers wait {waiting:.0%} of the time{of_producers}"
     if (saving := shares.get("save", 0.0)) > _STALLED:
-        return f"saving: training stands still {saving:.0%} of the time"
+        return f"saving: training is paused {saving:.0%} of the time"
     return _of_steps(shares, product_share, slow_rank)
 
 
@@ -71,7 +73,11 @@ def describe_slow(rank: str, host: str, ratio: float) -> str | None:
         host: Host of the rank.
         ratio: The rank's working time divided by the median rank's.
     """
-    return f"rank {rank} ({host}) takes {ratio:.1f} x the median's time" if ratio >= SLOW else None
+    return (
+        f"rank {rank} ({host}) takes {ratio:.1f} x the median rank's time"
+        if ratio >= SLOW
+        else None
+    )
 
 
 def _before_training(slowest_stage: str | None, *, all_produced: bool) -> str:

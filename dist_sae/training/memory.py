@@ -88,16 +88,17 @@ def check_memory(jobs: Sequence[tuple[Run, Widths, Mesh]], mesh: Mesh) -> None:
                 )
                 raise ConfigError(
                     f"sweep: the dictionaries take {needs[where] / 1e9:,.1f} GB on {where} with "
-                    f"gradients and Adam's moments, and it has {room / 1e9:,.1f}; on a rank, in "
-                    f"GB: {each}; train fewer or narrower ones at a time, or share them out to "
-                    f"more GPUs or machines (processes.latent_shards)"
+                    f"gradients and Adam's moments, but it has only {room / 1e9:,.1f} GB; "
+                    f"GB per rank: {each}; train fewer or narrower ones at a time, or divide them "
+                    f"over more GPUs or machines (processes.latent_shards)"
                 )
             run, widths, _ = jobs[0]
             raise ConfigError(
                 f"sae.n_latents: {run.sae.n_latents:,} latents that read {widths.d_in:,} and write "
                 f"{widths.d_out:,} numbers take {needs[where] / 1e9:,.1f} GB on {where} with "
-                f"gradients and Adam's moments, and it has {room / 1e9:,.1f}; use fewer latents "
-                f"or sites, or share them out to more GPUs or machines (processes.latent_shards)"
+                f"gradients and Adam's moments, but it has only {room / 1e9:,.1f} GB; use fewer "
+                f"latents or sites, or divide them over more GPUs or machines "
+                f"(processes.latent_shards)"
             )
     if mesh.is_first:
         logger.info(

@@ -190,7 +190,7 @@ class TrainingReporter:
         found = None if self._warned else training_warning(self.run, d_in, step, numbers)
         if found:
             who = f"{self.run.name}: " if self.role != "train" else ""
-            logger.warning("%safter %d of %d steps %s", who, step, self.run.steps, found)
+            logger.warning("%safter %d of %d steps, %s", who, step, self.run.steps, found)
             self._warned = True
 
     def _record(self, record: Mapping[str, Any]) -> None:
@@ -232,7 +232,7 @@ class TrainingReporter:
     def failed(self, failure: DistSaeError) -> None:
         """Report that this job ends before its last step, while other jobs continue."""
         self.telemetry.ended(failure)
-        logger.warning("%s ends, other jobs go on: %s", self.run.name, failure)
+        logger.warning("%s failed, other jobs continue: %s", self.run.name, failure)
 
     def saved(self, saved: Saved) -> None:
         """Export the metrics of a checkpoint that is now durable. Called in the saver's thread."""
@@ -265,8 +265,8 @@ class ExpertLoads:
         numbers, idle = expert_numbers(axis, self._load, dead)
         if idle and idle != self._idle:
             logger.warning(
-                "experts %s got no row since the last report; raise sae.balance_coefficient or try "
-                "sae.balance: bias",
+                "experts %s got no rows since the last report; raise sae.balance_coefficient or "
+                "try sae.balance: bias",
                 ", ".join(map(str, idle)),
             )
         self._load, self._idle = None, idle

@@ -126,8 +126,8 @@ def _open(
     for other in prepared:
         if other.start.lineage.stream_rows != first.stream_rows:
             raise ConfigError(
-                f"{other.run.name}: its parent's checkpoint is at another place in the stream than "
-                f"that of {prepared[0].run.name}; give the step in train.parent.step"
+                f"{other.run.name}: its parent's checkpoint is not at the same stream position as "
+                f"that of {prepared[0].run.name}; set train.parent.step"
             )
     times.steps = max(job.run.steps for job in prepared)
     normalisers = _normalisers(prepared, activation_set, times)

@@ -125,7 +125,7 @@ def find_start(
             f"{run.name}: a checkpoint of its parent was saved while the ranks started; start again"
         )
     if start.parent:
-        logger.info("continues %s", start.lineage.describe())
+        logger.info("continuing from %s", start.lineage.describe())
     return start
 
 
@@ -155,8 +155,8 @@ def find_checkpoints(
         check_settings(checkpoint, plan.resolve(run, lineage.stream_rows), runs)
         if not checkpoint.step:
             raise ConfigError(
-                f"{runs.url}/{run.name}: holds an imported dictionary; `--set name=OTHER --from "
-                f"{run.name}` trains on from it"
+                f"{runs.url}/{run.name}: contains an imported dictionary; to train it further, "
+                f"use `--set name=OTHER --from {run.name}`"
             )
         if checkpoint.scalars["plan"] != plan.hash or not all(
             stream < plan.streams and place.first in windows

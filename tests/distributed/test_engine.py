@@ -283,7 +283,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
     bad = xs[0].clone()
     bad[3, 5] = value
     engine.backward(engine.objective(sae_rows(bad), now()).terms.total)
-    with pytest.raises(NonFiniteError, match="the weights are those of the step before"):
+    with pytest.raises(NonFiniteError, match="the weights are those of the previous step"):
         engine.step(lr=1e-3)
     check_same(before, state(sae, engine))
 

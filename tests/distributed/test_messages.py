@@ -35,6 +35,6 @@ def test_messages_arrive_as_they_were_sent(tmp_path: Path) -> None:
 
 def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
     ((said, unpickled),) = on_two_ranks("attacked", tmp_path)
-    assert "rank 1 sent what is no message of this program" in said
+    assert "rank 1 sent an invalid message" in said
     assert unpickled == []
     assert not (tmp_path / "reached").exists()

@@ -76,7 +76,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., list[Rank]]]:
     ("missing", "said"),
     [
         (1, "error: rank 1: did not join within 3 s"),
-        (0, "error: rank 0 is not at MASTER_ADDR:MASTER_"),
+        (0, "error: rank 0 is not reachable at MASTER_ADDR:MASTER_"),
     ],
 )
 def test_a_rank_that_does_not_come_is_named(

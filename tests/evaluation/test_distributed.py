@@ -127,4 +127,4 @@ def test_ranks_that_cannot_share_the_latents_are_an_error(tmp_path: Path) -> Non
     path = write_run(tmp_path, sae={"n_latents": 63})
     assert [code for code, _, _ in evaluate_on_two(path)] == [2, 2]
     _, _, err = evaluate_on_two(path)[0]
-    assert "WORLD_SIZE is 2, which does not divide the 63 latents; start another number" in err
+    assert "WORLD_SIZE is 2, which does not divide the 63 latents; start a number of ranks" in err

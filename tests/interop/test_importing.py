@@ -238,7 +238,7 @@ def test_an_imported_dictionary_is_a_run(
     assert main(["train", other]) == 2
     said = capsys.readouterr().err
     assert f"{other}: already has checkpoints; choose another name" in said
-    assert f"{other}: holds an imported dictionary; `--set name=OTHER --from other`" in said
+    assert f"{other}: contains an imported dictionary; to train it further, use `--set" in said
     more = ["--from", "other", "--set", "name=third", "--set", "sae.dead_after_rows=64"]
     assert main(["train", other, *more]) == 0
     steps = Checkpoints(open_store(run.store.runs), "third", 1).steps()

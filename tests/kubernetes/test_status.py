@@ -346,8 +346,8 @@ def test_status_asks_the_first_trainer_for_its_numbers(
         slow = {"slowest": "5", "host": "tiny-trainer-0-0 on gpu-7"}
         telemetry.set_only("dist_sae_train_slowest_ratio", 1.43, **slow)
         assert status(sh, going)["limit"] == (
-            "rank 5 (tiny-trainer-0-0 on gpu-7) takes 1.4 x the median's time; ranks wait 30% of "
-            "the time"
+            "rank 5 (tiny-trainer-0-0 on gpu-7) takes 1.4 x the median rank's time; ranks wait 30% "
+            "of the time"
         )
 
     del api.ports[pod]

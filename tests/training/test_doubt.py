@@ -11,4 +11,4 @@ def test_a_dictionary_that_is_not_sparse_is_doubted_once(tmp_path: Path, activat
     sae = {"kind": "relu", "n_latents": 64, "sparsity": 0.0}
     [said] = train(run_file(tmp_path, activations, sae=sae))
     [line] = [line for line in said.splitlines() if "raise sae.sparsity" in line]
-    assert "latents are active in a row of 16 numbers, which is not sparse" in line
+    assert "latents are active per row of 16 numbers, which is not sparse" in line

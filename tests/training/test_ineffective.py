@@ -38,43 +38,50 @@ def test_a_sound_run_is_told_nothing(made: tuple[Path, Plan]) -> None:
     [
         (
             ["sae.dead_after_rows=9600"],
-            "sae.dead_after_rows: 9,600 rows, and the run has 9,600: no latent can be dead, so "
-            "AuxK never acts, and the dead share stays unknown; leave it out, or lower it",
+            "sae.dead_after_rows: 9,600 rows, and the run has only 9,600: no latent can be dead, "
+            "so AuxK has no effect, and the dead share stays unknown; leave it out, or lower it",
         ),
         (
             ["sae.dead_after_rows=9600", "sae.auxk=0"],
-            "sae.dead_after_rows: 9,600 rows, and the run has 9,600: no latent can be dead, and",
+            "sae.dead_after_rows: 9,600 rows, and the run has only 9,600: no latent can be dead, "
+            "and",
         ),
-        (["sae.auxk_coefficient=0"], "sae.auxk_coefficient: is 0, so sae.auxk (4) never acts"),
+        (["sae.auxk_coefficient=0"], "sae.auxk_coefficient: is 0, so sae.auxk (4) has no effect"),
         (["sae.k_start=8", "sae.k_anneal_share=0.01"], "sae.k_start: reaches k within 0.01"),
-        (["train.warmup_steps=75"], "train.warmup_steps: 75, and the run has 75 steps"),
-        (["train.warmup_steps=61"], "train.warmup_steps: 61 of 75 steps reach into the last 0.2"),
-        (["train.save_every_steps=76"], "train.save_every_steps: 76, and the run has 75 steps"),
+        (["train.warmup_steps=75"], "train.warmup_steps: 75, and the run has only 75 steps"),
+        (["train.warmup_steps=61"], "train.warmup_steps: 61 of 75 steps overlap the decay"),
+        (
+            ["train.save_every_steps=76"],
+            "train.save_every_steps: 76, and the run has only 75 steps",
+        ),
         (
             ["train.keep_best=4", "train.heldout_rows=100"],
             "train.keep_best: 4 of 4 checkpoints: all are kept",
         ),
         (["train.keep_every_steps=30"], None),  # at step 60
-        (["train.keep_every_steps=7"], "train.keep_every_steps: 7: no save (each 20 steps) falls"),
-        (["train.log_every_steps=76"], "train.log_every_steps: 76, and the run has 75 steps"),
-        (["train.heldout_rows=2000"], "train.heldout_rows: 2,000, and about 1,240 are held out"),
-        (["train.normaliser_rows=1_000_000"], "train.normaliser_rows: 1,000,000, and there will"),
+        (["train.keep_every_steps=7"], "train.keep_every_steps: 7: no save (every 20 steps) falls"),
+        (["train.log_every_steps=76"], "train.log_every_steps: 76, and the run has only 75 steps"),
+        (
+            ["train.heldout_rows=2000"],
+            "train.heldout_rows: 2,000, but only about 1,240 are held out",
+        ),
+        (["train.normaliser_rows=1_000_000"], "train.normaliser_rows: 1,000,000, but there will"),
         (["train.batch_rows=3200"], "train.batch_rows: 3,200 of the"),
-        (["train.max_passes=2"], "train.max_passes: 2, and one pass has about 23,560 rows"),
-        (["store.max_ahead_units=99"], "store.max_ahead_units: 99, and there will be"),
+        (["train.max_passes=2"], "train.max_passes: 2, but one pass has about 23,560 rows"),
+        (["store.max_ahead_units=99"], "store.max_ahead_units: 99, but there are only"),
         (
             [
                 "sae={kind: relu, n_latents: 32}",
                 "train.parent.run=before",
             ],
-            "sae.sparsity_warmup_share: 0.05: the penalty rises from 0 once more",
+            "sae.sparsity_warmup_share: 0.05: the penalty rises from 0 again",
         ),
         (
             [
                 "sae={kind: jumprelu, n_latents: 32, target_l0: 4}",
                 "train.parent.run=before",
             ],
-            "sae.sparsity_warmup_share: 0.1: the L0 aimed at starts at sae.initial_l0 once more",
+            "sae.sparsity_warmup_share: 0.1: the target L0 starts at sae.initial_l0 again",
         ),
         (["sae.dead_after_rows=9600", "train.parent.run=before"], None),  # counts go on
     ],

@@ -83,4 +83,4 @@ def test_experts_without_a_row_are_named_once(caplog: pytest.LogCaptureFixture) 
         with caplog.at_level(logging.WARNING):
             experts.take(WHOLE, dead)
     (said,) = caplog.messages
-    assert said.startswith("experts 1 got no row since the last report; raise sae.balance")
+    assert said.startswith("experts 1 got no rows since the last report; raise sae.balance")
