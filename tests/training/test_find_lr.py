@@ -42,7 +42,7 @@ def test_rates_that_diverge_are_an_answer(
     path = run_file(tmp_path, activations, train={"lr": 1e37, "clip_norm": None})
     found = tried(capsys, path)
     assert [rate["loss"] for rate in found["rates"]] == [None] * 9
-    assert found["said"].startswith("all rates diverged; train.lr stays")
+    assert found["said"].startswith("all rates diverged; train.lr is unchanged")
 
 
 def test_what_cannot_be_tried_is_refused(
