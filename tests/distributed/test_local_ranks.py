@@ -123,7 +123,7 @@ def test_ranks_know_their_numbers_and_where_to_meet(monkeypatch: pytest.MonkeyPa
     outgoing = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
     assert int(first["MASTER_PORT"]) < int(outgoing[0])  # no connection takes it until it is opened
     monkeypatch.delenv("JOB_COMPLETION_INDEX")
-    with pytest.raises(ConfigError, match="JOB_COMPLETION_INDEX: not set, although 4 ranks are on 2"):
+    with pytest.raises(ConfigError, match="JOB_COMPLETION_INDEX: not set, although 4 ranks"):
         rank_environments(2, 4)
     with pytest.raises(ConfigError, match="--local-ranks 2: does not divide the 3 ranks"):
         rank_environments(2, 3)
