@@ -121,8 +121,8 @@ def match_rotated(
         rotated = _rotate(indexed, manifest, seed)
     except (StoreError, PlanMismatchError) as exc:
         raise ConfigError(
-            f"{indexed.run.name}: the activations of the index's rows cannot be read ({exc}), so "
-            f"it is not known what chance would find"
+            f"{indexed.run.name}: cannot read the activations of the index's rows ({exc}), so the "
+            f"chance baseline cannot be computed"
         ) from exc
     return n_rows, own, match_words(rotated, part, n_concepts)
 

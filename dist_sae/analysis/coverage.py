@@ -89,8 +89,8 @@ def judged_words(frequency: NDArray[np.float64], matched: Matched) -> NDArray[np
     of_last = int(rarer[LEAST_CONCEPTS - 1]) if len(rarer) >= LEAST_CONCEPTS else 0
     more = f"index about {LEAST_OCCURRENCES / of_last:.1f} times the rows, or " if of_last else ""
     raise ArgumentError(
-        f"only {judged.sum()} of the {len(rarer)} words occur {LEAST_OCCURRENCES} times in either "
-        f"half of the index, and a curve needs {LEAST_CONCEPTS}; {more}give more words"
+        f"only {judged.sum()} of the {len(rarer)} words occur {LEAST_OCCURRENCES} times in each "
+        f"half of the index, but a curve needs {LEAST_CONCEPTS}; {more}give more words"
     )
 
 
@@ -217,8 +217,8 @@ def check_widths(names: Sequence[str]) -> None:
     """
     if len(names) < LEAST_WIDTHS:
         raise ArgumentError(
-            f"--frequency: a forecast needs dictionaries of {LEAST_WIDTHS} widths, and this is "
-            f"{len(names)}; name a sweep, or further runs"
+            f"--frequency: a forecast needs dictionaries of {LEAST_WIDTHS} widths, but there is "
+            f"only {len(names)}; name a sweep or more runs"
         )
 
 
@@ -236,35 +236,37 @@ def _width_sentences(covered: Covered, curve: Curve) -> list[str]:
     ]
     lines += [_comparison_sentence(width.name, each) for each in covered.comparisons]
     if not has:
-        lines.append(f"{width.name}: nothing is found, so there is no curve")
+        lines.append(f"{width.name}: nothing found: no concept has a latent, so there is no curve")
     elif covered.fails_control:
-        lines.append(f"{width.name}: so there is no curve")
+        lines.append(f"{width.name}: no curve: not significantly more words than a control")
     elif curve.f50.value is None or not _slope_is_positive(curve):
-        lines.append(f"{width.name}: how often a concept occurs does not tell whether it has one")
+        lines.append(
+            f"{width.name}: recovery does not clearly rise with frequency, so f50 is unknown"
+        )
     else:
         lines.append(
-            f"{width.name}: half of the concepts of frequency {shown(curve.f50)} per row have one, "
-            f"which is {shown(curve.f50_alive)} / alive latents"
+            f"{width.name}: half of the concepts of frequency {shown(curve.f50)} per row have a "
+            f"latent; f50 * alive latents is {shown(curve.f50_alive)}"
         )
         assert curve.firings is not None
         if curve.firings < ENOUGH_FIRINGS:
             rows = ENOUGH_FIRINGS / curve.f50.value
             lines.append(
-                f"{width.name}: is undertrained. Such a concept was seen {curve.firings:,.0f} "
-                f"times in {width.trained_rows:,} training rows; until it is seen "
-                f"{ENOUGH_FIRINGS:,} times ({rows:.2g} rows) training longer finds more here"
+                f"{width.name}: undertrained: a concept of this frequency occurred "
+                f"{curve.firings:,.0f} times in {width.trained_rows:,} training rows; up to "
+                f"{ENOUGH_FIRINGS:,} times ({rows:.2g} rows), longer training finds more concepts"
             )
     return lines
 
 
 def _comparison_sentence(name: str, found: WordComparison) -> str:
     counts = (
-        f"on {found.rows:,} rows it has {found.found} of {found.words} words, and {found.of} "
+        f"on {found.rows:,} rows it has {found.found} of {found.words} words, and {found.of} has "
         f"{found.by_other}"
     )
     if found.is_more:
-        return f"{name}: {counts}; {found.found - found.both} are its own"
-    return f"{name}: nothing beyond that: {counts} (p = {found.p_value:.2g})"
+        return f"{name}: {counts}; {found.found - found.both} of its words are missing there"
+    return f"{name}: nothing found beyond {found.of}: {counts} (p = {found.p_value:.2g})"
 
 
 def _slope_is_positive(curve: Curve) -> bool:
@@ -274,8 +276,8 @@ def _slope_is_positive(curve: Curve) -> bool:
 
 def _law_sentences(law: Law) -> list[str]:
     lines = [
-        f"over the widths, f50 falls as alive latents to the power {shown(law.exponent)}",
-        f"forecast: with ten times the alive latents of the widest f50 is {shown(law.ten_times)}",
+        f"across the widths, f50 falls as alive latents to the power {shown(law.exponent)}",
+        f"forecast: with ten times the alive latents of the widest, f50 is {shown(law.ten_times)}",
     ]
     return lines + [
         f"forecast: to have a latent for half of the concepts of frequency {each.frequency:.2g}, "
@@ -291,27 +293,27 @@ def _caveats(covered: Sequence[Covered], fitted: Fitted, law: Law | None) -> lis
         low, high = (f(width.frequency[width.judged]) for f in (np.min, np.max))
         if curve.f50.value is not None and not low <= curve.f50.value <= high:
             lines.append(
-                f"{width.name}: its f50 lies outside the concepts that could be judged, of "
-                f"frequency {low:.2g} to {high:.2g}: it is an extrapolation of the curve"
+                f"{width.name}: its f50 is outside the frequencies that could be judged "
+                f"({low:.2g} to {high:.2g}), so it is an extrapolation of the curve"
             )
     first = covered[0]
     rare = int((~first.width.judged).sum())
     if rare:
         absent = first.table.get("occurrences", []).count(0)
         lines.append(
-            f"{rare} of {len(first.width.judged)} concepts are left out, for they occur less than "
-            f"{LEAST_OCCURRENCES} times in either half of the index ({absent} never): the rarest "
-            f"concepts are missing here"
+            f"{rare} of {len(first.width.judged)} concepts are left out because they occur less "
+            f"than {LEAST_OCCURRENCES} times in a half of the index ({absent} never), so the "
+            f"rarest concepts are missing here"
         )
     if law is None and len(covered) >= LEAST_WIDTHS:
         lines.append(
-            "there is no law to forecast by: a width finds nothing, or f50 does not fall with "
-            "width beyond chance"
+            "no law and no forecast: a dictionary found nothing, or f50 does not clearly fall with "
+            "width"
         )
     if law is not None:
         lines.append(
-            "intervals are over concepts alone: they hold the law's form for true, and a forecast "
-            "beyond the measured widths is an extrapolation"
+            "intervals account for the choice of concepts alone: they assume that the law's form "
+            "is right, and a forecast beyond the measured widths is an extrapolation"
         )
     return lines
 

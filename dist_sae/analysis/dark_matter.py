@@ -138,15 +138,16 @@ def _split(store: ObjectStore, plan: Plan, run: Run) -> tuple[range, range]:
     heldout = plan.heldout_units
     if not len(heldout):
         raise ConfigError(
-            f"{run.name}: activations.heldout_share is 0, so there are no rows to judge on"
+            f"{run.name}: activations.heldout_share is 0, so there are no rows to measure on; "
+            f"produce a set with held-out rows"
         )
     kept = kept_units(store, plan)
     if len(kept):
         return kept, heldout
     if len(heldout) == 1:
         raise ConfigError(
-            f"{run.name}: all training units were deleted after use, and 1 held-out unit cannot "
-            f"be divided; produce a set with store.retention: keep"
+            f"{run.name}: all training units were deleted after use, and a single held-out "
+            f"unit cannot be split; produce a set with store.retention: keep"
         )
     return heldout[::2], heldout[1::2]
 
@@ -171,7 +172,7 @@ class _Measuring:
         limit = run.evaluate.rows
         every = max(1, limit // PURSUED_ROWS)
         active, rows, sample = 0, 0, []
-        for batch, found, error in self._errors(judged, limit, "judge the parts of the error"):
+        for batch, found, error in self._errors(judged, limit, "measure the parts of the error"):
             evaluator.add(batch.inputs, batch.targets, error)
             active += int(found.firings.sum())
             places = torch.arange(len(error))[-rows % every :: every]
@@ -192,7 +193,7 @@ class _Measuring:
         else:
             left_out.append(
                 f"no tail: sae.kind {run.sae.kind} does not reconstruct what it reads, so a solver "
-                f"cannot take the place of its encoder"
+                f"cannot replace its encoder"
             )
         rises: dict[str, float] = {}
         if losses and autoencoder:

@@ -33,9 +33,9 @@ _SAME = 0.5
 """Correlation of error lengths above which two dictionaries fail on the same rows."""
 
 WRONG_RECAPTURE = (
-    "Capture-recapture (Lincoln-Petersen) is wrong for the number of features and must not be "
-    "used: it takes two dictionaries for independent draws, but both find the frequent features "
-    "first, so what both miss is not seen in what they share."
+    "Capture-recapture (Lincoln-Petersen) gives a wrong number of features and must not be used: "
+    "it assumes that two dictionaries are independent draws, but both find the frequent features "
+    "first, so what they share does not show what both miss."
 )
 
 
@@ -83,7 +83,7 @@ def findings(
         summary += _overlap_sentences(names, each)
     caveats = [line for study in studies for line in _caveats(study)]
     if len(studies) > 1 and len({study.plan for study in studies}) > 1:
-        caveats.append("The runs are of different activation sets; those are not compared.")
+        caveats.append("The runs use different activation sets; only runs of one set are compared.")
     return Findings(
         numbers,
         summary,
@@ -189,24 +189,24 @@ def _sentences(study: Study) -> Iterator[str]:
         yield f"{name}: FVU {parts['fvu']:.3f} on {study.judged_rows:,} held-out rows."
     elif is_at_chance(study):
         yield (
-            f"{name}: nothing. Its decoder explains {_percent(tail.explained)} of the rows, and "
-            f"{_percent(tail.chance)} after a random rotation of them: it has found no features, "
-            f"so there is no tail to speak of."
+            f"{name}: nothing found. The decoder explains {_percent(tail.explained)} of the rows, "
+            f"and {_percent(tail.chance)} after a random rotation of them, so it has found no "
+            f"features and there is no tail to measure."
         )
     else:
         rest = (
-            f"{tail.interference:.3f} is interference: errors of the encoder and the limit on "
+            f"{tail.interference:.3f} is interference, from errors of the encoder and the limit on "
             f"active latents"
             if tail.interference > 0
-            else "no interference can be told from it"
+            else "no interference can be distinguished from it"
         )
         yield (
-            f"{name}: FVU {tail.fvu:.3f}. The tail, which the decoder lacks, is "
+            f"{name}: FVU {tail.fvu:.3f}. The tail, which the decoder cannot describe, is "
             f"{_shown(tail.residual)}; {rest}. FVU alone is not the tail."
         )
         yield from _law_sentences(study)
     if parts["error_r2"] < _PREDICTS and parts["norm_r2"] < _PREDICTS:
-        yield f"{study.name}: nothing of the error is linear in the inputs."
+        yield f"{study.name}: no part of the error is linear in the inputs."
     else:
         yield (
             f"{study.name}: a linear map of the inputs predicts {_percent(parts['error_r2'])} of "
@@ -227,25 +227,28 @@ def _law_sentences(study: Study) -> Iterator[str]:
         yield f"{study.name}: no law is fitted to fewer than {LEAST_ALIVE} alive latents."
         return
     floors = ", ".join(
-        f"{times} times: {_shown(span)}" for times in _WIDER if (span := _floor(study, times))
+        f"{_shown(span)} with {times} times as many"
+        for times in _WIDER
+        if (span := _floor(study, times))
     )
     yield (
         f"{study.name}: firing frequencies fall as rank^-{_shown(frequencies.exponent, 2)}, "
-        f"energies as rank^-{_shown(law.exponent, 2)}. Of the energy of the half with the least, "
-        f"{_percent(tail.unique.value)} is unique: the other half cannot describe it. If this goes "
-        f"on, the tail of a dictionary with more alive latents, the floor of its FVU, is at least "
-        f"{floors}."
+        f"energies as rank^-{_shown(law.exponent, 2)}. Of the energy of the weaker half of "
+        f"the latents, {_percent(tail.unique.value)} is unique: the other half cannot describe it. "
+        f"If this continues, the tail of a dictionary with more alive latents, the floor of its "
+        f"FVU, is at least {floors}."
     )
     if not _has_distinct_latents(study):
         yield (
-            f"{study.name}: its latents share out what others describe as well, so their energies "
-            f"do not say how many features are missing, and the floor is a weak bound."
+            f"{study.name}: its weaker latents partly duplicate others, so their energies do not "
+            f"show how many features are missing, and the floor is a weak bound."
         )
         return
     end = law.rank_of(study.alive, tail.residual)
     yield (
-        f"{study.name}: if the law went on, the tail would end at rank {short(end.value)} "
-        f"({short(end.low)} to {short(end.high)}): an extrapolation, no count of features."
+        f"{study.name}: if the law continued, the tail would end at rank {short(end.value)} "
+        f"({short(end.low)} to {short(end.high)}); this is an extrapolation, not a count of "
+        f"features."
     )
 
 
@@ -266,8 +269,8 @@ def _check_sentences(check: Check) -> Iterator[str]:
     names = " and ".join(study.name for study in check.narrower)
     what = "floor" if len(check.narrower) == 1 else "forecast"
     meaning = {
-        "within": "the intervals meet",
-        "above": "it gained less: latents that split what others had, or too few rows",
+        "within": "the intervals overlap",
+        "above": "it gained less: its latents split what others had, or it saw too few rows",
         "below": "it gained more, so the law does not hold here",
     }[check.verdict]
     yield (
@@ -290,16 +293,16 @@ def _overlap_sentences(names: tuple[str, str], each: Overlap) -> Iterator[str]:
     )
     if frequent < _AGREES:
         yield (
-            "ALARM: frequent latents disagree, although both dictionaries had the rows to learn "
-            "the same features. They are not determined by the data; do not read single latents "
-            "as features of the model."
+            "ALARM: frequent latents disagree, although both dictionaries had enough rows to "
+            "learn the same features. They are not determined by the data; do not read single "
+            "latents as features of the model."
         )
     else:
         yield (
-            "Frequent latents agree. Disagreement at the frontier of frequency is expected: each "
-            "dictionary takes other features of those that are almost too rare."
+            "Frequent latents agree. Disagreement among rare latents is expected: of the features "
+            "that are almost too rare, each dictionary learns different ones."
         )
-    yield f"{WRONG_RECAPTURE} It would say {short(each.recapture)} here."
+    yield f"{WRONG_RECAPTURE} It would give {short(each.recapture)} here."
 
 
 def _caveats(study: Study) -> Iterator[str]:
@@ -308,20 +311,20 @@ def _caveats(study: Study) -> Iterator[str]:
     enough = ENOUGH_ROWS * len(study.linear.weights)
     if study.linear.rows < enough:
         yield (
-            f"{study.name}: the linear maps are fitted to {study.linear.rows:,} rows, with a "
-            f"penalty; {enough:,} would be enough without, so their R^2 may be too low."
+            f"{study.name}: the linear maps are fitted to only {study.linear.rows:,} rows, with "
+            f"a penalty, so their R^2 may be too low; {enough:,} rows would need no penalty."
         )
     if not study.parts.intervals:
-        yield f"{study.name}: the judged rows are of one document, so there are no intervals."
+        yield f"{study.name}: the judged rows come from one document, so there are no intervals."
     if study.tail and study.tail.capped > _CAPPED:
         yield (
             f"{study.name}: {_percent(study.tail.capped)} of the rows use as many latents as the "
-            f"solver may, so their tail is too large, or they hold what latents cannot describe."
+            f"solver may, so their tail is too large, or they contain what latents cannot describe."
         )
     if study.tail and study.tail.interference < 0 and not is_at_chance(study):
         yield (
-            f"{study.name}: the encoder leaves less than the solver, so its latents also "
-            f"describe rows that chance would explain; the tail is at most the FVU."
+            f"{study.name}: the encoder's error is below the solver's, so its latents also "
+            f"describe what chance would explain; the tail is at most the FVU."
         )
 
 

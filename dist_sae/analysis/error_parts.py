@@ -65,8 +65,8 @@ class Moments:
         n, d_in = self.rows, len(self._centre)
         if n < LEAST_ROWS * d_in:
             raise ValueError(
-                f"{n} rows to fit to; {d_in} input dimensions need {LEAST_ROWS * d_in} "
-                f"({LEAST_ROWS} each), and better {ENOUGH_ROWS * d_in}"
+                f"only {n} rows to fit to; {d_in} input dimensions need at least "
+                f"{LEAST_ROWS * d_in} ({LEAST_ROWS} each), better {ENOUGH_ROWS * d_in}"
             )
         input_mean, output_mean = self._input_sum / n, self._output_sum / n
         inputs = self._inputs / n - torch.outer(input_mean, input_mean)

@@ -65,8 +65,8 @@ def listed_nearest(
     """
     if not index.manifest.compared or not index.manifest.settings["neighbours"]:
         raise ConfigError(
-            f"{index.place}: has no nearest latents (index.neighbours); make an index that has, "
-            f"under a name of its own (index.name)"
+            f"{index.place}: has no nearest latents; build an index with index.neighbours, under "
+            f"another index.name"
         )
     for table in index.latents(["latent", "nearest", "nearest_cosine"]):
         nearest = table["nearest"].combine_chunks()

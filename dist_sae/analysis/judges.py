@@ -119,10 +119,10 @@ def _read_labels(path: str) -> dict[Key, Label]:
         if line.strip():
             key, label = _read_label(line, f"{path}, line {number}")
             if key in labels:
-                raise ArgumentError(f"{path}, line {number}: has {tuple(key)} again")
+                raise ArgumentError(f"{path}, line {number}: repeats passage {tuple(key)}")
             labels[key] = label
     if not any(label.level is not None for label in labels.values()):
-        raise ArgumentError(f"{path}: no line has a label; set it to a level from 0 to 3")
+        raise ArgumentError(f"{path}: no line has a label; set label to a level from 0 to 3")
     return labels
 
 
@@ -134,7 +134,7 @@ def _read_label(line: str, place: str) -> tuple[Key, Label]:
         in_filter = bool(content.get("filter", True))
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
         raise ArgumentError(
-            f"{place}: is no object with document, position and label: {exc}"
+            f"{place}: is not a JSON object with document, position and label: {exc}"
         ) from exc
     if isinstance(level, bool):
         level = LEVELS[-1] * level

@@ -67,12 +67,12 @@ def judge_from_answers(text: str, drawn: Drawn, answers: Sequence[Answer]) -> Ju
     unread = sum(label.level is None for label in labels.values())
     if unread > _MOST_UNREAD * len(labels):
         bad = next(answer for answer in answers if _level(answer) is None)
-        cut = "" if bad.is_whole else ", cut at its longest: raise parameters.max_tokens"
+        cut = "" if bad.is_whole else ", which was cut off: raise parameters.max_tokens"
         raise ArgumentError(
-            f"{text}: {unread} of {len(labels)} answers are no level from 0 to {LEVELS[-1]}, for "
+            f"{text}: {unread} of {len(labels)} answers have no level from 0 to {LEVELS[-1]}, for "
             f'example "{bad.text[:40]}"{cut}'
         )
-    caveat = f"{text}: {unread} of {len(labels)} answers were no level, and are left out"
+    caveat = f"{text}: {unread} of {len(labels)} answers had no level and were left out"
     return Judge(text, lambda texts: [0] * len(texts), labels, caveat if unread else "")
 
 

@@ -59,8 +59,8 @@ def find_manifolds(dictionary: IndexedDictionary, settings: Settings) -> Finding
     near = nearest_edges(index, min(settings.cosine, COACTIVE_COSINE))
     if index.rows < LEAST_ROWS:
         raise ConfigError(
-            f"{index.place}: has {index.rows:,} rows, and a group needs {LEAST_ROWS} on which it "
-            f"fires; index more (index.rows)"
+            f"{index.place}: has {index.rows:,} rows, but a group must fire on {LEAST_ROWS}; "
+            f"index more (index.rows)"
         )
     n, sizes = index.n_latents, (settings.least_latents, settings.most_latents)
     firings = np.concatenate([table["density"].to_numpy() for table in index.latents(["density"])])
@@ -153,13 +153,13 @@ def _summary(
     if not rings:
         best = numbers["best_strength"]
         score = f"; the best strength is {best:.2f}" if best is not None else ""
-        yield f"None of them is a ring: nothing multidimensional was found{score}."
+        yield f"Nothing found: none of them is a multidimensional feature, a ring{score}."
         return
     yield f"{numbers['rings']:,} of them are rings by all criteria; the best:"
     for shape in rings:
         each = shape.measured
         members = ", ".join(f'{n} "{labels[n]}"' for n in each.latents[:_NAMED])
-        where = ", before the origin" if each.view == PERSPECTIVE else ""
+        where = ", on one side of the origin" if each.view == PERSPECTIVE else ""
         more = f" and {len(each.latents) - _NAMED} more" if len(each.latents) > _NAMED else ""
         yield (
             f"score {each.score:.2f} in components {each.plane} and {each.plane + 1} "
@@ -177,24 +177,24 @@ def _caveats(numbers: Mapping[str, Any], index: Index) -> Iterator[str]:
             f"{LEAST_ROWS} rows; they are not in the table."
         )
     if many := numbers["latents_in_too_large_groups"]:
-        yield f"{many:,} latents were left out; their groups stay too large at any cosine."
+        yield f"{many:,} latents were left out because their groups are too large at any cosine."
     if index.manifest.postings_share < 1:
         share = index.manifest.postings_share
-        yield f"The index keeps the activations of {share:.1%} of its rows; only these were seen."
+        yield f"The index stores activations of {share:.1%} of its rows; only these were used."
     if before := numbers["rings_before_the_origin"]:
         yield (
-            f"{before:,} of the rings lie before the origin, where features that add up in pairs "
-            "look much like one. The limit that tells them apart was set on simulations: look at "
-            "the picture, and whether the latents have an order, as numbers have."
+            f"{before:,} of the rings lie on one side of the origin, where features that add up in "
+            "pairs look similar. The limit that distinguishes them was set on simulations: check "
+            "in the figure whether the latents have an order, as numbers do."
         )
     if not numbers["rings"]:
         yield (
-            "This is no evidence that there are none: a ring that the dictionary has one or two "
-            "latents for is not among the groups, and one before the origin needs five or more."
+            "This is not evidence that there are none: a ring with only one or two latents is not "
+            "among the groups, and a ring on one side of the origin needs five or more."
         )
     yield (
-        "Points on a circle that have a latent each, such as days of the week, are not counted as "
-        "a ring; in the table they have a high strength, and are seldom active together."
+        "Points on a circle with one latent each, such as days of the week, are not counted as a "
+        "ring; in the table they have a high strength and are rarely active together."
     )
 
 

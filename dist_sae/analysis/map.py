@@ -59,7 +59,7 @@ def make_map(run: str, dictionary: IndexedDictionary, settings: Settings) -> Fin
     index.bucket_pairs(0)  # raises if there are no pairs, before the check of their rows
     if index.pair_rows < LEAST_ROWS:
         raise ConfigError(
-            f"{index.place}: counts coactive latents on {index.pair_rows:,} rows, and a map needs "
+            f"{index.place}: counts coactive latents on {index.pair_rows:,} rows, but a map needs "
             f"{LEAST_ROWS:,}; index more (index.rows, index.pairs)"
         )
     density = np.concatenate([table["density"].to_numpy() for table in index.latents(["density"])])
@@ -167,13 +167,13 @@ def _summary(numbers: Mapping[str, Any], named: _Named, levels: Sequence[Level])
     yield (
         f"{numbers['linked']:,} of {n:,} latents are linked: {numbers['near_edges']:,} pairs are "
         f"nearer than random directions (cosine {numbers['least_cosine']:.2f}), and "
-        f"{numbers['coactive_pairs']:,} entries fire together more often than by chance."
+        f"{numbers['coactive_pairs']:,} ordered pairs fire together more often than by chance."
     )
     stable = [each["latents_in_stable"] for each in numbers["levels"]]
     if max(stable) < 0.05 * n:
         yield (
-            f"Nothing: less than a twentieth of the latents is in a cluster that is stable "
-            f"(Jaccard index of at least {STABLE}) at any resolution."
+            f"Nothing found: fewer than 5 % of the latents are in a stable cluster (Jaccard index "
+            f"of at least {STABLE}) at any resolution."
         )
     for each, level, names in zip(numbers["levels"], levels, named.clusters, strict=True):
         if each["clusters"]:
@@ -188,23 +188,23 @@ def _summary(numbers: Mapping[str, Any], named: _Named, levels: Sequence[Level])
                 f"index): {first}."
             )
     yield (
-        f"{numbers['children']:,} latents have a parent, one of {numbers['parents']:,}, that fires "
-        f"on at least 90 % of their rows; {numbers['absorbed']:,} pairs may be absorption. The map "
-        f"is map.html beside this page."
+        f"{numbers['children']:,} latents have a parent (one of {numbers['parents']:,}) that fires "
+        f"on at least 90 % of their rows; {numbers['absorbed']:,} pairs may be absorption. "
+        f"The map is map.html, next to this page."
     )
 
 
 def _caveats(numbers: Mapping[str, Any], pair_rows: int) -> Iterator[str]:
     yield (
-        f"Common rows were counted on {pair_rows:,} rows, and {MOST_PAIRS} others are kept of each "
-        f"latent; a parent that more latents outrank is missing."
+        f"Common rows were counted on {pair_rows:,} rows, and for each latent only the "
+        f"{MOST_PAIRS} most coactive ones are stored, so some parents may be missing."
     )
-    yield "Distances on the map show who is linked; large distances and empty space mean nothing."
+    yield "On the map, linked latents are close; large distances and empty space mean nothing."
     if alone := numbers["latents"] - numbers["linked"]:
         never = numbers["never_fire"]
         yield (
-            f"{alone:,} latents have no link, {never:,} of them because they never fire; they are "
-            f"the outer ring of the map."
+            f"{alone:,} latents have no link, {never:,} of them because they never fire; they "
+            f"form the outer ring of the map."
         )
 
 

@@ -125,9 +125,9 @@ def judge_passages(
             wanted = sum(label.level is not None for label in judge.labels.values())
             if wanted > len(found.level):
                 raise ArgumentError(
-                    f"{judge.text}: {wanted - len(found.level)} of {wanted} labelled passages do "
-                    f"not exist in the index; was the sample drawn from another one, or with "
-                    f"another --passage than {sampling.tokens}?"
+                    f"{judge.text}: {wanted - len(found.level)} of {wanted} labeled passages are "
+                    f"not in the index; was the sample drawn from another index, or with a "
+                    f"--passage other than {sampling.tokens}?"
                 )
     return judged
 
@@ -211,7 +211,7 @@ def _judged_shares(judge: Judge) -> dict[bool, float]:
             where = "inside" if inside else "outside"
             raise ArgumentError(
                 f"{judge.text}: none of the {len(levels)} passages {where} the filter has a "
-                f"label, so nothing is known of them; label more lines, from the first on"
+                f"label, so they cannot be estimated; label more lines, starting at the top"
             )
     return found
 

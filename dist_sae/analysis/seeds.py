@@ -66,8 +66,8 @@ def find_overlap(one: Run, other: Run) -> Overlap:
             raise ConfigError(f"{run.name}: latents of sae.kind {run.sae.kind} cannot be matched")
     if (one.reads, one.writes) != (other.reads, other.writes):
         raise ConfigError(
-            f"{one.name} and {other.name}: read or write other sites; latents can be matched "
-            f"where both read and write the same"
+            f"{one.name} and {other.name}: read or write different sites; latents can be matched "
+            f"only if both read and write the same"
         )
     densities = use_newest(one, _alive)
     alive = np.flatnonzero(densities)

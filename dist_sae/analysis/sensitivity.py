@@ -96,7 +96,8 @@ def measure(latent: int, judge: str, largest: float, judged: Judged, seed: int =
     if min(positives, n - positives) < LEAST_PASSAGES:
         raise ArgumentError(
             f"{judge}: {positives} of {n:,} judged passages have the concept; estimates need "
-            f"{LEAST_PASSAGES} with it and {LEAST_PASSAGES} without: judge more, or widen it"
+            f"{LEAST_PASSAGES} with it and {LEAST_PASSAGES} without: judge more passages, or widen "
+            f"the concept"
         )
     group = np.unique(judged.document, return_inverse=True)[1] % _GROUPS
     groups = int(group.max()) + 1
@@ -206,22 +207,22 @@ def _sentences(measured: Measured) -> list[str]:
     first, last = measured.at[0], measured.at[-1]
     lines = [
         f"{name}: sensitivity {shown(first.sensitivity)}, precision {shown(first.precision)} at "
-        f"any activation; {shown(last.sensitivity)} and {shown(last.precision)} from half of its "
-        f"largest on; AUROC {shown(measured.auroc)}"
+        f"any activation; {shown(last.sensitivity)} and {shown(last.precision)} above half of "
+        f"its largest; AUROC {shown(measured.auroc)}"
     ]
     if not beats_chance(measured):
-        lines.append(f"{name}: says nothing of the concept beyond chance")
+        lines.append(f"{name}: nothing found: it does not detect the concept better than chance")
     elif not stands_out(measured):
         lines.append(
-            f"{name}: says nothing that others do not: {measured.as_good} of {measured.peers} "
+            f"{name}: nothing found beyond other latents: {measured.as_good} of {measured.peers} "
             f"latents drawn at random have as large an F1"
         )
     if measured.filter_recall is not None and measured.naive is not None:
         naive = measured.naive[0]
         lines.append(
             f"{name}: the filter passes {shown(measured.filter_recall)} of the passages with the "
-            f"concept; by these alone sensitivity would be {shown(naive.sensitivity)}, precision "
-            f"{shown(naive.precision)}"
+            f"concept; from these alone, sensitivity would be {shown(naive.sensitivity)} and "
+            f"precision {shown(naive.precision)}"
         )
     return lines
 
@@ -253,8 +254,8 @@ def _caveats(measured: Measured) -> list[str]:
     if measured.outside is not None and measured.outside < LEAST_PASSAGES:
         lines.append(
             f"latent {measured.latent}, {measured.judge}: only {measured.outside} of the passages "
-            f"drawn outside the filter have the concept, so what the filter misses is hardly "
-            f"known; raise --share"
+            f"drawn outside the filter have the concept, so little is known about what the "
+            f"filter misses; raise --share"
         )
     return lines
 

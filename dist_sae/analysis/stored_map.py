@@ -120,10 +120,11 @@ def open_map(store: ObjectStore, index: Index, run: str) -> Map | None:
     """
     outcome = read_outcome(store, run, "map")
     if outcome is None:
-        logger.info("no map and no clusters: `dist-sae analyse map` makes them")
+        logger.info("no map and no clusters: `dist-sae analyse map` computes them")
     elif outcome.checkpoints.get(run) != index.manifest.checkpoint:
         logger.warning(
-            "no map and no clusters: they are of another checkpoint; run `dist-sae analyse map`"
+            "no map and no clusters: they were computed from another checkpoint; "
+            "run `dist-sae analyse map`"
         )
     else:
         return Map(store, run, outcome)

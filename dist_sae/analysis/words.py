@@ -82,7 +82,7 @@ def read_lists(names: Iterable[str]) -> list[Concept]:
     if any(with_count) and not all(with_count):
         lacks = next(c.category for c in found.values() if c.times is None)
         raise ArgumentError(
-            f"{lacks}: has no counts and another list has; give them to all or none"
+            f"{lacks}: has no counts but another list does; give counts in all lists or in none"
         )
     return list(found.values())
 
@@ -95,8 +95,8 @@ def _read_list(name: str) -> list[Concept]:
             text = Path(name).read_text()
         except (OSError, UnicodeDecodeError) as exc:
             raise ArgumentError(
-                f"{name}: is neither a list that comes along ({', '.join(LISTS)}) nor a file that "
-                f"can be read: {exc}"
+                f"{name}: is neither a built-in list ({', '.join(LISTS)}) nor a file that can "
+                f"be read: {exc}"
             ) from exc
     concepts = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -104,16 +104,18 @@ def _read_list(name: str) -> list[Concept]:
             continue
         word, _, count = (part.strip() for part in line.partition("\t"))
         if not word.isalnum():
-            raise ArgumentError(f'{name}, line {number}: "{word}" is not one word')
+            raise ArgumentError(f'{name}, line {number}: "{word}" is not a single word')
         if count and not re.fullmatch(r"\d+(\.\d+)?", count):
-            raise ArgumentError(f'{name}, line {number}: "{count}" is no count')
+            raise ArgumentError(f'{name}, line {number}: "{count}" is not a count')
         concepts.append(Concept(word, Path(name).stem, float(count) if count else None))
     if not concepts:
         raise ArgumentError(f"{name}: has no words")
     counts = [concept.times is None for concept in concepts]
     if any(counts) and not all(counts):
         word = concepts[counts.index(True)].word
-        raise ArgumentError(f'{name}: "{word}" has no count and others have; count all, or none')
+        raise ArgumentError(
+            f'{name}: "{word}" has no count but other words do; give counts for all or none'
+        )
     twice = [w for w, n in Counter(concept.word for concept in concepts).items() if n > 1]
     if twice:
         raise ArgumentError(f'{name}: has "{twice[0]}" twice')

@@ -75,7 +75,7 @@ def check_matchable(one: Run, other: Run) -> None:
             raise ConfigError(f"{run.name}: latents of sae.kind {run.sae.kind} cannot be matched")
     if one.writes != other.writes:
         sites = " and ".join(f"{run.name} writes {', '.join(run.writes)}" for run in (one, other))
-        raise ConfigError(f"{sites}: latents can be matched where both write the same sites")
+        raise ConfigError(f"{sites}: latents can be matched only if both write the same sites")
 
 
 def use_newest(run: Run, use: Callable[[Trained], Result]) -> Result:

@@ -52,7 +52,7 @@ class OtherRun:
         if widths[0] != widths[1]:
             raise ConfigError(
                 f"{one.name} and {other.name}: have decoder rows of {widths[0]} and {widths[1]} "
-                f"numbers; latents can be compared where both are of one model"
+                f"numbers; latents can be compared only if both runs use the same model"
             )
 
     def nearest(self, latent: int, n: int) -> list[tuple[Near, list[str]]]:
@@ -100,7 +100,8 @@ class _Directions:
         checkpoint = open_step(checkpoints, index.manifest.step, f"{runs.url}/{run.name}")
         if checkpoint.digest != index.manifest.checkpoint:
             raise ConfigError(
-                f"{index.place}: is of another checkpoint of step {checkpoint.step}; index it again"
+                f"{index.place}: was built from another checkpoint of step {checkpoint.step}; "
+                f"build it again"
             )
         self.decoder = Decoder(checkpoint)
         self._scales = scales_of_targets(normalisers_of(trained_run(checkpoint, run), checkpoint))

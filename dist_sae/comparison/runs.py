@@ -120,7 +120,9 @@ def caveats(compared: Sequence[Compared]) -> list[str]:
         if each.step is None:
             found.append(f"{each.label}: has no checkpoint yet.")
         elif not each.evaluation:
-            found.append(f"{each.label}: is not evaluated; run dist-sae evaluate {each.command}.")
+            found.append(
+                f"{each.label}: has not been evaluated; run dist-sae evaluate {each.command}."
+            )
         elif each.evaluation["step"] != each.step:
             of, newest = each.evaluation["step"], each.step
             remedy = f"run dist-sae evaluate {each.command}"
@@ -135,7 +137,7 @@ def caveats(compared: Sequence[Compared]) -> list[str]:
             f"{', '.join(labels)} on {rows:,} rows of {site} (plan {plan[:8]})"
             for (plan, rows, site), labels in groups.items()
         )
-        found.append(f"Held-out numbers are of different rows: {'; '.join(sets)}.")
+        found.append(f"Held-out numbers were measured on different rows: {'; '.join(sets)}.")
     return found
 
 

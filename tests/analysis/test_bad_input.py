@@ -49,17 +49,21 @@ def test_an_index_without_postings(
 @pytest.mark.parametrize(
     ("content", "others", "message"),
     [
-        ("gold\t5\nsilver\n", [], '"silver" has no count and others have; count all, or none'),
-        ("gold\t5\nsilver\t3\n", ["elements"], "elements: has no counts and another list has"),
-        ("gold\tmany\n", [], 'line 1: "many" is no count'),
-        ("gold rush\n", [], 'line 1: "gold rush" is not one word'),
+        (
+            "gold\t5\nsilver\n",
+            [],
+            '"silver" has no count but other words do; give counts for all or none',
+        ),
+        ("gold\t5\nsilver\t3\n", ["elements"], "elements: has no counts but another list does"),
+        ("gold\tmany\n", [], 'line 1: "many" is not a count'),
+        ("gold rush\n", [], 'line 1: "gold rush" is not a single word'),
         ("gold\ngold\n", [], 'has "gold" twice'),
         ("# none\n", [], "has no words"),
         ("gold\nsilver\n", [], "none of the 2 words occurs in the"),
         (
             "".join(f"{number}\n" for number in range(100, 130)),
             [],
-            "only 0 of the 30 words occur 5 times in either half of the index, and a curve needs "
+            "only 0 of the 30 words occur 5 times in each half of the index, but a curve needs "
             "20; give more words",
         ),
     ],
@@ -79,12 +83,12 @@ def test_lists_that_do_not_serve(
 
 def test_one_width_where_a_law_needs_three(whole: Run, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, whole, "coverage", "--frequency", "1e-6")
-    assert "a forecast needs dictionaries of 3 widths, and this is 1" in said
+    assert "a forecast needs dictionaries of 3 widths, but there is only 1" in said
 
 
 def test_fewer_rows_than_are_needed(whole: Run, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, whole, "dark-matter", "--rows", "100")
-    assert "100 rows to fit to; 16 input dimensions need 160 (10 each), and better 800" in said
+    assert "100 rows to fit to; 16 input dimensions need at least 160 (10 each), better 800" in said
     said = refused(capsys, whole, "sensitivity", "--ask", "3=re:^100")
     assert "judged passages have the concept; estimates need 10 with it and 10 without" in said
     said = refused(capsys, whole, "manifolds", "--rows", "5")
@@ -93,6 +97,6 @@ def test_fewer_rows_than_are_needed(whole: Run, capsys: pytest.CaptureFixture[st
 
 def test_a_control_that_is_none(whole: Run, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, whole, "coverage", "--truth", "--control", "nowhere")
-    assert "--truth: needs no --control" in said
+    assert "--truth: cannot be used with --control" in said
     said = refused(capsys, whole, "coverage", "--control", "/nowhere/at/all")
     assert "/nowhere/at/all" in said

@@ -130,8 +130,8 @@ def test_the_answer_for_an_untrained_dictionary_is_nothing(world: World) -> None
     told = [answer.numbers["runs"]["made"]["nothing"] for answer in answers]
     assert told == [False, True]
     assert not any("nothing" in line for line in answers[0].summary)
-    assert "made: nothing beyond that: on " in answers[1].summary[1]
-    assert answers[1].summary[2] == "made: so there is no curve"
+    assert "made: nothing found beyond chance: on " in answers[1].summary[1]
+    assert answers[1].summary[2] == "made: no curve: not significantly more words than a control"
 
 
 def test_a_copy_turned_by_nothing_is_the_dictionary(
@@ -160,7 +160,7 @@ def test_without_the_rows_chance_is_unknown(world: World) -> None:
     hidden = world.activations.with_name("hidden")
     shutil.move(world.activations, hidden)
     try:
-        with pytest.raises(ConfigError, match="it is not known what chance would find"):
+        with pytest.raises(ConfigError, match="so the chance baseline cannot be computed"):
             compared(world, world.ideal)
     finally:
         shutil.move(hidden, world.activations)

@@ -73,16 +73,16 @@ def test_a_random_dictionary_has_nothing(
     make_index(run)
     _, out, _ = asked(capsys, place(run), "--truth")
     assert "world: 0 of 48 concepts (0%) have a latent of their own" in out
-    assert "world: nothing is found, so there is no curve" in out
+    assert "world: nothing found: no concept has a latent, so there is no curve" in out
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--truth", "--frequency", "1e-6"], "a forecast needs dictionaries of 3 widths"),
-        (["--truth", "--frequency", "2"], "--frequency 2: must lie between 0 and 1"),
-        (["--f1", "0.2"], "--f1 0.2: must lie above .3"),
-        (["--concepts", "metals"], "metals: is neither a list that comes along"),
+        (["--truth", "--frequency", "2"], "--frequency 2: must be between 0 and 1"),
+        (["--f1", "0.2"], "--f1 0.2: must be above 0.3"),
+        (["--concepts", "metals"], "metals: is neither a built-in list"),
         (["--concepts", "cities"], "none of the 227 words occurs in the"),
     ],
 )

@@ -152,7 +152,7 @@ def test_a_random_dictionary_is_nothing(ideal: list[Run], random: Run) -> None:
     one = study(random, losses=False)
     assert is_at_chance(one)
     found = findings([one, study(ideal[0], losses=False)])
-    assert found.summary[0].startswith("random (96 of 96 latents alive): nothing.")
+    assert found.summary[0].startswith("random (96 of 96 latents alive): nothing found.")
     assert "floors" not in found.numbers["runs"]["random"]
     assert found.numbers["checks"] == []
 
@@ -164,9 +164,9 @@ def test_two_dictionaries_are_compared_by_frequency(
     twin = indexed(ideal[0], "twin", source(ideal[0]).directions[:96].flip(0))
     said = analyse(capsys, folder(ideal[0]), folder(twin), "--no-losses")
     assert "100 % of 96 alive latents of the first have a partner" in said
-    assert "Disagreement at the frontier of frequency is expected" in said
+    assert "Disagreement among rare latents is expected" in said
     assert "ALARM" not in said
-    assert f"{WRONG_RECAPTURE} It would say 96 here." in said
+    assert f"{WRONG_RECAPTURE} It would give 96 here." in said
     said = analyse(capsys, folder(ideal[0]), folder(random), "--no-losses")
     assert "ideal96 and random: nothing in common; no latent has a partner." in said
 
@@ -176,12 +176,12 @@ def test_mistakes_are_one_line(
 ) -> None:
     said = analyse(capsys, folder(ideal[0]), "--rows", "639", code=2)
     assert said == (
-        "error: ideal96: 639 rows to fit to; 64 input dimensions need 640 (10 each), and better "
-        "3200\n"
+        "error: ideal96: only 639 rows to fit to; 64 input dimensions need at least 640 (10 each), "
+        "better 3200\n"
     )
     assert "--rows: is 0" in analyse(capsys, folder(ideal[0]), "--rows", "0", code=2)
     twice = analyse(capsys, folder(ideal[0]), folder(ideal[0]), code=2)
-    assert twice == "error: ideal96: is named twice; runs are told apart by their names\n"
+    assert twice == "error: ideal96: is named twice; runs must have different names\n"
     bare = world.model_copy(update={"name": "bare"})
     with pytest.raises(ConfigError, match="bare: has no checkpoint yet"):
         study(bare)

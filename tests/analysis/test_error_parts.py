@@ -168,5 +168,7 @@ def test_one_document_gives_no_intervals() -> None:
 
 def test_too_few_rows_are_counted() -> None:
     x = rows(119, 15)
-    with pytest.raises(ValueError, match="119 rows to fit to; 12 input dimensions need 120"):
+    with pytest.raises(
+        ValueError, match="119 rows to fit to; 12 input dimensions need at least 120"
+    ):
         fit(x, noise(119, 15))

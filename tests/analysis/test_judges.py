@@ -190,7 +190,7 @@ def test_few_answers_that_are_no_level_are_left_out_and_counted(
     (outcome,) = read_outcomes(open_store(run.store.runs), run.name)
     left_out = sum(passage(body).startswith("77") for body in server.bodies)
     assert left_out
-    assert f"{left_out} of {len(server.bodies)} answers were no level" in outcome.caveats[0]
+    assert f"{left_out} of {len(server.bodies)} answers had no level" in outcome.caveats[0]
     (numbers,) = outcome.numbers["asked"]
     assert numbers["passages"] == len(server.bodies) - left_out
 
@@ -207,4 +207,4 @@ def test_what_cannot_be_asked_is_one_line(
     sample = ("--filter", "llm:rivers", "--share", ".1")
     code, _, errors = asked(capsys, run, server, tmp_path, "--ask", "3=re:7", *sample)
     assert code == 2
-    assert "--filter: sees every passage" in errors
+    assert "--filter: judges every passage" in errors

@@ -113,7 +113,7 @@ def test_planted_circles_are_ranked_first(world: IndexedDictionary) -> None:
         assert line["scaling"] < 0.1
     before = sum(line["view"] == "perspective" for line in rings)
     assert found.numbers["rings_before_the_origin"] == before
-    assert f"{before} of the rings lie before the origin" in " ".join(found.caveats)
+    assert f"{before} of the rings lie on one side of the origin" in " ".join(found.caveats)
     apart = [line["composition"] for line in table if min(line["latents"]) >= CIRCLES * TILES]
     assert np.mean([value for value in apart if value is not None]) > 0.8  # they add
 
@@ -253,7 +253,7 @@ def test_a_random_dictionary_has_no_manifolds(tmp_path: Path) -> None:
     found = find_manifolds(simulate(tmp_path, directions, codes, n_rows=rows), Settings())
     assert found.numbers["groups"] > 0
     assert found.numbers["rings"] == 0
-    assert "nothing multidimensional" in " ".join(found.summary)
+    assert "Nothing found" in " ".join(found.summary)
 
 
 def test_groups_are_no_larger_than_allowed(world: IndexedDictionary) -> None:

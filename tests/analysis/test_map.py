@@ -180,7 +180,7 @@ def test_a_random_dictionary_shows_nothing(tmp_path: Path) -> None:
     found = make_map("random", world, Settings(resamples=3))
     assert found.numbers["linked"] < 0.05 * n
     assert found.numbers["children"] == found.numbers["absorbed"] == 0
-    assert any(line.startswith("Nothing") for line in found.summary)
+    assert any(line.startswith("Nothing found") for line in found.summary)
 
 
 def graph_of(n: int, one: NDArray[np.int64], other: NDArray[np.int64]) -> Graph:

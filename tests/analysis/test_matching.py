@@ -119,7 +119,9 @@ def test_controls_find_nothing(control: str, tokens: NDArray[np.int32], words: W
     covered = cover_words("made", firings, 10**6, CONCEPTS, frequency, matched, 0.5)
     findings = coverage([covered], [])
     assert findings.numbers["runs"]["made"]["recovered"] == 0
-    assert findings.summary[1] == "made: nothing is found, so there is no curve"
+    assert (
+        findings.summary[1] == "made: nothing found: no concept has a latent, so there is no curve"
+    )
 
 
 def test_frequencies_are_counted_or_are_the_counts_of_the_list(words: WordRows) -> None:
@@ -145,7 +147,7 @@ def test_too_few_words_or_rows_are_refused_with_the_number(
     matched = match_words(made({}, tokens[:3000], 1), rarer, 30)
     n = int(matched.judged.sum())
     assert 0 < n < 20
-    message = rf"only {n} of the 30 words occur 5 times in either half of the index, and a curve"
+    message = rf"only {n} of the 30 words occur 5 times in each half of the index, but a curve"
     with pytest.raises(ArgumentError, match=message):
         cover_words(
             "made", np.ones(1, int), 1, CONCEPTS, rarer.starts[:1] + np.ones(30), matched, 0.5
@@ -169,7 +171,7 @@ def test_a_share_of_the_frequent_words_gives_a_curve_and_its_sentences(
     assert numbers["f50_firings"] == pytest.approx(5000 * numbers["f50"]["value"])
     assert judged == 30
     assert findings.caveats == []
-    assert any("is undertrained" in line for line in findings.summary)
+    assert any(": undertrained: " in line for line in findings.summary)
     assert findings.tables["concepts"].num_rows == 30
     assert numbers["recovered_by_category"] == {"made": [15, judged]}
     assert len(findings.figures) == 2

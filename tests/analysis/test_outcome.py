@@ -95,7 +95,7 @@ def test_findings_are_not_kept_if_a_newer_checkpoint_came_meanwhile(tmp_path: Pa
         return FINDINGS
 
     options = Namespace(what="coverage", json=True)
-    with pytest.raises(ConfigError, match="a newer checkpoint was saved meanwhile"):
+    with pytest.raises(ConfigError, match="a newer checkpoint was saved during the analysis"):
         answer(options, run.name, [run], "Coverage", {}, find)
     assert read_outcomes(open_store(run.store.runs), run.name) == []
 

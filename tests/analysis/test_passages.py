@@ -121,7 +121,7 @@ def test_labels_of_other_passages_are_refused(tmp_path: Path) -> None:
     for line in lines:
         line["label"] = True
     judge = labelled(tmp_path / "labels", lines)
-    with pytest.raises(ArgumentError, match=r"4 of 6 labelled passages do not exist"):
+    with pytest.raises(ArgumentError, match=r"4 of 6 labeled passages are not in the index"):
         judge_passages(index, tokens(), [(0, judge)], Sampling(6))
     lines[0] |= {"filter": False, "label": None}
     judge = labelled(tmp_path / "labels", lines)
@@ -139,13 +139,13 @@ def test_judges_by_words_find_whole_words_in_their_case(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 1: is no object with document, position and label"),
-        ('{"document": 1, "label": 1}', "is no object with document, position and label"),
+        ("{", "line 1: is not a JSON object with document, position and label"),
+        ('{"document": 1, "label": 1}', "is not a JSON object with document, position and label"),
         ('{"document": 1, "position": 0, "label": 4}', "label is 4, not a level"),
         ('{"document": 1, "position": 0, "label": "yes"}', "label is 'yes', not a level"),
         ('{"document": 1, "position": 0, "label": 1, "chance": 0}', "chance is 0, not above"),
         ('{"document": 1, "position": 0, "label": null}', "no line has a label"),
-        (2 * '{"document": 1, "position": 0, "label": 1}\n', r"line 2: has \(1, 0\) again"),
+        (2 * '{"document": 1, "position": 0, "label": 1}\n', r"line 2: repeats passage \(1, 0\)"),
     ],
 )
 def test_labels_that_are_none_are_refused(tmp_path: Path, line: str, message: str) -> None:
@@ -189,15 +189,15 @@ def test_the_command_asks_and_draws(
     ("words", "message"),
     [
         ([], "--ask: name a latent and a judge"),
-        (["--ask", "gold"], "--ask gold: is no LATENT=JUDGE"),
+        (["--ask", "gold"], "--ask gold: is not LATENT=JUDGE"),
         (["--ask", "3=gold"], "gold: name a judge as re:PATTERN, words:LIST"),
         (["--ask", "3=re:("], "is not a regular expression"),
         (["--ask", "3=labels:nowhere"], "nowhere: cannot be read"),
         (["--ask", "64=re:7"], "latent 64: "),
         (["--ask", "3=re:x"], "re:x: 0 of "),
-        (["--ask", "3=re:7", "--passage", "0"], "--passage 0: must be 1 at least"),
-        (["--ask", "3=re:7", "--filter", "re:7"], "--filter and --share go together"),
-        (["--ask", "3=re:7", "--filter", "re:7", "--share", "0"], "--share 0: must lie above 0"),
+        (["--ask", "3=re:7", "--passage", "0"], "--passage 0: must be at least 1"),
+        (["--ask", "3=re:7", "--filter", "re:7"], "--filter and --share must be used together"),
+        (["--ask", "3=re:7", "--filter", "re:7", "--share", "0"], "--share 0: must be above 0"),
     ],
 )
 def test_what_cannot_be_answered_is_one_line(

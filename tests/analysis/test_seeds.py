@@ -78,5 +78,5 @@ def test_what_cannot_be_matched_is_named(first: Run, tmp_path: Path) -> None:
     elsewhere = first.model_copy(
         update={"name": "elsewhere", "sae": first.sae.model_copy(update={"writes": ("other",)})}
     )
-    with pytest.raises(ConfigError, match="world and elsewhere: read or write other sites"):
+    with pytest.raises(ConfigError, match="world and elsewhere: read or write different sites"):
         find_overlap(first, elsewhere)

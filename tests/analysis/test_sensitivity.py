@@ -152,7 +152,7 @@ def test_shuffled_passages_say_nothing() -> None:
     shuffled = census(generator.permutation(act).astype(np.float32), has)
     findings = sensitivity([real, shuffled])
     assert [each["tells"] for each in findings.numbers["asked"]] == [True, False]
-    nothing = "latent 0, made: says nothing of the concept beyond chance"
+    nothing = "latent 0, made: nothing found: it does not detect the concept better than chance"
     assert findings.summary.count(nothing) == 1
     assert findings.tables["thresholds"].num_rows == 6
 
@@ -169,7 +169,7 @@ def test_a_latent_stands_out_if_few_others_are_as_good(as_good: int, *, stands: 
     assert (found.peers, found.as_good) == (99, as_good)
     findings = sensitivity([found])
     assert findings.numbers["asked"][0]["stands_out"] is stands
-    assert any("says nothing that others do not" in line for line in findings.summary) != stands
+    assert any("nothing found beyond other latents" in line for line in findings.summary) != stands
 
 
 def test_with_few_other_latents_it_is_not_told_whether_it_stands_out() -> None:

@@ -87,9 +87,9 @@ def test_the_lists_that_come_along_are_words_and_disjoint() -> None:
     [
         ("", "list.txt: has no words"),
         ("# none\n\n", "list.txt: has no words"),
-        ("New York\n", 'list.txt, line 1: "New York" is not one word'),
-        ("gold\t7\nsilver\n", 'list.txt: "silver" has no count and others have'),
-        ("gold\tmany\n", 'list.txt, line 1: "many" is no count'),
+        ("New York\n", 'list.txt, line 1: "New York" is not a single word'),
+        ("gold\t7\nsilver\n", 'list.txt: "silver" has no count but other words do'),
+        ("gold\tmany\n", 'list.txt, line 1: "many" is not a count'),
         ("gold\ngold\n", 'list.txt: has "gold" twice'),
     ],
 )
@@ -107,7 +107,7 @@ def test_a_list_that_is_none_is_refused_in_one_line(
 def test_counts_are_given_for_all_lists_or_for_none(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("gold\t7\nsilver\t2.5\n")
     assert [c.times for c in read_lists([str(tmp_path / "one.txt")])] == [7, 2.5]
-    with pytest.raises(ArgumentError, match="cities: has no counts and another list has"):
+    with pytest.raises(ArgumentError, match="cities: has no counts but another list does"):
         read_lists([str(tmp_path / "one.txt"), "cities"])
-    with pytest.raises(ArgumentError, match="nowhere: is neither a list that comes along"):
+    with pytest.raises(ArgumentError, match="nowhere: is neither a built-in list"):
         read_lists(["nowhere"])

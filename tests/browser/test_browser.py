@@ -185,7 +185,7 @@ def test_a_map_of_another_checkpoint_is_not_shown(
     keep_map(other, checkpoint="0" * 64)
     with asking(Pages(OpenedRun(other), None)) as (asked, _):
         assert 'href="/map"' not in asked("/").text
-    assert "they are of another checkpoint; run `dist-sae analyse map`" in caplog.text
+    assert "they were computed from another checkpoint; run `dist-sae analyse map`" in caplog.text
 
 
 def test_a_latent_of_a_list_leads_to_the_next_of_the_list(ask: Ask, index: Index) -> None:

@@ -122,7 +122,7 @@ def test_a_terminal_shows_which_runs_have_which_value(
     lines = compare(capsys, *runs).splitlines()
     assert lines[0].split()[:3] == ["run", "Step", "Rows"]
     assert "  sae.k: 3 (a, c); 4 (b)" in lines
-    assert f"a: is not evaluated; run dist-sae evaluate {runs[0]}." in lines
+    assert f"a: has not been evaluated; run dist-sae evaluate {runs[0]}." in lines
 
 
 def test_numbers_that_are_not_of_the_same_rows_are_marked(
@@ -132,7 +132,7 @@ def test_numbers_that_are_not_of_the_same_rows_are_marked(
     add_checkpoint(other)
     evaluate(other.model_copy(update={"evaluate": other.evaluate.model_copy(update={"rows": 100})}))
     (caveat,) = json.loads(compare(capsys, folder(first), folder(other), "--json"))["caveats"]
-    assert caveat.startswith("Held-out numbers are of different rows: world on ")
+    assert caveat.startswith("Held-out numbers were measured on different rows: world on ")
     assert "fewer on 100 rows of synthetic" in caveat
 
 

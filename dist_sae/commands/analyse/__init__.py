@@ -10,7 +10,7 @@ _QUESTIONS: tuple[Any, ...] = (coverage, dark_matter, manifolds, latent_map, sen
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    text = "ask a question of trained dictionaries; answers are kept beside the run"
+    text = "run an analysis of trained dictionaries; its results are stored with the run"
     questions = shared.add_group(commands, "analyse", text, "WHAT")
     for question in _QUESTIONS:
         question.add(questions)

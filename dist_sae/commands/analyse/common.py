@@ -28,7 +28,7 @@ def add_question(
     parser = shared.add_command(questions, name, main, text)
     parser.set_defaults(what=name)
     if several:
-        parser.add_argument("others", nargs="*", metavar="RUN", help="further runs")
+        parser.add_argument("others", nargs="*", metavar="RUN", help="more runs")
     return parser
 
 
@@ -60,7 +60,9 @@ def answer(
     checkpoints = _newest(runs)
     findings = find()
     if _newest(runs) != checkpoints:  # the findings may be from either checkpoint
-        raise ConfigError(f"{name}: a newer checkpoint was saved meanwhile; index it and ask again")
+        raise ConfigError(
+            f"{name}: a newer checkpoint was saved during the analysis; index it and rerun"
+        )
     outcome = keep_findings(store, name, options.what, title, checkpoints, settings, findings)
     place = f"{store.url}/{name}/analysis/{options.what}/page.html"
     lines = [*outcome.summary, *(f"note: {line}" for line in outcome.caveats), place]

@@ -19,16 +19,16 @@ _ROTATED_COPY = "its randomly rotated copy"
 
 def add(questions: shared.Commands) -> None:
     """Add the analysis."""
-    text = "which concepts have a latent of their own, by how often they occur; how wide is enough"
+    text = "which concepts have their own latent, by frequency, and how wide a dictionary must be"
     parser = common.add_question(questions, "coverage", main, text, several=True)
     parser.add_argument(
         "--concepts",
         metavar="LIST",
         nargs="+",
         default=["elements", "cities", "animals", "foods"],
-        help="elements, cities, animals, foods; corpus, which are 400 words of the corpus itself, "
-        "from frequent to rare; or files with a word on each line and, behind a tab, how often it "
-        "occurs (default: the first four)",
+        help="elements, cities, animals, foods; corpus, for 400 words of the corpus itself, from "
+        "frequent to rare; or files with one word per line, optionally followed by a tab and its "
+        "count (default: the first four)",
     )
     parser.add_argument(
         "--truth",
@@ -48,18 +48,18 @@ def add(questions: shared.Commands) -> None:
         type=float,
         action="append",
         default=[],
-        help="forecast how many latents and rows a concept of this frequency per row needs",
+        help="forecast how many latents and rows are needed for concepts of this frequency per row",
     )
     parser.add_argument(
         "--control",
         metavar="RUN",
-        help="also tell which words a run has that this one, say of an untrained model, has not",
+        help="also compare with the words of this run, for example of an untrained model",
     )
     parser.add_argument(
         "--no-chance",
         dest="chance",
         action="store_false",
-        help="do not encode rows again to tell what the dictionary would have by chance",
+        help="skip the comparison with a randomly rotated copy, which encodes rows again",
     )
 
 
@@ -67,15 +67,17 @@ def main(options: argparse.Namespace) -> None:
     """Find the concepts that have a latent."""
     name, runs = shared.load_several(options)
     if not 0.3 < options.f1 <= 1:  # noqa: PLR2004 - pairs below are not followed
-        raise ArgumentError(f"--f1 {options.f1:g}: must lie above .3 and be 1 at most")
+        raise ArgumentError(f"--f1 {options.f1:g}: must be above 0.3 and at most 1")
     if wrong := [p for p in options.frequency if not 0 < p < 1]:
-        raise ArgumentError(f"--frequency {wrong[0]:g}: must lie between 0 and 1")
+        raise ArgumentError(f"--frequency {wrong[0]:g}: must be between 0 and 1")
     if options.frequency:
         from dist_sae.analysis.coverage import check_widths
 
         check_widths([run.name for run in runs])
     if options.truth and options.control:
-        raise ArgumentError("--truth: needs no --control; features are matched by their directions")
+        raise ArgumentError(
+            "--truth: cannot be used with --control; features are matched by direction"
+        )
     settings = {
         "concepts": "truth" if options.truth else options.concepts,
         "f1": options.f1,
@@ -129,7 +131,7 @@ def _words(options: argparse.Namespace, runs: "Sequence[Run]") -> "Iterator[Cove
         frequency = frequencies(concepts, words_at, index.manifest.postings_share)
         judged_words(frequency, matched)  # before the slow part: raises if too few
         name, trained = indexed.run.name, indexed.trained_rows
-        comparisons, caveat = [], f"{name}: what chance would find was not asked"
+        comparisons, caveat = [], f"{name}: not compared with chance (--no-chance)"
         if options.chance:
             try:
                 n_rows, own, rotated = match_rotated(indexed, words_at, len(concepts), matched)
@@ -159,12 +161,12 @@ def _features(runs: "Sequence[Run]") -> "list[Covered]":
     for run in runs:
         if not isinstance(run.model, SyntheticModel):
             raise ArgumentError(
-                f"--truth: {run.name} is of a language model; its features are unknown"
+                f"--truth: {run.name} uses a language model, whose features are unknown"
             )
         if not run.sae.has_latent_rows:
             raise ArgumentError(f"--truth: {run.name} has no decoder row for each latent")
     if len({run.model.model_dump_json() for run in runs}) > 1:
-        raise ArgumentError("--truth: the runs are of several worlds; ask of one at a time")
+        raise ArgumentError("--truth: the runs use several worlds; name runs of one world")
     for indexed in map(open_indexed_run, runs):
         assert isinstance(indexed.run.model, SyntheticModel)
         world = SyntheticSource(indexed.run.model)

@@ -21,9 +21,9 @@ def add(questions: shared.Commands) -> None:
         "--rows",
         type=int,
         metavar="N",
-        help="rows that the error's linear part is fitted to (default: 50 for each dimension)",
+        help="rows that the linear part of the error is fitted to (default: 50 per dimension)",
     )
-    parser.add_argument("--no-losses", action="store_true", help="leave out cross-entropies")
+    parser.add_argument("--no-losses", action="store_true", help="skip the cross-entropies")
 
 
 def main(options: argparse.Namespace) -> None:
@@ -33,7 +33,7 @@ def main(options: argparse.Namespace) -> None:
         raise ConfigError(f"--rows: is {options.rows}; give a number of rows above 0")
     names = [run.name for run in runs]
     if twice := sorted({each for each in names if names.count(each) > 1}):
-        raise ConfigError(f"{twice[0]}: is named twice; runs are told apart by their names")
+        raise ConfigError(f"{twice[0]}: is named twice; runs must have different names")
     settings = {"rows": options.rows, "losses": not options.no_losses}
 
     def find() -> "Findings":

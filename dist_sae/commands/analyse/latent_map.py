@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 def add(questions: shared.Commands) -> None:
     """Add the analysis."""
-    text = "map all latents: clusters, parents and children, a page to zoom into"
+    text = "map all latents: clusters, parents and children, and a page to zoom into"
     parser = add_question(questions, "map", main, text)
     parser.add_argument(
         "--resamples",
         type=int,
         default=10,
         metavar="N",
-        help="resamples of the latents, for the stability of clusters (default: 10)",
+        help="resamples that measure the stability of clusters (default: 10)",
     )
 
 

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 def add(questions: shared.Commands) -> None:
     """Add the analysis."""
-    text = "find groups of latents that are one feature of several dimensions, such as a ring"
+    text = "find groups of latents that form one multidimensional feature, such as a ring"
     parser = add_question(questions, "manifolds", main, text)
     parser.add_argument(
         "--cosine", type=float, default=0.5, help="least cosine of joined latents (default: 0.5)"
     )
     parser.add_argument(
-        "--least", type=int, default=3, metavar="N", help="least latents of a group (default: 3)"
+        "--least", type=int, default=3, metavar="N", help="fewest latents of a group (default: 3)"
     )
     parser.add_argument(
         "--most", type=int, default=100, metavar="N", help="most latents of a group (default: 100)"
@@ -29,7 +29,7 @@ def add(questions: shared.Commands) -> None:
         type=int,
         default=2000,
         metavar="N",
-        help="most rows of a group to measure (default: 2000)",
+        help="most rows per group to measure (default: 2000)",
     )
 
 
@@ -38,7 +38,9 @@ def main(options: argparse.Namespace) -> None:
     if not 0 < options.cosine < 1:
         raise ArgumentError(f"--cosine {options.cosine:g}: must be between 0 and 1")
     if not 2 <= options.least <= options.most:  # noqa: PLR2004 - one latent is a line
-        raise ArgumentError(f"--least {options.least}, --most {options.most}: want 2 <= N <= most")
+        raise ArgumentError(
+            f"--least {options.least}, --most {options.most}: must be 2 <= least <= most"
+        )
     run = shared.load(options)
     from dist_sae.analysis.manifolds import Settings, find_manifolds
     from dist_sae.analysis.measure import LEAST_ROWS

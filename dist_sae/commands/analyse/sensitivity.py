@@ -17,17 +17,15 @@ if TYPE_CHECKING:
 
 def add(questions: shared.Commands) -> None:
     """Add the analysis."""
-    text = (
-        "does a latent fire wherever its concept is, and only there; without the bias of a filter"
-    )
+    text = "whether a latent fires wherever its concept occurs, and only there, without filter bias"
     parser = common.add_question(questions, "sensitivity", main, text)
     parser.add_argument(
         "--ask",
         metavar="LATENT=JUDGE",
         action="append",
         default=[],
-        help="a latent, and who says where its concept is: re:PATTERN, words:LIST (a list that "
-        "comes along, or a file), labels:FILE (a sample drawn with --draw, with labels), "
+        help="a latent, and the judge of where its concept occurs: re:PATTERN, words:LIST (a "
+        "built-in list or a file), labels:FILE (a sample drawn with --draw, with labels), "
         "model:FOLDER or model:FOLDER#LABEL (a classifier of texts), llm:DESCRIPTION (a language "
         "model at --endpoint)",
     )
@@ -36,23 +34,23 @@ def add(questions: shared.Commands) -> None:
         metavar="TOKENS",
         type=int,
         default=32,
-        help="tokens of a passage, the text that is judged at once (default: 32); 1: each token",
+        help="tokens of a passage, the unit that is judged (default: 32); 1: each token",
     )
     parser.add_argument(
         "--filter",
         metavar="JUDGE",
-        help="judge every passage that this one passes, and of the others only a share",
+        help="judge every passage that this judge accepts, but only a share of the others",
     )
     parser.add_argument(
         "--share",
         metavar="SHARE",
         type=float,
-        help="share of the passages that are judged although the filter does not pass them",
+        help="share that is judged of the passages that the filter rejects",
     )
     parser.add_argument(
         "--draw",
         metavar="FILE",
-        help="write the sample to a file, to be judged by people or a language model; asks nothing",
+        help="only write the sample to a file, to be labeled by people or a language model",
     )
     shared.add_endpoint(parser)
 
@@ -74,7 +72,7 @@ def main(options: argparse.Namespace) -> None:
         "share": options.share,
         "endpoint": _described(options),
     }
-    title = "Sensitivity: do latents fire wherever their concept is"
+    title = "Sensitivity: whether latents fire wherever their concept occurs"
     common.answer(options, run.name, [run], title, settings, lambda: _find(run, asks, sampling))
 
 
@@ -89,14 +87,14 @@ def _described(options: argparse.Namespace) -> dict[str, str] | None:
 
 def _sampling(options: argparse.Namespace) -> "Sampling":
     if options.passage < 1:
-        raise ArgumentError(f"--passage {options.passage}: must be 1 at least")
+        raise ArgumentError(f"--passage {options.passage}: must be at least 1")
     if (options.filter is None) != (options.share is None):
         raise ArgumentError(
-            "--filter and --share go together: without a share of what the filter does not pass, "
-            "its faults would be the latent's"
+            "--filter and --share must be used together: without a share of the passages that the "
+            "filter rejects, its misses would bias the estimates"
         )
     if options.share is not None and not 0 < options.share <= 1:
-        raise ArgumentError(f"--share {options.share:g}: must lie above 0 and be 1 at most")
+        raise ArgumentError(f"--share {options.share:g}: must be above 0 and at most 1")
     from dist_sae.analysis.judges import open_judge
     from dist_sae.analysis.llm_judge import is_llm_judge
     from dist_sae.analysis.passages import Sampling
@@ -104,10 +102,14 @@ def _sampling(options: argparse.Namespace) -> "Sampling":
     if options.filter is None:
         return Sampling(options.passage)
     if is_llm_judge(options.filter):
-        raise ArgumentError("--filter: sees every passage; name re:PATTERN, words:LIST or model:")
+        raise ArgumentError(
+            "--filter: judges every passage, so it must be re:PATTERN, words:LIST or model:"
+        )
     judge = open_judge(options.filter)
     if judge.labels is not None:
-        raise ArgumentError("--filter: labels are of a sample; name re:PATTERN or words:LIST")
+        raise ArgumentError(
+            "--filter: labels cover only a sample; use re:PATTERN, words:LIST or model:"
+        )
     return Sampling(options.passage, judge, options.share)
 
 
@@ -124,7 +126,7 @@ def _asks(
     for text in options.ask:
         latent, separator, judge = text.partition("=")
         if not separator or not latent.strip().isdigit():
-            raise ArgumentError(f"--ask {text}: is no LATENT=JUDGE")
+            raise ArgumentError(f"--ask {text}: is not LATENT=JUDGE")
         named.append((int(latent), judge))
     judges = {judge: open_judge(judge) for _, judge in named if not is_llm_judge(judge)}
     if asked := list(dict.fromkeys(judge for _, judge in named if is_llm_judge(judge))):
@@ -198,8 +200,9 @@ def _draw(options: argparse.Namespace, run: "Run", sampling: "Sampling") -> None
         options,
         {"passages": len(drawn), "in_filter": inside, "file": options.draw},
         [
-            f"{options.draw}: {len(drawn):,} passages, {inside:,} of them in the filter, in random "
-            f"order; set their labels to levels from 0 to 3, from the first line on as far as you "
-            f"get, then ask with labels:{options.draw} and the same --passage"
+            f"{options.draw}: {len(drawn):,} passages, {inside:,} of them accepted by the filter, "
+            f"in random order; set their labels to levels from 0 to 3, starting at the top (you "
+            f"may stop anywhere), then use --ask LATENT=labels:{options.draw} with the same "
+            f"--passage"
         ],
     )
