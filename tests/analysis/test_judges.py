@@ -175,7 +175,7 @@ def test_answers_that_are_no_level_are_refused_if_many(
     ask = ("--ask", f"3=llm:answers of {words or 'nothing'}", *SAMPLE, "--yes")
     code, _, errors = asked(capsys, run, server, tmp_path, *ask)
     assert code == 2
-    assert re.search(r"(\d+) of \1 answers are no level from 0 to 3", errors)
+    assert re.search(r"(\d+) of \1 answers have no level from 0 to 3", errors)
 
 
 @pytest.mark.system

@@ -359,12 +359,12 @@ def test_runs_that_cannot_be_browsed_or_compared_get_one_line(
         (
             [place(run), "--compare", place(wider)],
             "language and language: have decoder rows of 24 and 32 numbers; latents can be "
-            "compared where both are of one model",
+            "compared only if both runs use the same model",
         ),
         (
             [place(run), "--compare", place(elsewhere)],
             "language writes resid_post.1 and elsewhere writes attn_out.0: latents can be matched "
-            "where both write the same sites",
+            "only if both write the same sites",
         ),
         ([place(run), "--latents", "5"], "--latents: needs --static; give both"),
         ([place(run), "--static", "/dev/null/a"], "--static: /dev/null/a: Not a directory"),
