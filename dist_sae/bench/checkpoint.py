@@ -34,7 +34,7 @@ _RUN = "bench"
 
 
 def bench_checkpoint(
-    shape: StepShape, mesh: Mesh, place: StoreConfig, *, every: int, rounds: int
+    shape: StepShape, mesh: Mesh, store_config: StoreConfig, *, every: int, rounds: int
 ) -> dict[str, Any]:
     """Time background saves and loads in the store of runs, then delete what was written.
 
@@ -56,9 +56,11 @@ def bench_checkpoint(
     """
     for shards in _SHARDS:
         bench_run(shape, shards, shards)
-    with scratch(place.runs, place.s3) as store:
+    with scratch(store_config.runs, store_config.s3) as store:
         saves, step_seconds, size = _time_saves(shape, mesh, store, rounds)
-        load = {n: _in_a_process(_time_load, shape, store.url, place.s3, n) for n in _SHARDS}
+        load = {
+            n: _run_in_process(_time_load, shape, store.url, store_config.s3, n) for n in _SHARDS
+        }
     shares = sorted((stall + slowed) / (every * step_seconds) for stall, slowed, _ in saves)
     stalls, slowed, durable = zip(*saves, strict=True)
     return {
@@ -74,7 +76,7 @@ def bench_checkpoint(
         "share": statistics.median(shares),
         "share_low": shares[0],
         "share_high": shares[-1],
-        **{f"load_1_of_{n}_seconds": lasted for n, (lasted, _) in load.items()},
+        **{f"load_1_of_{n}_seconds": elapsed for n, (elapsed, _) in load.items()},
         **{f"load_1_of_{n}_peak_bytes": peak for n, (_, peak) in load.items()},
     }
 
@@ -101,12 +103,12 @@ def _time_saves(
         for number in range(rounds):
             undisturbed += [seconds(partial(step, rows), mesh) for _ in range(3)]
             stall = seconds(partial(saver.save, number + 1, {}), mesh)
-            beside = []
+            during = []
             while saver.saving:
-                beside.append(seconds(partial(step, rows), mesh))
+                during.append(seconds(partial(step, rows), mesh))
             saver.finish()
             usual = statistics.median(undisturbed)
-            slowed = sum(one - usual for one in beside)
+            slowed = sum(one - usual for one in during)
             saves.append((stall, slowed, durable[-1].seconds))
     return saves, statistics.median(undisturbed), durable[-1].bytes
 
@@ -125,10 +127,10 @@ def _time_load(shape: StepShape, url: str, s3: S3Config, shards: int) -> tuple[f
         since = time.perf_counter()
         apply = state.read(checkpoint)
         apply()
-        lasted = time.perf_counter() - since
-    return lasted, float(peak[0] - before)
+        elapsed = time.perf_counter() - since
+    return elapsed, float(peak[0] - before)
 
 
-def _in_a_process(work: Callable[..., Any], *arguments: Any) -> Any:
+def _run_in_process(work: Callable[..., Any], *arguments: Any) -> Any:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()

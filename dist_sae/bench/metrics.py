@@ -46,7 +46,7 @@ def bench_metrics(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any
     with ExitStack() as pod:
         ranks = [Telemetry("bench", "train", 0, rank) for rank in range(_POD_RANKS)]
         reports = [
-            _Timed(
+            _TimedReporter(
                 step.run,
                 mesh,
                 rank,
@@ -95,7 +95,7 @@ def bench_metrics(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any
     }
 
 
-class _Timed(TrainingReporter):
+class _TimedReporter(TrainingReporter):
     """Reporter that measures the time spent in its own methods."""
 
     spent = 0.0

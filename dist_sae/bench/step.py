@@ -205,8 +205,8 @@ def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
     step = TrainingStep(shape, mesh)
     step.initialise(batches[0])
     before = used_bytes(mesh.device)
-    state = _STATE_BYTES * sum(p.numel() for p in step.sae.parameters())
-    held = 4 * sum(p.numel() for p in step.sae.parameters())  # weights, counted in `before`
+    state_bytes = _STATE_BYTES * sum(p.numel() for p in step.sae.parameters())
+    weight_bytes = 4 * sum(p.numel() for p in step.sae.parameters())  # weights, counted in `before`
     with peak_device_memory(mesh.device) as peak:
         for rows in batches:
             step(rows)  # warm-up: allocates Adam's moments and maps memory
@@ -227,7 +227,7 @@ def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
         "product_chunk": chunk,
         **compare(pairs),
         "rows_per_second": shape.batch / step_seconds,
-        "beyond_state_bytes": max(0, peak[0] - before - (state - held)),
+        "beyond_state_bytes": max(0, peak[0] - before - (state_bytes - weight_bytes)),
         "expert_load_ratio": step.load_ratio,
         "phases": _phases(step, batches[0]),
     }

@@ -35,7 +35,7 @@ from dist_sae.interop.raw import model_name
 from dist_sae.storage import UNMETERED, Meter, open_store
 
 CONFIG = "config.json"
-_OWN = re.compile(r"\d+_\d+\.safetensors|config\.json", re.ASCII)
+_CACHE_FILE = re.compile(r"\d+_\d+\.safetensors|config\.json", re.ASCII)
 
 
 class _Contexts(NamedTuple):
@@ -43,7 +43,7 @@ class _Contexts(NamedTuple):
     """Token ids, [contexts, context_tokens]."""
     context: dict[int, NDArray[np.int32]]
     """For each unit, the context of each row."""
-    place: dict[int, NDArray[np.int32]]
+    position: dict[int, NDArray[np.int32]]
     """For each unit, the position of each row in its context."""
 
 
@@ -78,7 +78,7 @@ def export_cache(run: Run, meter: Meter = UNMETERED, step: int | None = None) ->
     if there == wanted and all(runs.size(f"{within}/{name}") is not None for name in buckets):
         return f"{runs.url}/{folder}"
     contexts = _contexts(run, index)
-    old = [key for key in runs.keys(f"{within}/") if _OWN.fullmatch(key.rpartition("/")[2])]
+    old = [key for key in runs.keys(f"{within}/") if _CACHE_FILE.fullmatch(key.rpartition("/")[2])]
     runs.delete_many(old)  # delphi would read files of other ranges too
     for name, number in buckets.items():
         tensors = list(_tensors(index, number, contexts))
@@ -150,7 +150,7 @@ def _tensors(index: Index, bucket: int, contexts: _Contexts) -> Iterator[Piecewi
         for number in np.unique(unit).tolist():
             here = unit == number
             part[here, 0] = contexts.context[number][row[here]]
-            part[here, 1] = contexts.place[number][row[here]]
+            part[here, 1] = contexts.position[number][row[here]]
         locations.append(part)
         acts.append(act)
     where, values = np.concatenate(locations), np.concatenate(acts)

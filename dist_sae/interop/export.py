@@ -107,28 +107,28 @@ def export_checkpoint(
     checkpoint = find_checkpoint(runs, run, step)
     if checkpoint is None:
         raise no_checkpoint_error(runs, run)
-    own = trained_run(checkpoint, run).model_copy(update={"export": run.export})
-    typed = run.filled(checkpoint.scalars["run"])  # open settings count as equal
-    if changed := differences(plan_settings(own), plan_settings(typed)):
+    trained = trained_run(checkpoint, run).model_copy(update={"export": run.export})
+    requested = run.filled(checkpoint.scalars["run"])  # open settings count as equal
+    if changed := differences(plan_settings(trained), plan_settings(requested)):
         logger.warning(
             "the export states the run's training settings, not the run file's: %s",
             "; ".join(changed),
         )
     name = "export" if format_name == FORMATS[0] else f"export-{format_name}"
     folder = f"{run.name}/{name}{suffix(runs, run, checkpoint.step)}"
-    if note := chosen.note(own, checkpoint):
+    if note := chosen.note(trained, checkpoint):
         logger.info("%s", note)
-    if _is_complete(runs, folder, chosen, own, checkpoint):
+    if _is_complete(runs, folder, chosen, trained, checkpoint):
         logger.info("step %d is already exported: %s/%s", checkpoint.step, runs.url, folder)
-        names = (*chosen.files(own, checkpoint), chosen.CONFIG)
-        return Exported(folder, names, own, checkpoint, chosen.LIBRARY)
+        names = (*chosen.files(trained, checkpoint), chosen.CONFIG)
+        return Exported(folder, names, trained, checkpoint, chosen.LIBRARY)
 
     def write(checkpoint: Checkpoint) -> Exported:
-        files = chosen.files(own, checkpoint)
+        files = chosen.files(trained, checkpoint)
         for name, content in files.items():
             runs.put_stream(f"{folder}/{name}", content)
-        runs.put(f"{folder}/{chosen.CONFIG}", chosen.config(own, checkpoint).encode())
-        return Exported(folder, (*files, chosen.CONFIG), own, checkpoint, chosen.LIBRARY)
+        runs.put(f"{folder}/{chosen.CONFIG}", chosen.config(trained, checkpoint).encode())
+        return Exported(folder, (*files, chosen.CONFIG), trained, checkpoint, chosen.LIBRARY)
 
     done = use_checkpoint(runs, run, step, write)
     assert done is not None, "there was a checkpoint"

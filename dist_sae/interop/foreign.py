@@ -42,12 +42,12 @@ def read_dictionary(source: Path) -> ImportedDictionary:
             has no recipe.
     """
     try:
-        found = _reader(source)()
+        imported = _reader(source)()
     except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as exc:
         reason = f"{exc} is missing" if isinstance(exc, KeyError) else exc
         raise ConfigError(f"{source}: cannot be read: {reason}") from exc
-    _check(source, found)
-    return found
+    _check(source, imported)
+    return imported
 
 
 def _reader(source: Path) -> Callable[[], ImportedDictionary]:
@@ -79,32 +79,34 @@ def _reader(source: Path) -> Callable[[], ImportedDictionary]:
     )
 
 
-def _check(source: Path, found: ImportedDictionary) -> None:
-    if found.W_dec.ndim != 2 or found.W_enc.ndim != 2:  # noqa: PLR2004 - rows and columns
+def _check(source: Path, imported: ImportedDictionary) -> None:
+    if imported.W_dec.ndim != 2 or imported.W_enc.ndim != 2:  # noqa: PLR2004 - rows and columns
         raise ConfigError(f"{source}: W_enc and W_dec are not matrices")
-    n_latents, d_out = found.W_dec.shape
-    d_in = found.W_enc.shape[1] if found.is_transcoder else d_out
+    n_latents, d_out = imported.W_dec.shape
+    d_in = imported.W_enc.shape[1] if imported.is_transcoder else d_out
     shapes = {
-        "W_enc": (found.W_enc, (n_latents, d_in)),
-        "b_dec": (found.b_dec, (d_out,)),
-        **{name: (part, (n_latents,)) for name, part in found.per_latent.items()},
+        "W_enc": (imported.W_enc, (n_latents, d_in)),
+        "b_dec": (imported.b_dec, (d_out,)),
+        **{name: (part, (n_latents,)) for name, part in imported.per_latent.items()},
     }
-    if found.W_skip is not None:
-        shapes["W_skip"] = found.W_skip, (d_out, d_in)
+    if imported.W_skip is not None:
+        shapes["W_skip"] = imported.W_skip, (d_out, d_in)
     for name, (tensor, wanted) in shapes.items():
         if tensor.shape != wanted:
             raise ConfigError(
                 f"{source}: {name} has shape {list(tensor.shape)}, but W_dec's shape requires "
                 f"{list(wanted)}"
             )
-    for name, tensor in (*found._asdict().items(), *found.per_latent.items()):
+    for name, tensor in (*imported._asdict().items(), *imported.per_latent.items()):
         if isinstance(tensor, Tensor) and not bool(tensor.isfinite().all()):
             raise ConfigError(f"{source}: {name} contains non-finite values")
-    if (found.kind == "topk") != (found.k is not None):
-        raise ConfigError(f"{source}: has k = {found.k}, which does not fit kind {found.kind}")
+    if (imported.kind == "topk") != (imported.k is not None):
+        raise ConfigError(
+            f"{source}: has k = {imported.k}, which does not fit kind {imported.kind}"
+        )
 
 
-def sae_section(found: ImportedDictionary, run: Run, source: Path) -> dict[str, Any]:
+def sae_section(imported: ImportedDictionary, run: Run, source: Path) -> dict[str, Any]:
     """Return the `sae` section of a run file for this dictionary on the run's sites.
 
     A TopK dictionary whose decoder rows differ in length becomes a transcoder from a site to
@@ -114,29 +116,29 @@ def sae_section(found: ImportedDictionary, run: Run, source: Path) -> dict[str, 
     Raises:
         ConfigError: The sites do not fit the dictionary, or dist_sae has no recipe for it.
     """
-    sae: dict[str, Any] = {"n_latents": len(found.W_dec)}
+    sae: dict[str, Any] = {"n_latents": len(imported.W_dec)}
     sae |= {"reads": run.sae.reads, "writes": run.sae.writes}
     differ = run.reads != run.writes
-    if found.is_transcoder is not None and differ != found.is_transcoder:
+    if imported.is_transcoder is not None and differ != imported.is_transcoder:
         remedy = (
             "is a transcoder; set sae.reads and sae.writes to its input and output sites"
-            if found.is_transcoder
+            if imported.is_transcoder
             else "reconstructs its input; remove sae.writes"
         )
         raise ConfigError(f"{source}: {remedy}")
-    if differ and len(run.reads) != found.layers:
+    if differ and len(run.reads) != imported.layers:
         raise ConfigError(
-            f"{source}: reads {found.layers} layers, but the run file names {run.described_sites}; "
-            f"name one input and one output site for each layer"
+            f"{source}: reads {imported.layers} layers, but the run file names "
+            f"{run.described_sites}; name one input and one output site for each layer"
         )
-    if found.k is not None:
-        sae |= {"k": found.k, "auxk": 0}
-        norms = found.W_dec.norm(dim=1)
+    if imported.k is not None:
+        sae |= {"k": imported.k, "auxk": 0}
+        norms = imported.W_dec.norm(dim=1)
         if differ or bool(norms.max() - norms.min() > _EQUAL * norms.mean()):
-            return {"kind": "transcoder", "skip": found.W_skip is not None, **sae}
+            return {"kind": "transcoder", "skip": imported.W_skip is not None, **sae}
         return {"kind": "topk", **sae}
-    if found.W_skip is not None:
+    if imported.W_skip is not None:
         raise ConfigError(
             f"{source}: has a skip connection and thresholds; dist_sae has no recipe with both"
         )
-    return {"kind": "clt_jumprelu" if differ else found.kind, **sae}
+    return {"kind": "clt_jumprelu" if differ else imported.kind, **sae}

@@ -55,8 +55,8 @@ def import_dictionary(source: Path, run: Run) -> dict[str, Any]:
         PlanMismatchError: The store has another activation set than the run's.
         UnitMissingError: No activations have been produced yet.
     """
-    found = read_dictionary(source)
-    sae = sae_section(found, run, source)
+    imported = read_dictionary(source)
+    sae = sae_section(imported, run, source)
     run = Run.model_validate(run.model_dump() | {"sae": sae})
     runs = open_store(run.store.runs, run.store.s3)
     checkpoints = Checkpoints(runs, run.name, 1)
@@ -65,13 +65,13 @@ def import_dictionary(source: Path, run: Run) -> dict[str, Any]:
     activations = open_store(run.store.activations, run.store.s3)
     plan = load_plan(activations, run)
     resolved = plan.resolve(run)
-    there = ActivationSet(activations, plan, run.sites, wait=False)
+    activation_set = ActivationSet(activations, plan, run.sites, wait=False)
     normalisers = SiteNormalisers(
-        run.reads, run.writes, measure(there, resolved.train.normaliser_rows or 0)
+        run.reads, run.writes, measure(activation_set, resolved.train.normaliser_rows or 0)
     )
-    columns = found.W_dec.shape[1] // found.layers
+    columns = imported.W_dec.shape[1] // imported.layers
     for verb, sites, width in (
-        ("reads", run.reads, found.W_enc.shape[1]),
+        ("reads", run.reads, imported.W_enc.shape[1]),
         ("writes", run.writes, columns),
     ):
         for site in sites:
@@ -81,7 +81,7 @@ def import_dictionary(source: Path, run: Run) -> dict[str, Any]:
                     f"{len(normalisers.of[site].mean)}; name another site or model"
                 )
     scales = ([normalisers.of[s].scale for s in sites] for sites in (run.reads, run.writes))
-    dictionary = convert(resolved, found, *scales)
+    dictionary = convert(resolved, imported, *scales)
     tensors = {name: tensor.detach() for name, tensor in dictionary.tensors()}
     tensors[IDLE_ROWS] = torch.zeros(dictionary.n_latents, dtype=torch.int64)
     pieces = (Piece(name, t, 0, len(t) if t.shape else 1) for name, t in tensors.items())
@@ -91,50 +91,53 @@ def import_dictionary(source: Path, run: Run) -> dict[str, Any]:
     checkpoints.commit(0, [checkpoints.write(0, pieces)], normalisers.to_scalars() | scalars)
     return {
         "run": f"{runs.url}/{run.name}",
-        "library": found.library,
-        "kind": found.kind,
-        "latents": len(found.W_dec),
+        "library": imported.library,
+        "kind": imported.kind,
+        "latents": len(imported.W_dec),
     }
 
 
 def convert(
-    run: Run, found: ImportedDictionary, read: Sequence[float], written: Sequence[float]
+    run: Run,
+    imported: ImportedDictionary,
+    read_scales: Sequence[float],
+    written_scales: Sequence[float],
 ) -> Dictionary:
     """Convert a dictionary for raw activations to a recipe of dist_sae, for scaled activations.
 
     Args:
         run: The run, with the recipe.
-        found: The dictionary for raw activations.
-        read: Scale of each site that is read.
-        written: Scale of each site that is written.
+        imported: The dictionary for raw activations.
+        read_scales: Scale of each site that is read.
+        written_scales: Scale of each site that is written.
     """
-    n_latents, d_out = found.W_dec.shape
-    layers, d_write = found.layers, d_out // found.layers
-    widths = Widths((found.W_enc.shape[1],) * layers, (d_write,) * layers)
+    n_latents, d_out = imported.W_dec.shape
+    layers, d_write = imported.layers, d_out // imported.layers
+    widths = Widths((imported.W_enc.shape[1],) * layers, (d_write,) * layers)
     dictionary = build_sae(run.sae, widths)
-    norms = found.W_dec.norm(dim=1).clamp_min(1e-30)
+    norms = imported.W_dec.norm(dim=1).clamp_min(1e-30)
     if run.sae.kind in ("transcoder", "clt_jumprelu"):
         norms = torch.ones_like(norms)
-    scales = torch.tensor(read, dtype=torch.float64)[torch.arange(n_latents) % layers]
-    out = torch.tensor(written, dtype=torch.float64).repeat_interleave(d_write)
+    scales = torch.tensor(read_scales, dtype=torch.float64)[torch.arange(n_latents) % layers]
+    out = torch.tensor(written_scales, dtype=torch.float64).repeat_interleave(d_write)
     factors = scales * norms
-    per_latent = dict(found.per_latent)
+    per_latent = dict(imported.per_latent)
     subtracts_b_dec = run.sae.kind == "topk"  # the only one here that subtracts b_dec
-    if found.subtracts_b_dec and not subtracts_b_dec:
-        shift = found.W_enc @ found.b_dec
+    if imported.subtracts_b_dec and not subtracts_b_dec:
+        shift = imported.W_enc @ imported.b_dec
         per_latent["b_enc"] = per_latent["b_enc"] - shift
         if "b_mag" in per_latent:
             per_latent["b_mag"] = per_latent["b_mag"] - per_latent["r_mag"].exp() * shift
-    elif subtracts_b_dec and not found.subtracts_b_dec:
-        per_latent["b_enc"] = per_latent["b_enc"] + found.W_enc @ found.b_dec
-    W_dec = found.W_dec * out / factors[:, None]
+    elif subtracts_b_dec and not imported.subtracts_b_dec:
+        per_latent["b_enc"] = per_latent["b_enc"] + imported.W_enc @ imported.b_dec
+    W_dec = imported.W_dec * out / factors[:, None]
     values: dict[str, Tensor] = {
-        "W_enc": norms[:, None] * found.W_enc,
+        "W_enc": norms[:, None] * imported.W_enc,
         "W_dec": _in_groups(W_dec, layers) if layers > 1 else W_dec,
-        "b_dec": out * found.b_dec,
+        "b_dec": out * imported.b_dec,
     }
-    if found.W_skip is not None:
-        values["W_skip"] = found.W_skip * out[:, None] / read[0]
+    if imported.W_skip is not None:
+        values["W_skip"] = imported.W_skip * out[:, None] / read_scales[0]
     for name, vector in per_latent.items():
         values[name] = vector if name == "r_mag" else factors * vector
     if "threshold" in values:  # theta is relative to the rows' root mean square norm

@@ -90,10 +90,12 @@ def write(
         ConfigError: `check` fails, the folder has other files, or the run cannot be exported.
     """
     check(run, repository)
-    done = export_checkpoint(run, meter, step, format_name)
+    exported = export_checkpoint(run, meter, step, format_name)
     runs = open_store(run.store.runs, run.store.s3, meter)
-    subfolder = done.run.site if done.library in _FOLDER_LIBRARIES else ""
-    names = {f"{subfolder}/{name}".lstrip("/"): f"{done.folder}/{name}" for name in done.files}
+    subfolder = exported.run.site if exported.library in _FOLDER_LIBRARIES else ""
+    names = {
+        f"{subfolder}/{name}".lstrip("/"): f"{exported.folder}/{name}" for name in exported.files
+    }
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     if others := sorted(there - names.keys() - {CARD}):
         raise ConfigError(f"--dry-run {folder}: already contains {others[0]}; name an empty folder")
@@ -104,7 +106,7 @@ def write(
             size = runs.size(key) or 0
             for start in range(0, size, _PIECE_BYTES):
                 file.write(runs.get(key, start, min(start + _PIECE_BYTES, size)))
-    text = model_card(done, repository, subfolder, licences, _evaluation(runs, done))
+    text = model_card(exported, repository, subfolder, licences, _evaluation(runs, exported))
     (folder / CARD).write_text(text)
     return [folder / name for name in (CARD, *names)]
 
@@ -151,7 +153,7 @@ def check(run: Run, repository: str) -> None:
 
 
 def model_card(
-    done: Exported,
+    exported: Exported,
     repository: str,
     subfolder: str,
     licences: Licences,
@@ -160,24 +162,24 @@ def model_card(
     """Return the model card, in Markdown with the hub's metadata first.
 
     Args:
-        done: The export.
+        exported: The export.
         repository: Name of the repository, as org/name.
         subfolder: Folder of the export in the repository; empty for the root.
         licences: Licenses for the card.
         evaluation: The checkpoint's `evaluation.json`, if there is one.
     """
-    run, sae = done.run, done.run.sae
-    model, of_model = model_name(run), isinstance(run.model, HuggingFaceModel)
-    head: dict[str, Any] = {"tags": ["sparse-autoencoder", "interpretability", "dist_sae"]}
-    if done.library == "SAELens":
-        head["library_name"] = "saelens"
-    if of_model:
-        head["base_model"] = model
+    run, sae = exported.run, exported.run.sae
+    model, is_language_model = model_name(run), isinstance(run.model, HuggingFaceModel)
+    metadata: dict[str, Any] = {"tags": ["sparse-autoencoder", "interpretability", "dist_sae"]}
+    if exported.library == "SAELens":
+        metadata["library_name"] = "saelens"
+    if is_language_model:
+        metadata["base_model"] = model
     if isinstance(run.corpus, DatasetCorpus):
-        head["datasets"] = [run.corpus.name]
+        metadata["datasets"] = [run.corpus.name]
     if licences.dictionary:
-        head["license"] = licences.dictionary
-    rows = done.checkpoint.step * run.train.batch_rows
+        metadata["license"] = licences.dictionary
+    rows = exported.checkpoint.step * run.train.batch_rows
     facts = {
         "kind": f"`{sae.kind}`, {sae.n_latents:,} latents",
         "model": f"{model} (license: {licences.model or 'not stated'})",
@@ -185,7 +187,7 @@ def model_card(
         "text": f"{run.corpus.label} (license: {licences.text or 'not stated'})",
         "contexts": f"{run.activations.context_tokens} tokens",
         "trained on": f"{rows:,} vectors",
-        "format": done.library,
+        "format": exported.library,
         "license": licences.dictionary or "not stated",
     }
     numbers = "Not evaluated."
@@ -197,12 +199,14 @@ def model_card(
         }
         numbers = _table("held out", "", found)
     settings = {"sae": sae.model_dump(), "train": run.train.model_dump(exclude={"parent"})}
-    alone = done.library == "circuit-tracer" and isinstance(sae, TranscoderConfig)
-    loading = _LOADING["layer" if alone else done.library].format(
-        repository=repository, folder=subfolder, layer=layer_of(run.site) if alone else None
+    is_single_layer = exported.library == "circuit-tracer" and isinstance(sae, TranscoderConfig)
+    loading = _LOADING["layer" if is_single_layer else exported.library].format(
+        repository=repository,
+        folder=subfolder,
+        layer=layer_of(run.site) if is_single_layer else None,
     )
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False).rstrip()}\n---",
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False).rstrip()}\n---",
         f"# {run.name}",
         f"A dictionary of activations of {model}, trained with dist_sae {__version__}.",
         _table("", "", facts),
@@ -210,7 +214,7 @@ def model_card(
         f"## Loading\n\n```python\n{loading}\n```",
         "It takes raw activations. The scale factors of training are folded into the weights.",
         f"## Recipe\n\n```yaml\n{yaml.safe_dump(settings, sort_keys=False).rstrip()}\n```",
-        f"## Origin\n\n```json\n{json.dumps(origin(run, done.checkpoint), indent=2)}\n```",
+        f"## Origin\n\n```json\n{json.dumps(origin(run, exported.checkpoint), indent=2)}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -223,13 +227,13 @@ def _table(first: str, second: str, rows: Mapping[str, str]) -> str:
     return "\n".join([f"| {first} | {second} |", "|---|---|", *lines])
 
 
-def _evaluation(runs: ObjectStore, done: Exported) -> Mapping[str, Any] | None:
+def _evaluation(runs: ObjectStore, exported: Exported) -> Mapping[str, Any] | None:
     """Return this checkpoint's evaluation, or None if the stored one is for another checkpoint."""
-    suffix = done.folder.rpartition("-step-")
+    suffix = exported.folder.rpartition("-step-")
     name = f"evaluation-step-{suffix[2]}.json" if suffix[1] else "evaluation.json"
     try:
-        found: dict[str, Any] = json.loads(runs.get(f"{done.run.name}/{name}"))
+        found: dict[str, Any] = json.loads(runs.get(f"{exported.run.name}/{name}"))
     except ObjectNotFoundError:
         return None
-    same = found.get("made_from", {}).get("checkpoint") == done.checkpoint.digest
+    same = found.get("made_from", {}).get("checkpoint") == exported.checkpoint.digest
     return found if same else None

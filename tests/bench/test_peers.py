@@ -214,12 +214,16 @@ def test_file_is_split_into_rows_to_train_on_and_held_out(
     monkeypatch.setattr(activations, "HELDOUT_ROWS", 16)
     rows = np.random.default_rng(0).standard_normal((40, 3)).astype(np.float32)
     np.save(tmp_path / "rows.npy", rows)
-    activations.split_file(tmp_path / "rows.npy", tmp_path / "held.npy", n_rows=24, width=3)
+    activations.copy_heldout_rows(tmp_path / "rows.npy", tmp_path / "held.npy", n_rows=24, width=3)
     assert np.array_equal(np.load(tmp_path / "held.npy"), rows[24:])
     with pytest.raises(ConfigError, match="has 40 rows, but 25"):
-        activations.split_file(tmp_path / "rows.npy", tmp_path / "held.npy", n_rows=25, width=3)
+        activations.copy_heldout_rows(
+            tmp_path / "rows.npy", tmp_path / "held.npy", n_rows=25, width=3
+        )
     with pytest.raises(ConfigError, match=r"not floats of \[rows, 4\]"):
-        activations.split_file(tmp_path / "rows.npy", tmp_path / "held.npy", n_rows=8, width=4)
+        activations.copy_heldout_rows(
+            tmp_path / "rows.npy", tmp_path / "held.npy", n_rows=8, width=4
+        )
 
 
 def test_synthetic_rows_have_mean_square_norm_d_in_and_come_again(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ class Scripts:
 def test_rows_are_the_sum_of_the_features_that_fire(tmp_path: Path) -> None:
     fired = write_world(tmp_path)
     rows, which = Rows(tmp_path, TRAINING), np.array([7, 3, 511, 3])
-    assert torch.equal(rows.truth(which), fired[which])
+    assert torch.equal(rows.feature_strengths(which), fired[which])
     expected = fired[which].double() @ rows.directions.double() + 0.25
     torch.testing.assert_close(rows.batch(which).double(), expected, atol=1e-5, rtol=0)
 

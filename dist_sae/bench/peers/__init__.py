@@ -137,7 +137,9 @@ def bench_peers(
         )
         n_rows = max(timed.steps, fvu_steps) * batch
         if rows:
-            activations.split_file(rows, heldout, n_rows=n_rows, width=(1 + transcoder) * d_in)
+            activations.copy_heldout_rows(
+                rows, heldout, n_rows=n_rows, width=(1 + transcoder) * d_in
+            )
         else:
             activations.write_synthetic(
                 Path(timed.rows), heldout, n_rows=n_rows, d_in=d_in, n_directions=2 * n_latents,

@@ -65,7 +65,7 @@ def write_synthetic(
         written.flush()
 
 
-def split_file(path: Path, heldout: Path, *, n_rows: int, width: int) -> None:
+def copy_heldout_rows(path: Path, heldout: Path, *, n_rows: int, width: int) -> None:
     """Copy the file's last rows to `heldout`. Training reads its first `n_rows` rows in order.
 
     Raises:

@@ -175,7 +175,7 @@ def render_table(result: Mapping[str, Any]) -> str:
 
 def _check(comparison: Comparison) -> None:
     """Reject runs that cannot be trained, before anything is installed or generated."""
-    from dist_sae.bench.synth.run_dist_sae import run_of  # imports torch
+    from dist_sae.bench.synth.run_dist_sae import build_run  # imports torch
     from dist_sae.interop.export import problem
 
     if comparison.steps < 1:
@@ -184,7 +184,7 @@ def _check(comparison: Comparison) -> None:
         raise ConfigError(f"--l0 {comparison.l0:g}: must be above 0")
     for trainer, shards, seed in comparison.jobs():
         if trainer.library == DIST_SAE:
-            run = run_of(comparison.spec(trainer, shards, seed) | {"work": "nowhere"})
+            run = build_run(comparison.spec(trainer, shards, seed) | {"work": "nowhere"})
             if reason := problem(run):
                 raise ConfigError(f"{trainer}: {reason}")
 

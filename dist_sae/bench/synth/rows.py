@@ -53,7 +53,7 @@ class Rows:
         )
         return x + self._bias
 
-    def truth(self, which: NDArray[np.int64]) -> Tensor:
+    def feature_strengths(self, which: NDArray[np.int64]) -> Tensor:
         """Return the strength of each feature in the rows with these numbers, [rows, features]."""
         starts, features, strengths = self._fired(which)
         counts = starts.diff(append=starts.new_tensor([len(features)]))

@@ -42,7 +42,7 @@ _SITE = "synthetic"
 _NORMALISER_ROWS = 65_536
 
 
-def run_of(spec: dict[str, Any]) -> Run:
+def build_run(spec: dict[str, Any]) -> Run:
     """Build the run that a spec describes.
 
     Raises:
@@ -149,7 +149,7 @@ def main(path: str) -> int:
     """Train by the spec in the file. The first rank prints a JSON line."""
     spec = json.loads(Path(path).read_text(encoding="utf-8"))
     torch.set_num_threads(spec["threads"])
-    run, world = run_of(spec), WorldRows(Path(spec["folder"]), TRAINING)
+    run, world = build_run(spec), WorldRows(Path(spec["folder"]), TRAINING)
     with rendezvous(spec["shards"]) as ranks, join_mesh(ranks, spec["shards"]) as mesh:
         state, seconds = train(run, mesh, world, spec["seed"])
         folder = save(run, mesh, world, state)

@@ -129,7 +129,7 @@ class _HeldoutFeatures:
     def sample(self, batch_size: int) -> Tensor:
         which = np.arange(self._done, self._done + batch_size)
         self._done += batch_size
-        return self._part.truth(which)
+        return self._part.feature_strengths(which)
 
 
 def score(spec: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +145,9 @@ def score(spec: dict[str, Any]) -> dict[str, Any]:
         batch_size=_CHUNK_ROWS,
     )
     parts = np.array_split(np.arange(len(heldout)), -(-len(heldout) // _CHUNK_ROWS))
-    codes = ((sae.encode(heldout.batch(which)), heldout.truth(which)) for which in parts)
+    codes = (
+        (sae.encode(heldout.batch(which)), heldout.feature_strengths(which)) for which in parts
+    )
     f1 = detection.f1_at_l0(codes, sae.W_dec, heldout.directions, spec["l0"])
     found: dict[str, Any] = result.to_dict() | {"f1_at_l0": f1}
     return found
