@@ -208,6 +208,6 @@ def _timed(arguments: Sequence[str], environment: Mapping[str, str]) -> float:
     )
     if done.returncode:
         last = (done.stderr.strip() or "no output").splitlines()[-1]
-        said = last.removeprefix("error: ")
-        raise ProcessFailedError(f"--measure: {arguments[0]}: {said}", done.returncode)
+        reason = last.removeprefix("error: ")
+        raise ProcessFailedError(f"--measure: {arguments[0]}: {reason}", done.returncode)
     return time.perf_counter() - since

@@ -49,8 +49,8 @@ def pipeline(context: StageContext) -> Iterator[Record]:
     run = load_run(path)
     plan(run)
     with Telemetry(run.name, "produce", None) as telemetry:
-        made = produce(run, Worker("check"), threading.Event(), telemetry)
-    yield measurement("produced", **made)
+        produced = produce(run, Worker("check"), threading.Event(), telemetry)
+    yield measurement("produced", **produced)
     on_cpu = [f"store.activations={context.folder / 'on_cpu'}", "processes.device=cpu"]
     plan(load_run(path, on_cpu))
     processes = [
@@ -170,9 +170,9 @@ def _same_rows(run: Run, on_cpu: Run) -> Record:
 
 def _rows(run: Run) -> Iterator[torch.Tensor]:
     store = open_store(run.store.activations)
-    made = load_plan(store, run)
-    activations = ActivationSet(store, made, (_SITE,), wait=False)
-    for block in activations.rows(range(len(made.units)), 2**62):
+    loaded_plan = load_plan(store, run)
+    activations = ActivationSet(store, loaded_plan, (_SITE,), wait=False)
+    for block in activations.rows(range(len(loaded_plan.units)), 2**62):
         yield block[_SITE]
 
 
