@@ -14,7 +14,7 @@ HAS = 2
 throughout. Judges by pattern give 0 or 3, classifiers the quarter of their label's probability."""
 LEVELS = range(4)
 LLM = "llm:"
-"""Prefix of a judge that asks a language model; see `asked`."""
+"""Prefix of a judge that asks a language model; see `llm_judge`."""
 
 
 class Key(NamedTuple):

@@ -134,7 +134,7 @@ def fit(widths: Sequence[Width], frequencies: Sequence[float] = (), seed: int = 
         seed: Seed of the replicates.
     """
     n = len(widths[0].frequency)
-    weights = resampled(n, seed)
+    weights = bootstrap_counts(n, seed)
     curves, logs = [], []
     for width in widths:
         log_f50, slope = _replicates(width, weights)
@@ -192,7 +192,7 @@ def _law(
     return Law(interval(exponent), float(np.exp(scale[0])), forecasts, ten_times)
 
 
-def resampled(n: int, seed: int) -> NDArray[np.float64]:
+def bootstrap_counts(n: int, seed: int) -> NDArray[np.float64]:
     """Return how often each of n items is drawn: once in the sample, then in each replicate.
 
     Returns:

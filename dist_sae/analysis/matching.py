@@ -152,9 +152,9 @@ def _best_word(
     def counts(number: int, half: int, thresholds: NDArray[np.float32]) -> list[NDArray[np.int64]]:
         """Count hits and false alarms at each threshold."""
         of_half = (concept == number) & (is_second == bool(half))
-        hits = _from(np.sort(acts[of_half & is_last])[::-1], thresholds)
-        other_tokens = _from(np.sort(acts[of_half & ~is_last])[::-1], thresholds)
-        return [hits, _from(falling[half], thresholds) - hits - other_tokens]
+        hits = _count_reaching(np.sort(acts[of_half & is_last])[::-1], thresholds)
+        other_tokens = _count_reaching(np.sort(acts[of_half & ~is_last])[::-1], thresholds)
+        return [hits, _count_reaching(falling[half], thresholds) - hits - other_tokens]
 
     found: Match | None = None
     for number in concepts:
@@ -201,7 +201,9 @@ def _hits(words: WordRows, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], 
     return place, words.rows[place] == rows
 
 
-def _from(falling: NDArray[np.float32], thresholds: NDArray[np.float32]) -> NDArray[np.int64]:
+def _count_reaching(
+    falling: NDArray[np.float32], thresholds: NDArray[np.float32]
+) -> NDArray[np.int64]:
     """Count the activations that reach each threshold."""
     found: NDArray[np.int64] = np.searchsorted(-falling, -thresholds, side="right")
     return found

@@ -5,7 +5,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_sae.analysis.planes import Plane, Points, measure_plane, null_share, separability
+from dist_sae.analysis.planes import (
+    Plane,
+    Points,
+    measure_plane,
+    separability,
+    separability_p_value,
+)
 from dist_sae.analysis.reconstructed import Reconstructed
 from dist_sae.analysis.shape import (
     composition,
@@ -164,7 +170,7 @@ def measure(group: Reconstructed) -> Shape | None:
     radii = np.linalg.norm(flat if ahead else points, axis=1)
     p_value = None
     if plane.score >= RING_SCORE:
-        p_value = null_share(flat, _NULL_DRAWS, np.random.default_rng(group.group))
+        p_value = separability_p_value(flat, _NULL_DRAWS, np.random.default_rng(group.group))
     two = np.sort(codes, axis=1)[:, -2:]
     measured = Measured(
         group=group.group,

@@ -71,7 +71,7 @@ class _Passages(NamedTuple):
 def judge_passages(
     index: Latents,
     tokens: TokenTexts,
-    asks: Sequence[tuple[int, Judge]],
+    pairs: Sequence[tuple[int, Judge]],
     sampling: Sampling,
     peers: Sequence[int] = (),
 ) -> list[Judged]:
@@ -83,17 +83,17 @@ def judge_passages(
     Args:
         index: The index, with all postings.
         tokens: Texts of the model's tokens.
-        asks: Latents, each with a judge of its concept.
+        pairs: Latents, each with a judge of its concept.
         sampling: How passages are drawn. Judges with labels have their own sample instead.
         peers: Other latents, to compare with.
 
     Raises:
         ArgumentError: Some labeled passages do not exist, or one side of the filter has no label.
     """
-    firings = {latent: _Firings(index, latent) for latent in {*peers, *(ask[0] for ask in asks)}}
-    scores = [_Scores([firings[peer].most for peer in peers]) for _ in asks]
-    parts: list[list[Judged]] = [[] for _ in asks]
-    chances_of = [_judged_shares(judge) for _, judge in asks]
+    firings = {latent: _Firings(index, latent) for latent in {*peers, *(pair[0] for pair in pairs)}}
+    scores = [_Scores([firings[peer].max_act for peer in peers]) for _ in pairs]
+    parts: list[list[Judged]] = [[] for _ in pairs]
+    chances_of = [_judged_shares(judge) for _, judge in pairs]
     for unit in index.manifest.units:
         passages = _passages_of(index.origins(unit), tokens, sampling.tokens)
         drawn = _drawn(passages, sampling, unit)
@@ -101,7 +101,7 @@ def judge_passages(
             latent: of.largest(unit, passages.of_row, len(passages.keys))
             for latent, of in firings.items()
         }
-        for part, score, own, (latent, judge) in zip(parts, scores, chances_of, asks, strict=True):
+        for part, score, own, (latent, judge) in zip(parts, scores, chances_of, pairs, strict=True):
             labels = drawn if judge.labels is None else _labelled(passages, judge.labels, own)
             here = np.array(list(labels), np.int64)
             part.append(
@@ -120,7 +120,7 @@ def judge_passages(
         )
         for part, score in zip(parts, scores, strict=True)
     ]
-    for (_, judge), found in zip(asks, judged, strict=True):
+    for (_, judge), found in zip(pairs, judged, strict=True):
         if judge.labels is not None:
             wanted = sum(label.level is not None for label in judge.labels.values())
             if wanted > len(found.level):
@@ -239,7 +239,7 @@ class _Firings:
         )
 
     @property
-    def most(self) -> float:
+    def max_act(self) -> float:
         """Largest activation on any row; 0 if the latent never fires."""
         return float(self._act.max(initial=0))
 

@@ -85,7 +85,7 @@ def mixture(points: Points) -> float:
     return most / len(points)
 
 
-def null_share(points: Points, draws: int, generator: np.random.Generator) -> float:
+def separability_p_value(points: Points, draws: int, generator: np.random.Generator) -> float:
     """Return the p-value of the separability against points with shuffled coordinates.
 
     The points themselves count as one draw that reaches it.

@@ -23,7 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dist_sae.analysis.judges import HAS, LEVELS
-from dist_sae.analysis.law import Interval, interval, resampled
+from dist_sae.analysis.law import Interval, bootstrap_counts, interval
 from dist_sae.analysis.passages import SHARES, Judged
 from dist_sae.errors import ArgumentError
 from dist_sae.report.charts import Line, render_lines
@@ -101,7 +101,7 @@ def measure(latent: int, judge: str, largest: float, judged: Judged, seed: int =
         )
     group = np.unique(judged.document, return_inverse=True)[1] % _GROUPS
     groups = int(group.max()) + 1
-    draws = resampled(groups, seed)
+    draws = bootstrap_counts(groups, seed)
 
     def total(values: NDArray[Any]) -> NDArray[np.float64]:
         """Return the sum over the sample, then over each of its replicates."""

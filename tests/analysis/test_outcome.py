@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from dist_sae.checkpoint.trained import find_checkpoint
-from dist_sae.commands.analyse.common import answer
+from dist_sae.commands.analyse.common import run_analysis
 from dist_sae.config import Run
 from dist_sae.errors import ConfigError, CorruptObjectError
 from dist_sae.report.build import report
@@ -96,7 +96,7 @@ def test_findings_are_not_kept_if_a_newer_checkpoint_came_meanwhile(tmp_path: Pa
 
     options = Namespace(what="coverage", json=True)
     with pytest.raises(ConfigError, match="a newer checkpoint was saved during the analysis"):
-        answer(options, run.name, [run], "Coverage", {}, find)
+        run_analysis(options, run.name, [run], "Coverage", {}, find)
     assert read_outcomes(open_store(run.store.runs), run.name) == []
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dist_sae.analysis.planes import measure_plane, mixture, null_share, separability
+from dist_sae.analysis.planes import measure_plane, mixture, separability, separability_p_value
 from dist_sae.analysis.shape import scaling, two_nn
 
 N = 1000
@@ -51,8 +51,8 @@ def test_values_that_can_be_worked_out() -> None:
 
 def test_shuffled_coordinates_reach_what_independent_ones_have() -> None:
     draw = np.random.default_rng(0)
-    assert null_share(circle(draw), 39, draw) == 1 / 40
-    independent = [null_share(draw.random((200, 2)), 39, draw) for _ in range(20)]
+    assert separability_p_value(circle(draw), 39, draw) == 1 / 40
+    independent = [separability_p_value(draw.random((200, 2)), 39, draw) for _ in range(20)]
     assert np.mean(np.array(independent) <= 0.05) < 0.3
 
 

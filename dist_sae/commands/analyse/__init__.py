@@ -5,12 +5,12 @@ from typing import Any
 from dist_sae.commands import shared
 from dist_sae.commands.analyse import coverage, dark_matter, latent_map, manifolds, sensitivity
 
-_QUESTIONS: tuple[Any, ...] = (coverage, dark_matter, manifolds, latent_map, sensitivity)
+_ANALYSES: tuple[Any, ...] = (coverage, dark_matter, manifolds, latent_map, sensitivity)
 
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
     text = "run an analysis of trained dictionaries; its results are stored with the run"
-    questions = shared.add_group(commands, "analyse", text, "WHAT")
-    for question in _QUESTIONS:
-        question.add(questions)
+    analyses = shared.add_group(commands, "analyse", text, "WHAT")
+    for analysis in _ANALYSES:
+        analysis.add(analyses)

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from dist_sae.report.outcome import Findings
 
 
-def add_question(
-    questions: shared.Commands,
+def add_analysis(
+    analyses: shared.Commands,
     name: str,
     main: shared.Main,
     text: str,
@@ -25,14 +25,14 @@ def add_question(
     Args:
         several: Whether the analysis can take several runs.
     """
-    parser = shared.add_command(questions, name, main, text)
+    parser = shared.add_command(analyses, name, main, text)
     parser.set_defaults(what=name)
     if several:
         parser.add_argument("others", nargs="*", metavar="RUN", help="more runs")
     return parser
 
 
-def answer(
+def run_analysis(
     options: argparse.Namespace,
     name: str,
     runs: "Sequence[Run]",

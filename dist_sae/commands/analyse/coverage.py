@@ -17,10 +17,10 @@ _CORPUS_WORDS = 400
 _ROTATED_COPY = "its randomly rotated copy"
 
 
-def add(questions: shared.Commands) -> None:
+def add(analyses: shared.Commands) -> None:
     """Add the analysis."""
     text = "which concepts have their own latent, by frequency, and how wide a dictionary must be"
-    parser = common.add_question(questions, "coverage", main, text, several=True)
+    parser = common.add_analysis(analyses, "coverage", main, text, several=True)
     parser.add_argument(
         "--concepts",
         metavar="LIST",
@@ -85,7 +85,7 @@ def main(options: argparse.Namespace) -> None:
         "control": options.control,
     }
     title = "Coverage: which concepts have a latent"
-    common.answer(options, name, runs, title, settings, lambda: _find(options, runs))
+    common.run_analysis(options, name, runs, title, settings, lambda: _find(options, runs))
 
 
 def _find(options: argparse.Namespace, runs: "Sequence[Run]") -> "Findings":

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 TITLE = "Dark matter"
 
 
-def add(questions: shared.Commands) -> None:
+def add(analyses: shared.Commands) -> None:
     """Add the analysis."""
     text = "what dictionaries miss: the tail, the parts of the error, what two seeds share"
-    parser = common.add_question(questions, "dark-matter", main, text, several=True)
+    parser = common.add_analysis(analyses, "dark-matter", main, text, several=True)
     parser.add_argument(
         "--rows",
         type=int,
@@ -52,4 +52,4 @@ def main(options: argparse.Namespace) -> None:
         }
         return findings(studies, overlaps)
 
-    common.answer(options, name, runs, TITLE, settings, find)
+    common.run_analysis(options, name, runs, TITLE, settings, find)

@@ -4,17 +4,17 @@ import argparse
 from typing import TYPE_CHECKING
 
 from dist_sae.commands import shared
-from dist_sae.commands.analyse.common import add_question, answer
+from dist_sae.commands.analyse.common import add_analysis, run_analysis
 from dist_sae.errors import ArgumentError
 
 if TYPE_CHECKING:
     from dist_sae.report.outcome import Findings
 
 
-def add(questions: shared.Commands) -> None:
+def add(analyses: shared.Commands) -> None:
     """Add the analysis."""
     text = "map all latents: clusters, parents and children, and a page to zoom into"
-    parser = add_question(questions, "map", main, text)
+    parser = add_analysis(analyses, "map", main, text)
     parser.add_argument(
         "--resamples",
         type=int,
@@ -38,4 +38,4 @@ def main(options: argparse.Namespace) -> None:
         return make_map(run.name, open_indexed_dictionary(run), settings)
 
     settings = {"resamples": options.resamples, "seed": run.train.seed}
-    answer(options, run.name, [run], "Map of the latents", settings, find)
+    run_analysis(options, run.name, [run], "Map of the latents", settings, find)

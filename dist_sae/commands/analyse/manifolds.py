@@ -4,17 +4,17 @@ import argparse
 from typing import TYPE_CHECKING
 
 from dist_sae.commands import shared
-from dist_sae.commands.analyse.common import add_question, answer
+from dist_sae.commands.analyse.common import add_analysis, run_analysis
 from dist_sae.errors import ArgumentError
 
 if TYPE_CHECKING:
     from dist_sae.report.outcome import Findings
 
 
-def add(questions: shared.Commands) -> None:
+def add(analyses: shared.Commands) -> None:
     """Add the analysis."""
     text = "find groups of latents that form one multidimensional feature, such as a ring"
-    parser = add_question(questions, "manifolds", main, text)
+    parser = add_analysis(analyses, "manifolds", main, text)
     parser.add_argument(
         "--cosine", type=float, default=0.5, help="least cosine of joined latents (default: 0.5)"
     )
@@ -54,4 +54,4 @@ def main(options: argparse.Namespace) -> None:
 
         return find_manifolds(open_indexed_dictionary(run), settings)
 
-    answer(options, run.name, [run], "Multidimensional features", settings._asdict(), find)
+    run_analysis(options, run.name, [run], "Multidimensional features", settings._asdict(), find)

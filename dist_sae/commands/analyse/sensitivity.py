@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from dist_sae.report.outcome import Findings
 
 
-def add(questions: shared.Commands) -> None:
+def add(analyses: shared.Commands) -> None:
     """Add the analysis."""
     text = "whether a latent fires wherever its concept occurs, and only there, without filter bias"
-    parser = common.add_question(questions, "sensitivity", main, text)
+    parser = common.add_analysis(analyses, "sensitivity", main, text)
     parser.add_argument(
         "--ask",
         metavar="LATENT=JUDGE",
@@ -62,21 +62,23 @@ def main(options: argparse.Namespace) -> None:
     if options.draw is not None:
         _draw(options, run, sampling)
         return
-    asks = _asks(options, run, sampling)
-    if asks is None:  # only the estimate of the requests was printed
+    pairs = _latent_judge_pairs(options, run, sampling)
+    if pairs is None:  # only the estimate of the requests was printed
         return
     settings = {
         "ask": options.ask,
         "passage": options.passage,
         "filter": options.filter,
         "share": options.share,
-        "endpoint": _described(options),
+        "endpoint": _endpoint_settings(options),
     }
     title = "Sensitivity: whether latents fire wherever their concept occurs"
-    common.answer(options, run.name, [run], title, settings, lambda: _find(run, asks, sampling))
+    common.run_analysis(
+        options, run.name, [run], title, settings, lambda: _find(run, pairs, sampling)
+    )
 
 
-def _described(options: argparse.Namespace) -> dict[str, str] | None:
+def _endpoint_settings(options: argparse.Namespace) -> dict[str, str] | None:
     from dist_sae.endpoint.settings import read_endpoint
 
     if options.endpoint is None:
@@ -113,7 +115,7 @@ def _sampling(options: argparse.Namespace) -> "Sampling":
     return Sampling(options.passage, judge, options.share)
 
 
-def _asks(
+def _latent_judge_pairs(
     options: argparse.Namespace, run: "Run", sampling: "Sampling"
 ) -> "list[tuple[int, Judge]] | None":
     """Return latents with their judges, or None if the user has not agreed to send requests."""
@@ -130,14 +132,14 @@ def _asks(
         named.append((int(latent), judge))
     judges = {judge: open_judge(judge) for _, judge in named if not is_llm_judge(judge)}
     if asked := list(dict.fromkeys(judge for _, judge in named if is_llm_judge(judge))):
-        found = _ask_endpoint(options, run, sampling, asked)
+        found = _llm_judges(options, run, sampling, asked)
         if found is None:
             return None
         judges |= found
     return [(latent, judges[judge]) for latent, judge in named]
 
 
-def _ask_endpoint(
+def _llm_judges(
     options: argparse.Namespace, run: "Run", sampling: "Sampling", texts: "Sequence[str]"
 ) -> "dict[str, Judge] | None":
     """Return judges that ask a language model, or None if the user has not agreed to that."""
@@ -160,7 +162,7 @@ def _ask_endpoint(
     }
 
 
-def _find(run: "Run", asks: "list[tuple[int, Judge]]", sampling: "Sampling") -> "Findings":
+def _find(run: "Run", pairs: "list[tuple[int, Judge]]", sampling: "Sampling") -> "Findings":
     import numpy as np
 
     from dist_sae.analysis.indexed_run import open_indexed_run
@@ -171,17 +173,17 @@ def _find(run: "Run", asks: "list[tuple[int, Judge]]", sampling: "Sampling") -> 
     indexed = open_indexed_run(run)
     index = indexed.index
     index.check_all_postings("sensitivity")
-    largest = [index.latent(latent).max for latent, _ in asks]  # raises for an unknown latent
+    largest = [index.latent(latent).max for latent, _ in pairs]  # raises for an unknown latent
     tokens = TokenTexts(indexed.tokenizer(), [])
-    others = np.setdiff1d(np.flatnonzero(index.firings), [latent for latent, _ in asks])
+    others = np.setdiff1d(np.flatnonzero(index.firings), [latent for latent, _ in pairs])
     peers = np.random.default_rng(0).permutation(others)[:PEERS].tolist()
-    judged = judge_passages(index, tokens, asks, sampling, peers)
+    judged = judge_passages(index, tokens, pairs, sampling, peers)
     return sensitivity(
         [
             measure(latent, judge.text, top, found)
-            for (latent, judge), top, found in zip(asks, largest, judged, strict=True)
+            for (latent, judge), top, found in zip(pairs, largest, judged, strict=True)
         ],
-        list(dict.fromkeys(judge.caveat for _, judge in asks if judge.caveat)),
+        list(dict.fromkeys(judge.caveat for _, judge in pairs if judge.caveat)),
     )
 
 
