@@ -194,7 +194,7 @@ def _rotate(indexed: IndexedRun, manifest: IndexManifest, seed: int) -> _Rotated
     with Encoder(sae.eval(), activations, normalisers) as encoder:
         following = iter(manifest.units[1:])
         for unit in manifest.units:
-            found = encoder.encode(unit, following=lambda: next(following, None))
+            found = encoder.encode(unit, claim_next=lambda: next(following, None))
             kept = index.has_postings(unit, found.rows.astype(np.int64))
             columns = found.latents[kept], found.rows[kept], found.acts[kept]
             units = np.full(len(columns[0]), unit, np.int32)

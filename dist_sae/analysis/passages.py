@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dist_sae.analysis.judges import HAS, Judge, Key, Label
 from dist_sae.analysis.words import Rows, TokenTexts
 from dist_sae.errors import ArgumentError
-from dist_sae.index.codes import below, chances
+from dist_sae.index.codes import hash_bound, row_hashes
 
 SHARES = (0.0, 0.1, 0.5)
 """Thresholds of a latent, as shares of its largest activation."""
@@ -182,8 +182,8 @@ def _drawn(passages: _Passages, sampling: Sampling, unit: int) -> dict[int, Labe
     n = len(passages.keys)
     if sampling.filter is None:
         return dict.fromkeys(range(n), Label(None, 1.0, in_filter=True))
-    number = chances(sampling.seed, _DRAW, unit, np.arange(n))
-    lucky = number < below(sampling.share)
+    number = row_hashes(sampling.seed, _DRAW, unit, np.arange(n))
+    lucky = number < hash_bound(sampling.share)
     drawn = {}
     for place, level in enumerate(sampling.filter.levels(passages.texts)):
         if level >= HAS:

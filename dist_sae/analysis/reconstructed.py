@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from dist_sae.analysis.graph import Groups
 from dist_sae.analysis.spool import Spool
-from dist_sae.index.codes import below, chances
+from dist_sae.index.codes import hash_bound, row_hashes
 from dist_sae.index.decoder import Decoder
 from dist_sae.index.query import Index
 
@@ -69,15 +69,17 @@ def reconstruct(
     n_parts = int(part_of_group.max(initial=0)) + 1
     row_type = np.dtype([("slot", "<i4"), ("row", "<f4", (decoder.d_out,))])
     with Spool(row_type, n_parts) as rows, Spool(_ENTRY, n_parts) as entries:
-        bounds = np.array([below(min(share, 1.0)) for share in limit.tolist()], np.uint64)
+        bounds = np.array([hash_bound(min(share, 1.0)) for share in limit.tolist()], np.uint64)
         buckets = range(index.manifest.n_buckets)
         for table in chain.from_iterable(map(index.bucket_postings, buckets)):
             here, slots = slots_of(table["latent"].to_numpy())
             unit, row = (table[c].to_numpy()[here] for c in ("unit", "row"))
-            chance = chances(index.manifest.seed, _PURPOSE, unit, row)  # unique, so it names a row
-            kept = chance <= bounds[group_of[slots]]
+            hashes = row_hashes(
+                index.manifest.seed, _PURPOSE, unit, row
+            )  # unique, so it names a row
+            kept = hashes <= bounds[group_of[slots]]
             records = np.empty(int(kept.sum()), _ENTRY)
-            records["slot"], records["row"] = slots[kept], chance[kept]
+            records["slot"], records["row"] = slots[kept], hashes[kept]
             records["act"] = table["act"].to_numpy()[here[kept]]
             entries.add(part_of[slots[kept]], records)
         for first, part in decoder.parts():
@@ -125,9 +127,9 @@ def _of_part(
         strict=True,
     ):
         slots = mine["slot"]
-        chance, place = np.unique(found["row"], return_inverse=True)
-        n = min(len(chance), most_rows)
-        codes = np.zeros((len(chance), len(slots)))
+        hashes, place = np.unique(found["row"], return_inverse=True)
+        n = min(len(hashes), most_rows)
+        codes = np.zeros((len(hashes), len(slots)))
         codes[place, found["slot"] - slots[0]] = found["act"]
         directions = mine["row"].astype(np.float64)
         gram = directions @ directions.T

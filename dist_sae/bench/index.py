@@ -26,9 +26,9 @@ from dist_sae.dictionaries.axis import WHOLE
 from dist_sae.distributed.mesh import alone
 from dist_sae.index.cells import stored_cells
 from dist_sae.index.coactive import Sample
+from dist_sae.index.context import IndexContext, open_index
 from dist_sae.index.encode import ENCODE_ROWS, Encoder, open_encoder
 from dist_sae.index.layout import UnitRecord
-from dist_sae.index.opened import Opened, open_index
 from dist_sae.index.outputs import open_outputs
 from dist_sae.index.query import Index
 from dist_sae.index.tables import Origins, make_bucket
@@ -57,13 +57,13 @@ def bench_index(run: Run, *, units: int) -> dict[str, Any]:
         bucket; `stage_2_peak_bytes`, the peak increase of memory during stage 2.
     """
     device = own_device()
-    with _opened(run, units) as opened:
-        with open_encoder(opened, WHOLE, device, threading.Event()) as encoder:
-            records, pairs = _stage_1(opened, encoder)
+    with _open_context(run, units) as context:
+        with open_encoder(context, WHOLE, device, threading.Event()) as encoder:
+            records, pairs = _stage_1(context, encoder)
         before = resident_bytes()
         with peak_memory() as peak:
-            stage_2 = _stage_2(opened, records, device)
-        pages = _pages(opened)
+            stage_2 = _stage_2(context, records, device)
+        pages = _pages(context)
     rows = sum(record.rows for record in records)
     timed = sum(record.rows for record in records[1:])
     whole, bare = medians(pairs)
@@ -81,39 +81,39 @@ def bench_index(run: Run, *, units: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(run: Run, units: int) -> Iterator[Opened]:
+def _open_context(run: Run, units: int) -> Iterator[IndexContext]:
     """Open a temporary index of the first units, and delete it on exit."""
     name = f"bench-{uuid.uuid4().hex[:12]}"
     run = run.model_copy(update={"index": run.index.model_copy(update={"name": name})})
     telemetry = Telemetry(run.name, "index", None)
-    opened = open_index(run, "bench", threading.Event(), telemetry, None)
-    chosen = {"units": opened.manifest.units[:units]}
+    context = open_index(run, "bench", threading.Event(), telemetry, None)
+    chosen = {"units": context.manifest.units[:units]}
     try:
-        yield opened._replace(manifest=opened.manifest.model_copy(update=chosen))
+        yield context._replace(manifest=context.manifest.model_copy(update=chosen))
     finally:
-        for key in list(opened.store.keys(opened.folder.prefix)):
-            opened.store.delete(key)
+        for key in list(context.store.keys(context.folder.prefix)):
+            context.store.delete(key)
 
 
 def _stage_1(
-    opened: Opened, encoder: Encoder
+    context: IndexContext, encoder: Encoder
 ) -> tuple[list[UnitRecord], list[tuple[float, float]]]:
     """Encode and store the units. Returns their records, and (stage 1, bare encode) seconds.
 
     Like a worker, stores a unit's codes while encoding the next unit. The first unit is not timed.
     """
-    store, folder, manifest, *_ = opened
+    store, folder, manifest, *_ = context
     records: list[UnitRecord] = []
     pairs = []
-    normalisers = opened.normalisers
-    activations = ActivationSet(opened.activations, opened.plan, normalisers.reads)
+    normalisers = context.normalisers
+    activations = ActivationSet(context.activations, context.plan, normalisers.reads)
     following = iter(manifest.units[1:])
     with UnitWriter(store, folder, manifest, alone(), records.append) as writer:
         for unit in manifest.units:
             acts = torch.cat(list(map(normalisers.inputs, activations.rows([unit], 2**62))))
             bare, _ = _timed(partial(_encode, encoder, acts))
             since = time.perf_counter()
-            encoded = encoder.encode(unit, following=partial(next, following, None))
+            encoded = encoder.encode(unit, claim_next=partial(next, following, None))
             writer.put(encoded, encoder.sae)
             pairs.append((time.perf_counter() - since, bare))
         writer.finish()
@@ -127,19 +127,21 @@ def _encode(encoder: Encoder, acts: Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def _stage_2(opened: Opened, records: list[UnitRecord], device: torch.device) -> dict[str, float]:
-    store, folder, manifest, _, checkpoint, *_ = opened
+def _stage_2(
+    context: IndexContext, records: list[UnitRecord], device: torch.device
+) -> dict[str, float]:
+    store, folder, manifest, _, checkpoint, *_ = context
     origins = Origins(store, records)
     pairs_seconds, sample = _timed(partial(Sample, store, manifest, records))
     place = (store, folder.prefix, checkpoint, device)
-    cells = stored_cells(*place) if opened.neighbours else None
-    decoder = decoder_of(opened)
-    outputs = open_outputs(opened.model, manifest, opened.normalisers)
+    cells = stored_cells(*place) if context.neighbours else None
+    decoder = decoder_of(context)
+    outputs = open_outputs(context.model, manifest, context.normalisers)
     entries = posted = 0
     merge_seconds = weights_seconds = 0.0
     for bucket in range(manifest.n_buckets):
         latents = manifest.bucket(bucket)
-        of_weights = partial(weight_columns, opened, latents, decoder, cells, outputs, device)
+        of_weights = partial(weight_columns, context, latents, decoder, cells, outputs, device)
         seconds, weights = _timed(of_weights)
         weights_seconds += seconds
         seconds, record = _timed(
@@ -160,9 +162,9 @@ def _stage_2(opened: Opened, records: list[UnitRecord], device: torch.device) ->
     }
 
 
-def _pages(opened: Opened) -> list[float]:
+def _pages(context: IndexContext) -> list[float]:
     """Return the seconds to read each of `_PAGES` pages, of evenly spaced latents."""
-    index = Index(opened.store, opened.run.name, opened.manifest.name)
+    index = Index(context.store, context.run.name, context.manifest.name)
     latents = torch.linspace(0, index.n_latents - 1, _PAGES).long().tolist()
     return [_timed(partial(index.latent, latent))[0] for latent in latents]
 

@@ -23,9 +23,9 @@ from dist_sae.distributed.watch import Watch
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError, Stopped
 from dist_sae.index.cells import stored_cells
 from dist_sae.index.coactive import Sample
+from dist_sae.index.context import IndexContext, open_index
 from dist_sae.index.encode import Encoded, Encoder, open_encoder
 from dist_sae.index.layout import UnitRecord
-from dist_sae.index.opened import Opened, open_index
 from dist_sae.index.outputs import open_outputs
 from dist_sae.index.records import UnitRecords, unit_records
 from dist_sae.index.repair import check_not_retired, delete_unnamed, drop_damaged
@@ -83,15 +83,15 @@ def index(
         PlanMismatchError: The run was trained with other settings, or on another activation set.
         Stopped: `stopping` was set before the index was complete.
     """
-    opened = open_index(run, worker.name, stopping, telemetry, step)
+    context = open_index(run, worker.name, stopping, telemetry, step)
     with _join(run, stopping) as (mesh, watch):
         telemetry.device = mesh.device
         if repair and mesh.is_first:
-            retired = retired_below(opened.activations)
-            drop_damaged(opened.store, opened.folder, opened.manifest, retired)
+            retired = retired_below(context.activations)
+            drop_damaged(context.store, context.folder, context.manifest, retired)
         mesh.barrier()
-        _Worker(opened, worker, mesh, watch, stopping, telemetry).work()
-        return summary(opened.store, opened.folder, opened.manifest) if mesh.is_first else {}
+        _Worker(context, worker, mesh, watch, stopping, telemetry).work()
+        return summary(context.store, context.folder, context.manifest) if mesh.is_first else {}
 
 
 @contextmanager
@@ -135,14 +135,14 @@ class _Worker:
 
     def __init__(
         self,
-        opened: Opened,
+        context: IndexContext,
         worker: Worker,
         mesh: Mesh,
         watch: Watch | None,
         stopping: threading.Event,
         telemetry: Telemetry,
     ) -> None:
-        self._opened = opened
+        self._context = context
         self._worker = worker
         self._mesh = mesh
         self._watch = watch
@@ -150,8 +150,8 @@ class _Worker:
         self._telemetry = telemetry
         self._done = 0
         self._pace = _Pace()
-        telemetry.set("dist_sae_index_plan_units", len(opened.manifest.units))
-        telemetry.set("dist_sae_index_plan_buckets", opened.manifest.n_buckets)
+        telemetry.set("dist_sae_index_plan_units", len(context.manifest.units))
+        telemetry.set("dist_sae_index_plan_buckets", context.manifest.n_buckets)
 
     def work(self) -> None:
         """Work until the index is complete.
@@ -159,7 +159,7 @@ class _Worker:
         Raises:
             Stopped: `stopping` was set before the index was complete.
         """
-        store, folder, manifest, *_ = self._opened
+        store, folder, manifest, *_ = self._context
         buckets = list(range(manifest.n_buckets))
         whole = False
         while not whole:
@@ -171,47 +171,49 @@ class _Worker:
 
     def _encode_units(self) -> None:
         """Run stage 1: encode units until all are encoded."""
-        opened, mesh = self._opened, self._mesh
-        folder, manifest = opened.folder, opened.manifest
+        context, mesh = self._context, self._mesh
+        folder, manifest = context.folder, context.manifest
         work = Work("unit", manifest.units, folder.unit_claims, folder.units, metrics=_UNIT_METRICS)
         with self._queue(work, self._worker, lead=True) as queue, ExitStack() as closing:
             sealed = partial(self._release, queue)
-            writer = closing.enter_context(UnitWriter(opened.store, folder, manifest, mesh, sealed))
+            writer = closing.enter_context(
+                UnitWriter(context.store, folder, manifest, mesh, sealed)
+            )
             encoder: Encoder | None = None
             claimed: int | None = None
-            in_hand = False
+            is_pending = False
 
-            def following() -> int | None:
+            def claim_next() -> int | None:
                 nonlocal claimed
-                claimed = self._agreed(queue, wait=False)
+                claimed = self._next_unit(queue, wait=False)
                 return claimed
 
             while True:
-                unit, claimed = self._agreed(queue, claimed, wait=not in_hand), None
+                unit, claimed = self._next_unit(queue, claimed, wait=not is_pending), None
                 if unit is None:  # others work on all remaining units, or none remain
-                    if not in_hand:
+                    if not is_pending:
                         break
                     writer.finish()
-                    in_hand = False
+                    is_pending = False
                     continue
                 if encoder is None:
                     self._telemetry.life.begin()
-                    encoder = open_encoder(opened, mesh.axis, mesh.device, self._stopping)
+                    encoder = open_encoder(context, mesh.axis, mesh.device, self._stopping)
                     closing.enter_context(encoder)
                     self._pace = _Pace()
-                encoded = self._encode(encoder, unit, following)
+                encoded = self._encode(encoder, unit, claim_next)
                 if encoded is None:
-                    self._leave_out(unit, queue)
+                    self._skip_unit(unit, queue)
                     continue
                 writer.put(encoded, encoder.sae)
                 self._telemetry.add("dist_sae_index_entries_total", len(encoded.acts))
-                in_hand = True
+                is_pending = True
             if queue:
                 queue.wait_for_all()
         if mesh.any_rank(self._stopping.is_set()):
             raise Stopped(f"{self._worker.name}: stopped; start it again to continue")
 
-    def _agreed(
+    def _next_unit(
         self, queue: WorkQueue | None, claimed: int | None = None, *, wait: bool
     ) -> int | None:
         """Return the next unit, which the first rank claims for all; see `WorkQueue.take`.
@@ -229,25 +231,25 @@ class _Worker:
         return self._mesh.all_gather_objects(unit, int | None)[0]
 
     def _encode(
-        self, encoder: Encoder, unit: int, following: Callable[[], int | None]
+        self, encoder: Encoder, unit: int, claim_next: Callable[[], int | None]
     ) -> Encoded | None:
         """Encode a unit. Return None if retention has deleted it."""
-        self._at(working=True)
+        self._report(working=True)
         try:
-            if unit < retired_below(self._opened.activations):
+            if unit < retired_below(self._context.activations):
                 return None
-            return encoder.encode(unit, partial(self._at, working=True), following)
+            return encoder.encode(unit, partial(self._report, working=True), claim_next)
         except CorruptObjectError:
-            if self._mesh.world == 1 and unit < retired_below(self._opened.activations):
+            if self._mesh.world == 1 and unit < retired_below(self._context.activations):
                 return None
             raise
         finally:
-            self._at(working=False)
+            self._report(working=False)
 
-    def _leave_out(self, unit: int, queue: WorkQueue | None) -> None:
+    def _skip_unit(self, unit: int, queue: WorkQueue | None) -> None:
         """Record a unit that retention has deleted."""
         if queue:
-            store, folder, *_ = self._opened
+            store, folder, *_ = self._context
             record = UnitRecord(unit=unit, rows=0, deleted=True)
             store.put(folder.units.key(unit), seal(record), if_absent=True)
             logger.warning("unit %d was deleted (store.retention); it is left out", unit)
@@ -260,7 +262,7 @@ class _Worker:
         self._telemetry.life.progressed()
         self._telemetry.add("dist_sae_index_rows_total", record.rows)
         self._telemetry.set("dist_sae_index_units", queue.done())
-        pace, n_units = self._pace.of(record.rows), len(self._opened.manifest.units)
+        pace, n_units = self._pace.of(record.rows), len(self._context.manifest.units)
         self._telemetry.set("dist_sae_index_rows_per_second", pace)
         logs.progress("index", queue.done(), n_units, rows_per_second=pace)
 
@@ -270,8 +272,8 @@ class _Worker:
         Returns:
             False if damaged units must be encoded again first.
         """
-        opened, mesh, own = self._opened, self._mesh, self._worker
-        store, folder, manifest, *_ = opened
+        context, mesh, own = self._context, self._mesh, self._worker
+        store, folder, manifest, *_ = context
         worker = Worker(
             own.name if mesh.world == 1 else f"{own.name}/{mesh.rank}",
             own.number * mesh.world + mesh.rank,
@@ -280,28 +282,28 @@ class _Worker:
         work = Work(
             "bucket", buckets, folder.bucket_claims, folder.buckets, metrics=_BUCKET_METRICS
         )
-        alive = partial(self._at, working=True)
+        alive = partial(self._report, working=True)
         with self._queue(work, worker) as queue:
             assert queue is not None
             records: UnitRecords | None = None
             sample: Sample | None = None
             while (bucket := queue.take()) is not None:
                 self._telemetry.life.begin()
-                self._at(working=True)
+                self._report(working=True)
                 try:
                     if records is None:
                         self._pace = _Pace()
                         gc.collect()  # frees the encoder: the decoder below is as large
                         records = UnitRecords(unit_records(store, folder, manifest))
                         origins = Origins(store, records)
-                        decoder = decoder_of(opened, alive)
-                        place = (store, folder.prefix, opened.checkpoint, mesh.device)
-                        cells = stored_cells(*place, alive) if opened.neighbours else None
-                        outputs = open_outputs(opened.model, manifest, opened.normalisers)
+                        decoder = decoder_of(context, alive)
+                        place = (store, folder.prefix, context.checkpoint, mesh.device)
+                        cells = stored_cells(*place, alive) if context.neighbours else None
+                        outputs = open_outputs(context.model, manifest, context.normalisers)
                         sample = Sample(store, manifest, records) if manifest.pair_share else None
                     latents = manifest.bucket(bucket)
                     weights = weight_columns(
-                        opened, latents, decoder, cells, outputs, mesh.device, alive
+                        context, latents, decoder, cells, outputs, mesh.device, alive
                     )
                     made = make_bucket(
                         *(store, folder, manifest, records, bucket, weights, origins, sample),
@@ -318,7 +320,7 @@ class _Worker:
                         raise
                     return False
                 finally:
-                    self._at(working=False)
+                    self._report(working=False)
                 store.put(folder.buckets.key(bucket), seal(made), if_absent=True)
                 queue.release(bucket, done=True)
                 self._telemetry.life.progressed()
@@ -344,7 +346,7 @@ class _Worker:
         Raises:
             CorruptObjectError: A unit cannot be encoded again, because retention has deleted it.
         """
-        store, folder, manifest, *_ = self._opened
+        store, folder, manifest, *_ = self._context
         there = set(store.keys(folder.codes))
         damaged = {unit for unit in manifest.units if folder.units.key(unit) == exc.key}
         for record in records:
@@ -354,7 +356,7 @@ class _Worker:
             if exc.key in (origin, *keys) or not keys <= there:
                 damaged.add(record.unit)
         if next(folder.buckets.numbers(store), None) is not None:
-            retired = retired_below(self._opened.activations)
+            retired = retired_below(self._context.activations)
             check_not_retired(store, folder, damaged, retired, [str(exc)])
         for record in records:
             if record.origin and record.origin.key == exc.key:
@@ -379,19 +381,19 @@ class _Worker:
         if lead and not self._mesh.is_first:
             yield None
             return
-        queue = WorkQueue(self._opened.store, work, worker, self._stopping, self._telemetry)
+        queue = WorkQueue(self._context.store, work, worker, self._stopping, self._telemetry)
         with queue.renewed(lambda: self._telemetry.liveness.probe_failure("/livez") is None):
             try:
                 yield queue
             finally:
                 queue.release_all()
 
-    def _at(self, *, working: bool) -> None:
+    def _report(self, *, working: bool) -> None:
         """Report to the watch and to the liveness check whether this rank is working."""
         self._done += working
         if self._watch:
             self._watch.set_step(self._done, working=working)
         if working:
-            self._telemetry.liveness.busy(self._opened.run.timeouts.hung_seconds)
+            self._telemetry.liveness.busy(self._context.run.timeouts.hung_seconds)
         else:
             self._telemetry.liveness.idle()

@@ -13,10 +13,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dist_sae.index.codes import (
-    PAIRS_CHANCE,
-    below,
-    chances,
+    PAIRS_SAMPLING,
+    hash_bound,
     read_codes,
+    row_hashes,
 )
 from dist_sae.index.layout import (
     PAIRS,
@@ -162,6 +162,6 @@ def _unit_codes(
     counts = np.stack([codes.counts for codes in chunks]).sum(0, dtype=np.int64)
     order = np.argsort(row, kind="stable")  # groups the latents of all shards by row
     numbers = sampled_rows(manifest, record.unit, record.rows)
-    kept = chances(manifest.seed, PAIRS_CHANCE, record.unit, numbers) < below(share)
+    kept = row_hashes(manifest.seed, PAIRS_SAMPLING, record.unit, numbers) < hash_bound(share)
     order = order[kept[row[order]]]
     return counts[kept], latents[order], acts[order]

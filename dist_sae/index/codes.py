@@ -57,12 +57,12 @@ def rounded(acts: NDArray[np.float32]) -> NDArray[np.float32]:
     return (bits & np.uint32(0xFFFFE000)).view(np.float32)
 
 
-def chances(
+def row_hashes(
     seed: int, purpose: int, unit: NDArray[Any] | int, row: NDArray[Any]
 ) -> NDArray[np.uint64]:
-    """Return a random number below 2^64 for each row: splitmix64's finalizer of (unit, row).
+    """Return a hash below 2^64 for each row: splitmix64's finalizer of (unit, row).
 
-    The number is the same on every machine and in any order of rows. Rows that are sampled for one
+    The hash is the same on every machine and in any order of rows. Rows that are sampled for one
     share are also sampled for any larger share.
     """
     x = np.asarray(unit, dtype=np.uint64) << np.uint64(32) | row.astype(np.uint64)
@@ -74,10 +74,10 @@ def chances(
     return x
 
 
-def below(share: float) -> np.uint64:
-    """Return the bound on `chances` that samples this share of rows. 1 omits one row in 2^64."""
+def hash_bound(share: float) -> np.uint64:
+    """Return the bound on `row_hashes` that samples this share of rows. 1 omits one row in 2^64."""
     return np.uint64(min(2**64 - 1, int(share * 2**64)))
 
 
-POSTINGS_CHANCE, PAIRS_CHANCE, DECILE_CHANCE = range(3)
-"""Values for `purpose` in `chances`."""
+POSTINGS_SAMPLING, PAIRS_SAMPLING, DECILE_SAMPLING = range(3)
+"""Values for `purpose` in `row_hashes`."""

@@ -26,7 +26,7 @@ from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.index.codes import rounded
-from dist_sae.index.opened import Opened
+from dist_sae.index.context import IndexContext
 from dist_sae.kernels import Entries, select
 from dist_sae.kernels.choice import choose_kernels
 
@@ -95,14 +95,14 @@ class Encoder:
         self,
         unit: int,
         alive: Callable[[], None] = lambda: None,
-        following: Callable[[], int | None] = lambda: None,
+        claim_next: Callable[[], int | None] = lambda: None,
     ) -> Encoded:
         """Encode a unit. Collective.
 
         Args:
             unit: Number of the unit.
             alive: Called before each block.
-            following: Called before the last block is encoded. Returns the next unit, whose first
+            claim_next: Called before the last block is encoded. Returns the next unit, whose first
                 blocks are then read ahead, or None if it is not known.
 
         Raises:
@@ -116,7 +116,7 @@ class Encoder:
         origins = [(none, none, none.long())]
         found, n_rows = [(none.to(device), none.to(device), none.to(device).float())], 0
         error = torch.zeros((), dtype=torch.float64, device=device)
-        for sites in self._read(shards, blocks, following):
+        for sites in self._read(shards, blocks, claim_next):
             alive()
             origins.append(next(iter(sites.values()))[1:])
             pieces = {site: torch.split(rows.acts, ENCODE_ROWS) for site, rows in sites.items()}
@@ -192,7 +192,7 @@ class Encoder:
         self,
         shards: Mapping[str, SiteShard],
         ahead: deque[_Block],
-        following: Callable[[], int | None],
+        claim_next: Callable[[], int | None],
     ) -> Iterator[dict[str, SiteRows]]:
         """Yield each block with the rows of all sites, reading ahead into the next unit."""
         n_blocks = _n_blocks(shards)
@@ -200,7 +200,7 @@ class Encoder:
             if number + _BLOCKS_AHEAD < n_blocks:
                 ahead.append(self._submit(shards, number + _BLOCKS_AHEAD))
             block = {site: rows.result() for site, rows in ahead.popleft().items()}
-            if number == n_blocks - 1 and (unit := following()) is not None:
+            if number == n_blocks - 1 and (unit := claim_next()) is not None:
                 self._begun = {unit: self._pool.submit(self._begin, unit)}
             yield block
 
@@ -210,23 +210,23 @@ def _n_blocks(shards: Mapping[str, SiteShard]) -> int:
 
 
 def open_encoder(
-    opened: Opened, axis: LatentAxis, device: torch.device, stopping: threading.Event
+    context: IndexContext, axis: LatentAxis, device: torch.device, stopping: threading.Event
 ) -> Encoder:
     """Load the dictionary of an index, or this rank's shard of it, into an encoder.
 
     Args:
-        opened: The index.
+        context: The index.
         axis: This rank's place among the ranks that share the dictionary.
         device: Device of the dictionary.
         stopping: When set, stops waiting for units that are not produced yet.
     """
-    run, normalisers = opened.run, opened.normalisers
+    run, normalisers = context.run, context.normalisers
     kernels = choose_kernels("auto", device)
     sae = build_sae(run.sae, normalisers.widths, axis, kernels).to(device)
-    load_weights(sae, opened.checkpoint)
+    load_weights(sae, context.checkpoint)
     activations = ActivationSet(
-        opened.activations,
-        opened.plan,
+        context.activations,
+        context.plan,
         run.sites,
         stopping,
         patience_seconds=float(run.timeouts.missing_seconds),

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from dist_sae.errors import StoreFullError
 from dist_sae.index.codes import (
-    DECILE_CHANCE,
+    DECILE_SAMPLING,
     Codes,
-    chances,
     read_codes,
+    row_hashes,
 )
 from dist_sae.index.layout import (
     DECILES,
@@ -247,9 +247,9 @@ def _ranks(counts: Int, first: int, top: int, per_decile: int, seed: int) -> _Ra
     for part in range(parts):
         # rounded up as in `_decile_ranks`
         low, high = (-(-counts[many] * n // parts) for n in (part, part + 1))
-        chance = chances(seed, DECILE_CHANCE, first + many, np.full(len(many), part))
-        chance = (chance >> np.uint64(40)).astype(np.int64)  # 24 bits, so the product fits into 63
-        rank = low + (chance * (high - low) >> 24)
+        hashes = row_hashes(seed, DECILE_SAMPLING, first + many, np.full(len(many), part))
+        hashes = (hashes >> np.uint64(40)).astype(np.int64)  # 24 bits, so the product fits into 63
+        rank = low + (hashes * (high - low) >> 24)
         kept = high > low
         found.append((many[kept], np.full(kept.sum(), part // per_decile), rank[kept]))
     latents, deciles, ranks = (np.concatenate(column) for column in zip(*found, strict=True))

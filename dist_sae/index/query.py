@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.errors import ConfigError, LatentNotFoundError, NoIndexError
-from dist_sae.index.codes import POSTINGS_CHANCE, below, chances
+from dist_sae.index.codes import POSTINGS_SAMPLING, hash_bound, row_hashes
 from dist_sae.index.layout import (
     NORMS,
     PAIRS,
@@ -255,7 +255,7 @@ class Index:
         share = self.manifest.postings_share
         if share == 1:
             return np.ones(len(rows), np.bool_)
-        return chances(self.manifest.seed, POSTINGS_CHANCE, unit, rows) < below(share)
+        return row_hashes(self.manifest.seed, POSTINGS_SAMPLING, unit, rows) < hash_bound(share)
 
     def latents(self, columns: Iterable[str] | None = None) -> Iterator[pa.Table]:
         """Yield the table of all latents (`LATENTS`, or some of its columns), bucket by bucket."""

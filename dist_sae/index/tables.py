@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from dist_sae.index.coactive import Sample
 from dist_sae.index.codes import (
-    POSTINGS_CHANCE,
-    below,
-    chances,
+    POSTINGS_SAMPLING,
+    hash_bound,
+    row_hashes,
 )
 from dist_sae.index.layout import (
     EXAMPLES,
@@ -163,8 +163,8 @@ def _postings(
     """Store a tile's entries, on the sampled rows if postings are a share, as a piece."""
     columns = [(tile.latents + tile.first).astype(np.int32), tile.units, tile.rows, tile.acts]
     if manifest.postings_share < 1:
-        chance = chances(manifest.seed, POSTINGS_CHANCE, tile.units, tile.rows)
-        kept = chance < below(manifest.postings_share)
+        hashes = row_hashes(manifest.seed, POSTINGS_SAMPLING, tile.units, tile.rows)
+        kept = hashes < hash_bound(manifest.postings_share)
         columns = [column[kept] for column in columns]
     if not len(columns[0]):
         return []

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.distributed.mesh import Mesh
-from dist_sae.index.codes import PAIRS_CHANCE, Codes, below, chances
+from dist_sae.index.codes import PAIRS_SAMPLING, Codes, hash_bound, row_hashes
 from dist_sae.index.encode import Encoded
 from dist_sae.index.layout import (
     ROWS,
@@ -158,8 +158,8 @@ def write_unit(
 
 def sampled_rows(manifest: IndexManifest, unit: int, rows: int) -> NDArray[np.int64]:
     """Return the rows of a unit on which pairs are counted, in ascending order."""
-    chance = chances(manifest.seed, PAIRS_CHANCE, unit, np.arange(rows))
-    return np.flatnonzero(chance < below(manifest.pair_share))
+    hashes = row_hashes(manifest.seed, PAIRS_SAMPLING, unit, np.arange(rows))
+    return np.flatnonzero(hashes < hash_bound(manifest.pair_share))
 
 
 def unit_record(manifest: IndexManifest, unit: Encoded, written: list[Written]) -> UnitRecord:

@@ -13,25 +13,25 @@ from dist_sae.checkpoint.state import load_weights, weights_of
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import PageAxis
 from dist_sae.index.cells import Cells
+from dist_sae.index.context import IndexContext
 from dist_sae.index.decoder import Decoder
 from dist_sae.index.neighbours import Neighbours, neighbours
-from dist_sae.index.opened import Opened
 from dist_sae.index.outputs import LATENTS, Outputs
 
 
-def decoder_of(opened: Opened, alive: Callable[[], None] = lambda: None) -> Decoder:
+def decoder_of(context: IndexContext, alive: Callable[[], None] = lambda: None) -> Decoder:
     """Open the decoder. It may cache as many bytes as a rank's encoder took.
 
     With one rank per worker, that is the whole decoder.
     """
-    decoder = Decoder(opened.checkpoint, alive)
+    decoder = Decoder(context.checkpoint, alive)
     whole_bytes = 4 * decoder.n_latents * decoder.d_out
-    decoder.keep_bytes = whole_bytes // opened.run.index.latent_shards
+    decoder.keep_bytes = whole_bytes // context.run.index.latent_shards
     return decoder
 
 
 def weight_columns(
-    opened: Opened,
+    context: IndexContext,
     latents: range,
     decoder: Decoder,
     cells: Cells | None,
@@ -44,7 +44,7 @@ def weight_columns(
     If several sites are written, `norms` has the length of each site's part of a decoder row.
 
     Args:
-        opened: The index.
+        context: The index.
         latents: The range of latents.
         decoder: See `neighbours`.
         cells: See `neighbours`.
@@ -52,7 +52,7 @@ def weight_columns(
         device: Device for the search of nearest latents.
         alive: Called before each part of the decoder.
     """
-    checkpoint, normalisers = opened.checkpoint, opened.normalisers
+    checkpoint, normalisers = context.checkpoint, context.normalisers
     stored = weights_of(checkpoint)
 
     def read(name: str) -> NDArray[np.float32]:
@@ -62,7 +62,7 @@ def weight_columns(
         return rows
 
     norms, ends = [], []
-    for rows in _decoder(opened, latents):
+    for rows in _decoder(context, latents):
         parts = [rows[:, columns] for columns in normalisers.columns.values()]
         norms.append(np.stack([np.linalg.norm(part.numpy(), axis=1) for part in (rows, *parts)]))
         ends.append(outputs.of(rows))
@@ -75,7 +75,7 @@ def weight_columns(
     arrays = {name: pa.array(column, pa.float32()) for name, column in columns.items()}
     if len(of_sites) > 1:
         arrays["norms"] = pa.array(list(np.stack(of_sites, axis=1)), pa.list_(pa.float32()))
-    arrays |= _nearest(opened, latents, decoder, cells, device, alive)
+    arrays |= _nearest(context, latents, decoder, cells, device, alive)
     for end in ends[0]:
         tokens, effects = (
             np.concatenate([part[end][i].numpy() for part in ends]) for i in range(2)
@@ -85,19 +85,19 @@ def weight_columns(
     return arrays
 
 
-def _decoder(opened: Opened, latents: range) -> Iterator[Float[Tensor, "some d_out"]]:
+def _decoder(context: IndexContext, latents: range) -> Iterator[Float[Tensor, "some d_out"]]:
     """Yield the decoder rows of some latents, part by part."""
-    sae, checkpoint = opened.run.sae, opened.checkpoint
+    sae, checkpoint = context.run.sae, context.checkpoint
     unit = 1 if sae.has_latent_rows else sae.group_size
     first, stop = latents.start // unit * unit, -(-latents.stop // unit) * unit
-    page = build_sae(sae, opened.normalisers.widths, PageAxis(page=range(first, stop)))
+    page = build_sae(sae, context.normalisers.widths, PageAxis(page=range(first, stop)))
     load_weights(page, checkpoint, leave_out={"W_enc"})
     for some in torch.split(torch.arange(latents.start - first, latents.stop - first), LATENTS):
         yield page.decoder_rows(some).detach()
 
 
 def _nearest(
-    opened: Opened,
+    context: IndexContext,
     latents: range,
     decoder: Decoder,
     cells: Cells | None,
@@ -105,8 +105,8 @@ def _nearest(
     alive: Callable[[], None],
 ) -> dict[str, pa.Array]:
     near = (
-        neighbours(opened.checkpoint, latents, m, cells, device, alive, decoder)
-        if (m := opened.neighbours)
+        neighbours(context.checkpoint, latents, m, cells, device, alive, decoder)
+        if (m := context.neighbours)
         else Neighbours(torch.empty(len(latents), 0).int(), torch.empty(len(latents), 0))
     )
     kept = near.latents >= 0

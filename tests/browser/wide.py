@@ -26,9 +26,9 @@ from dist_sae.browser.pages import Pages
 from dist_sae.config import Run
 from dist_sae.data.shard import read_block
 from dist_sae.index.codes import rounded
+from dist_sae.index.context import IndexContext, open_index
 from dist_sae.index.encode import Encoded
 from dist_sae.index.neighbours import Neighbours
-from dist_sae.index.opened import Opened, open_index
 from dist_sae.index.units import unit_record, write_unit
 from dist_sae.notebook.run import OpenedRun, open_run
 from dist_sae.storage.records import seal
@@ -84,9 +84,9 @@ def make_wide(folder: Path, n_latents: int, documents: int, n_tokens: int) -> Ru
     fill(run)
     sae = initialised(run, D_IN, 1)
     save_dictionary(run, sae, 7)
-    opened = open_index(run, "w", threading.Event(), Telemetry("wide", "index", None), None)
-    for encoded in _encoded(run, opened):
-        store, at, manifest = opened.store, opened.folder, opened.manifest
+    context = open_index(run, "w", threading.Event(), Telemetry("wide", "index", None), None)
+    for encoded in _encoded(run, context):
+        store, at, manifest = context.store, context.folder, context.manifest
         written = write_unit(store, at, manifest, sae, encoded)
         store.put(at.units.key(encoded.unit), seal(unit_record(manifest, encoded, [written])))
     with (
@@ -97,10 +97,10 @@ def make_wide(folder: Path, n_latents: int, documents: int, n_tokens: int) -> Ru
     return run
 
 
-def _encoded(run: Run, opened: Opened) -> Iterator[Encoded]:
+def _encoded(run: Run, context: IndexContext) -> Iterator[Encoded]:
     """Yield units with random codes. Frequencies are proportional to i^(-2/3), in mixed order."""
     activations, n = open_activation_set(run), run.sae.n_latents
-    for unit in opened.manifest.units:
+    for unit in context.manifest.units:
         shard = activations.manifest(unit).sites[run.site]
         blocks = [read_block(activations.store, shard, i) for i in range(len(shard.blocks))]
         origin = [torch.cat(parts).numpy() for parts in zip(*(b[1:] for b in blocks), strict=True)]

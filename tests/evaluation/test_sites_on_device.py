@@ -16,9 +16,9 @@ from dist_sae.dictionaries.interface import Widths
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.evaluation.evaluate import evaluate
 from dist_sae.index.cells import make_cells
+from dist_sae.index.context import open_index
 from dist_sae.index.encode import open_encoder
 from dist_sae.index.neighbours import neighbours
-from dist_sae.index.opened import open_index
 from dist_sae.kernels.torch import KERNELS
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry

@@ -93,7 +93,7 @@ def test_the_next_unit_is_read_while_the_last_block_is_encoded(
     normalisers = SiteNormalisers(run.reads, run.writes, {run.site: normaliser})
     with monkeypatch.context() as patch, Encoder(sae, activations, normalisers) as encoder:
         patch.setattr(LocalStore, "get", watched)
-        encoder.encode(0, alive, following=lambda: 1)
+        encoder.encode(0, alive, claim_next=lambda: 1)
         assert is_read.wait(WAIT_SECONDS)
         found = encoder.encode(1)
     with Encoder(sae, activations, normalisers) as encoder:

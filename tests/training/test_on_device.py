@@ -24,8 +24,8 @@ from dist_sae.dictionaries.penalised import Penalised
 from dist_sae.distributed.engine import Engine
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.evaluation.evaluate import evaluate
+from dist_sae.index.context import open_index
 from dist_sae.index.encode import open_encoder
-from dist_sae.index.opened import open_index
 from dist_sae.kernels import device_select, select
 from dist_sae.kernels.torch import KERNELS
 from dist_sae.storage import open_store

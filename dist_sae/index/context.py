@@ -32,7 +32,7 @@ from dist_sae.telemetry.exporter import Telemetry
 logger = logging.getLogger(__name__)
 
 
-class Opened(NamedTuple):
+class IndexContext(NamedTuple):
     """An index that is being built, and what it is built from."""
 
     store: ObjectStore
@@ -59,7 +59,7 @@ class Opened(NamedTuple):
 
 def open_index(
     run: Run, worker: str, stopping: threading.Event, telemetry: Telemetry, step: int | None
-) -> Opened:
+) -> IndexContext:
     """Create an index, or join the workers of an existing one. Raises the errors of `index`."""
     runs = open_store(run.store.runs, run.store.s3, telemetry, stopping)
     store = open_store(run.store.activations, run.store.s3, telemetry, stopping)
@@ -93,7 +93,7 @@ def open_index(
             "units %s were deleted (store.retention) and are not in the index",
             _ranges(manifest.deleted),
         )
-    return Opened(runs, folder, manifest, own, checkpoint, store, plan, run.model)
+    return IndexContext(runs, folder, manifest, own, checkpoint, store, plan, run.model)
 
 
 def _begun(runs: ObjectStore, folder: IndexFolder) -> IndexManifest | None:
