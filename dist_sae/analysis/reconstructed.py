@@ -74,9 +74,8 @@ def reconstruct(
         for table in chain.from_iterable(map(index.bucket_postings, buckets)):
             here, slots = slots_of(table["latent"].to_numpy())
             unit, row = (table[c].to_numpy()[here] for c in ("unit", "row"))
-            hashes = row_hashes(
-                index.manifest.seed, _PURPOSE, unit, row
-            )  # unique, so it names a row
+            # hashes are unique, so each names a row
+            hashes = row_hashes(index.manifest.seed, _PURPOSE, unit, row)
             kept = hashes <= bounds[group_of[slots]]
             records = np.empty(int(kept.sum()), _ENTRY)
             records["slot"], records["row"] = slots[kept], hashes[kept]

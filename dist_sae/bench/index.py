@@ -24,16 +24,16 @@ from dist_sae.data.activation_set import ActivationSet
 from dist_sae.device import own_device
 from dist_sae.dictionaries.axis import WHOLE
 from dist_sae.distributed.mesh import alone
-from dist_sae.index.cells import stored_cells
+from dist_sae.index.cells import load_or_compute_cells
 from dist_sae.index.coactive import Sample
 from dist_sae.index.context import IndexContext, open_index
 from dist_sae.index.encode import ENCODE_ROWS, Encoder, open_encoder
 from dist_sae.index.layout import UnitRecord
 from dist_sae.index.outputs import open_outputs
 from dist_sae.index.query import Index
-from dist_sae.index.tables import Origins, make_bucket
+from dist_sae.index.tables import Origins, build_bucket
 from dist_sae.index.units import UnitWriter
-from dist_sae.index.weights import decoder_of, weight_columns
+from dist_sae.index.weights import open_decoder, weight_columns
 from dist_sae.storage.records import seal
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.process import resident_bytes
@@ -134,8 +134,8 @@ def _stage_2(
     origins = Origins(store, records)
     pairs_seconds, sample = _timed(partial(Sample, store, manifest, records))
     place = (store, folder.prefix, checkpoint, device)
-    cells = stored_cells(*place) if context.neighbours else None
-    decoder = decoder_of(context)
+    cells = load_or_compute_cells(*place) if context.neighbours else None
+    decoder = open_decoder(context)
     outputs = open_outputs(context.model, manifest, context.normalisers)
     entries = posted = 0
     merge_seconds = weights_seconds = 0.0
@@ -145,7 +145,7 @@ def _stage_2(
         seconds, weights = _timed(of_weights)
         weights_seconds += seconds
         seconds, record = _timed(
-            partial(make_bucket, store, folder, manifest, records, bucket, weights, origins, None)
+            partial(build_bucket, store, folder, manifest, records, bucket, weights, origins, None)
         )
         merge_seconds += seconds
         seconds, _ = _timed(partial(sample.pairs, latents))

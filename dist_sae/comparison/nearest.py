@@ -15,7 +15,7 @@ from dist_sae.comparison.matched import check_matchable, scales_of_targets
 from dist_sae.config import Run
 from dist_sae.errors import ConfigError
 from dist_sae.index.decoder import Decoder
-from dist_sae.index.query import Index, Near
+from dist_sae.index.query import Index, NearestLatent
 from dist_sae.report.terminal import Explorer, Style
 from dist_sae.storage import open_store
 
@@ -55,7 +55,7 @@ class OtherRun:
                 f"numbers; latents can be compared only if both runs use the same model"
             )
 
-    def nearest(self, latent: int, n: int) -> list[tuple[Near, list[str]]]:
+    def nearest(self, latent: int, n: int) -> list[tuple[NearestLatent, list[str]]]:
         """Return the `n` latents of the other run with the largest cosine of decoder rows.
 
         Each comes with some tokens that it fires on. The other decoder is read part by part if it
@@ -113,7 +113,7 @@ class _Directions:
         ((_, rows),) = self.decoder.parts(range(latent, latent + 1))
         return normalize(rows / self._scales, dim=1)[0]
 
-    def nearest(self, direction: Float[Tensor, " d_out"], n: int) -> list[Near]:
+    def nearest(self, direction: Float[Tensor, " d_out"], n: int) -> list[NearestLatent]:
         """Return the latents with the largest cosine to a direction."""
         if self._fits:
             cosines = self._all @ direction
@@ -122,7 +122,8 @@ class _Directions:
             cosines = torch.cat([normalize(r / self._scales, dim=1) @ direction for _, r in parts])
         best = cosines.topk(min(n, len(cosines)))
         return [
-            Near(*pair) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            NearestLatent(*pair)
+            for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
 
     @cached_property

@@ -16,9 +16,9 @@ from pydantic import Field
 
 from dist_sae.errors import ArgumentError, ConfigError, ObjectNotFoundError
 from dist_sae.explaining.scoring import KINDS, Judged, score
+from dist_sae.index.latent_table import LatentTable
 from dist_sae.index.layout import Stored, read_table, store_table, to_parquet
 from dist_sae.index.query import Index
-from dist_sae.index.ranged import LatentTable
 from dist_sae.storage.own import OwnKeys
 from dist_sae.storage.records import Record, read_record, seal
 

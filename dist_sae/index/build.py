@@ -21,18 +21,18 @@ from dist_sae.distributed.mesh import Mesh, alone, join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.distributed.watch import Watch
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError, Stopped
-from dist_sae.index.cells import stored_cells
+from dist_sae.index.cells import load_or_compute_cells
 from dist_sae.index.coactive import Sample
 from dist_sae.index.context import IndexContext, open_index
 from dist_sae.index.encode import Encoded, Encoder, open_encoder
 from dist_sae.index.layout import UnitRecord
 from dist_sae.index.outputs import open_outputs
 from dist_sae.index.records import UnitRecords, unit_records
-from dist_sae.index.repair import check_not_retired, delete_unnamed, drop_damaged
+from dist_sae.index.repair import check_not_retired, delete_unreferenced, drop_damaged
 from dist_sae.index.summary import summary
-from dist_sae.index.tables import Origins, make_bucket
+from dist_sae.index.tables import Origins, build_bucket
 from dist_sae.index.units import UnitWriter
-from dist_sae.index.weights import decoder_of, weight_columns
+from dist_sae.index.weights import open_decoder, weight_columns
 from dist_sae.storage.records import seal
 from dist_sae.telemetry.exporter import Telemetry
 
@@ -166,7 +166,7 @@ class _Worker:
             self._encode_units()
             whole = not self._mesh.any_rank(not self._merge_buckets(buckets))
         if self._mesh.is_first:
-            delete_unnamed(store, folder, manifest)
+            delete_unreferenced(store, folder, manifest)
         self._mesh.barrier()
 
     def _encode_units(self) -> None:
@@ -296,16 +296,16 @@ class _Worker:
                         gc.collect()  # frees the encoder: the decoder below is as large
                         records = UnitRecords(unit_records(store, folder, manifest))
                         origins = Origins(store, records)
-                        decoder = decoder_of(context, alive)
+                        decoder = open_decoder(context, alive)
                         place = (store, folder.prefix, context.checkpoint, mesh.device)
-                        cells = stored_cells(*place, alive) if context.neighbours else None
+                        cells = load_or_compute_cells(*place, alive) if context.neighbours else None
                         outputs = open_outputs(context.model, manifest, context.normalisers)
                         sample = Sample(store, manifest, records) if manifest.pair_share else None
                     latents = manifest.bucket(bucket)
                     weights = weight_columns(
                         context, latents, decoder, cells, outputs, mesh.device, alive
                     )
-                    made = make_bucket(
+                    made = build_bucket(
                         *(store, folder, manifest, records, bucket, weights, origins, sample),
                         alive,
                     )

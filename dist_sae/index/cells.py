@@ -70,7 +70,7 @@ def kernels_on(device: torch.device) -> Kernels:
     return choose_kernels("auto", device)
 
 
-def make_cells(
+def compute_cells(
     checkpoint: Checkpoint,
     device: torch.device | None = None,
     alive: Callable[[], None] = lambda: None,
@@ -97,7 +97,7 @@ def make_cells(
     return Cells(centroids.cpu(), cell_of)
 
 
-def stored_cells(
+def load_or_compute_cells(
     store: ObjectStore,
     folder: str,
     checkpoint: Checkpoint,
@@ -129,7 +129,7 @@ def stored_cells(
     except CorruptObjectError as exc:
         logger.warning("%s; recomputing the cells", exc)
         damaged = True
-    cells = make_cells(checkpoint, device, alive)
+    cells = compute_cells(checkpoint, device, alive)
     data = safetensors.torch.save(cells._asdict())
     sha256 = hashlib.sha256(data).hexdigest()
     stored = Stored(key=f"{folder}cells-{sha256[:16]}.safetensors", bytes=len(data), sha256=sha256)

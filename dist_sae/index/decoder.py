@@ -18,7 +18,7 @@ class Decoder:
     Args:
         checkpoint: The checkpoint of the trained dictionary.
         alive: Called before each part is read.
-        keep_bytes: Most bytes of rows to cache. If all rows fit, the first call of `windows`
+        cache_bytes: Most bytes of rows to cache. If all rows fit, the first call of `windows`
             caches them, and the decoder is not read again.
     """
 
@@ -26,12 +26,12 @@ class Decoder:
         self,
         checkpoint: Checkpoint,
         alive: Callable[[], None] = lambda: None,
-        keep_bytes: int = 0,
+        cache_bytes: int = 0,
     ) -> None:
         self._checkpoint = checkpoint
         self._alive = alive
-        self.keep_bytes = keep_bytes
-        self._kept: _Window | None = None
+        self.cache_bytes = cache_bytes
+        self._cached: _Window | None = None
         self._name = weights_of(checkpoint)["W_dec"]
         self.n_latents, self.d_out = checkpoint.manifest.tensors[self._name].shape
 
@@ -43,8 +43,8 @@ class Decoder:
         """
         latents = range(self.n_latents) if latents is None else latents
         self._alive()
-        if self._kept is not None:
-            yield latents.start, self._kept[1][latents.start : latents.stop]
+        if self._cached is not None:
+            yield latents.start, self._cached[1][latents.start : latents.stop]
             return
         for first, rows in self._checkpoint.pieces(self._name, latents.start, latents.stop):
             self._alive()
@@ -58,16 +58,16 @@ class Decoder:
     def windows(self, n_bytes: int) -> Iterator["_Window"]:
         """Yield (first latent, rows, their lengths) for windows of parts that fit into `n_bytes`.
 
-        A window has at least one part. If all rows fit into `keep_bytes`, they become one window,
+        A window has at least one part. If all rows fit into `cache_bytes`, they become one window,
         which is cached.
         """
-        if self._kept is None and 4 * self.n_latents * self.d_out <= self.keep_bytes:
+        if self._cached is None and 4 * self.n_latents * self.d_out <= self.cache_bytes:
             whole = torch.empty(self.n_latents, self.d_out)
             for first, rows in self.parts():
                 whole[first : first + len(rows)] = rows
-            self._kept = (0, whole, lengths(whole))
-        if self._kept is not None:
-            yield self._kept
+            self._cached = (0, whole, lengths(whole))
+        if self._cached is not None:
+            yield self._cached
             return
         held, start = list[Tensor](), 0
         for first, rows in self.parts():

@@ -9,7 +9,7 @@ from dist_sae.index.query import Firing, Index
 from dist_sae.index.texts import CONTEXT_TOKENS, Texts
 
 
-def apart(firings: Iterable[Firing], reach: int = CONTEXT_TOKENS) -> Iterator[Firing]:
+def drop_overlapping(firings: Iterable[Firing], reach: int = CONTEXT_TOKENS) -> Iterator[Firing]:
     """Yield the firings whose texts do not overlap the text of an earlier one.
 
     Args:

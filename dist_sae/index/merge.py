@@ -192,7 +192,7 @@ class Statistics(NamedTuple):
     """Firings in each bar of the histogram, [latents, bars]."""
 
 
-class Chosen(NamedTuple):
+class ExampleColumns(NamedTuple):
     """Examples by latent: the largest activations first, then some of each decile, ascending."""
 
     latents: Int
@@ -204,7 +204,7 @@ class Chosen(NamedTuple):
 
 
 class _Ranks(NamedTuple):
-    """The ranks of a range's examples among their latent's activations, in the order of `Chosen`.
+    """The ranks of examples among their latent's activations, in the order of `ExampleColumns`.
 
     Rank 0 is a latent's smallest activation. Among equal activations, later rows rank lower.
     """
@@ -216,7 +216,7 @@ class _Ranks(NamedTuple):
 
 def summarise(
     codes: BucketCodes, start: int, stop: int, *, top: int, per_decile: int, seed: int
-) -> tuple[Statistics, Chosen]:
+) -> tuple[Statistics, ExampleColumns]:
     """Compute the statistics of a range of latents, and choose their examples.
 
     Args:
@@ -257,7 +257,7 @@ def _ranks(counts: Int, first: int, top: int, per_decile: int, seed: int) -> _Ra
     return _Ranks(latents[order], deciles[order].astype(np.int8), ranks[order])
 
 
-def _summarise_tile(tile: Tile, wanted: _Ranks) -> tuple[Statistics, Chosen]:
+def _summarise_tile(tile: Tile, wanted: _Ranks) -> tuple[Statistics, ExampleColumns]:
     counts, n = tile.counts, len(tile.acts)
     starts = counts.cumsum() - counts
     keys = tile.latents.astype(np.uint64) << np.uint64(_ACT_BITS)
@@ -295,12 +295,12 @@ def _summarise_tile(tile: Tile, wanted: _Ranks) -> tuple[Statistics, Chosen]:
         at(_decile_ranks(counts)),
         np.diff(edges, axis=1, prepend=0, append=counts[:, None]),
     )
-    return statistics, Chosen(wanted.latents, wanted.deciles, *columns)
+    return statistics, ExampleColumns(wanted.latents, wanted.deciles, *columns)
 
 
 def _summarise_large(
     codes: BucketCodes, latent: int, counts: Int, wanted: _Ranks
-) -> tuple[Statistics, Chosen]:
+) -> tuple[Statistics, ExampleColumns]:
     """Summarize one large latent in two passes: count its values, then find the wanted ranks."""
     values = np.zeros(2**_ACT_BITS, np.int64)
     total = 0.0
@@ -341,7 +341,7 @@ def _summarise_large(
         np.diff(edges, axis=1, prepend=0, append=counts[:, None]),
     )
     acts = _act(bits.astype(np.uint64))
-    return statistics, Chosen(wanted.latents, wanted.deciles, units, rows, acts)
+    return statistics, ExampleColumns(wanted.latents, wanted.deciles, units, rows, acts)
 
 
 def _decile_ranks(counts: Int) -> Int:

@@ -21,7 +21,7 @@ from dist_sae.kernels import Kernels, select
 from dist_sae.kernels.keys import NO_ENTRY, from_keys, to_keys
 
 WINDOW_BYTES = 256 * 2**20
-"""Bytes of decoder rows in memory when cells are used, unless `Decoder.keep_bytes` allows more."""
+"""Bytes of decoder rows in memory when cells are used, unless `Decoder.cache_bytes` allows more."""
 QUERIES_BYTES = 128 * 2**20
 """Most bytes of rows whose neighbors are searched at a time."""
 PAIRS_BYTES = 64 * 2**20
@@ -58,7 +58,7 @@ def neighbours(
         device: Device for the products; the CPU if None.
         alive: Called before each part of the decoder.
         decoder: The checkpoint's decoder. A caller with several ranges passes the same one, which
-            may cache its rows (`keep_bytes`) if cells are used.
+            may cache its rows (`cache_bytes`) if cells are used.
 
     Raises:
         CorruptObjectError: The checkpoint is damaged.
@@ -114,7 +114,7 @@ def _compare_in_cells(
     n_cells = len(cells.centroids)
     probed = cells.nearest(queries, kernels).cpu()
     queries_of = _grouped(probed.flatten(), n_cells)
-    for first, window, lengths in decoder.windows(max(WINDOW_BYTES, decoder.keep_bytes)):
+    for first, window, lengths in decoder.windows(max(WINDOW_BYTES, decoder.cache_bytes)):
         members_of = _grouped(cells.cell_of[first : first + len(window)].long(), n_cells)
         for cell in range(n_cells):
             who = (queries_of(cell) // probed.shape[1]).to(queries.device)

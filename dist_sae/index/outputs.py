@@ -42,14 +42,14 @@ _Parts = Sequence[tuple[slice, float]]
 """Columns of decoder rows that are summed in the residual stream, with their factors."""
 
 
-class End(NamedTuple):
+class ExtremeTokens(NamedTuple):
     """The tokens with the most extreme effects of some latents at one end, most extreme first."""
 
     tokens: Int[Tensor, "latents n"]
     effects: Float[Tensor, "latents n"]
 
 
-class Outputs:
+class OutputTokens:
     """Finds the output tokens of latents.
 
     Args:
@@ -64,15 +64,15 @@ class Outputs:
         self._parts = parts
 
     @torch.no_grad()
-    def of(self, rows: Float[Tensor, "latents d_out"]) -> dict[str, End]:
+    def of(self, rows: Float[Tensor, "latents d_out"]) -> dict[str, ExtremeTokens]:
         """Find the tokens whose logits a decoder row raises (`top`) or lowers (`bottom`) most."""
         if self._head is None:
-            none = End(torch.empty(len(rows), 0).long(), torch.empty(len(rows), 0))
+            none = ExtremeTokens(torch.empty(len(rows), 0).long(), torch.empty(len(rows), 0))
             return {"top": none, "bottom": none}
         rows = torch.stack([factor * rows[:, part] for part, factor in self._parts]).sum(0)
         blocks = [_ends(part, self._head, self._n) for part in torch.split(rows, LATENTS)]
         top, bottom = (
-            End(*(torch.cat(parts).cpu() for parts in zip(*end, strict=True)))
+            ExtremeTokens(*(torch.cat(parts).cpu() for parts in zip(*end, strict=True)))
             for end in zip(*blocks, strict=True)
         )
         return {"top": top, "bottom": bottom._replace(effects=-bottom.effects)}
@@ -91,7 +91,7 @@ def head_digest(model: ModelConfig, manifest: IndexManifest, normalisers: SiteNo
 
 def open_outputs(
     model: ModelConfig, manifest: IndexManifest, normalisers: SiteNormalisers
-) -> Outputs:
+) -> OutputTokens:
     """Load the head that the index was created with.
 
     Args:
@@ -104,7 +104,7 @@ def open_outputs(
     """
     n = int(manifest.settings["output_tokens"])
     if manifest.head == "":
-        return Outputs(None, n)
+        return OutputTokens(None, n)
     head, parts = _load(model, manifest, normalisers)
     found = "" if isinstance(head, str) else head.digest
     if manifest.head is not None and found != manifest.head:
@@ -114,7 +114,7 @@ def open_outputs(
             f"model: {why}; use the same model (model.path, model.dtype), or set a different "
             f"index.name"
         )
-    return Outputs(None if isinstance(head, str) else head, n, parts)
+    return OutputTokens(None if isinstance(head, str) else head, n, parts)
 
 
 def _load(
@@ -144,7 +144,9 @@ def _load(
     return head, [(columns[sites[name]], scale / of[sites[name]].scale) for name in names]
 
 
-def _ends(rows: Float[Tensor, "latents d"], head: "Head", n: int) -> tuple[End, End]:
+def _ends(
+    rows: Float[Tensor, "latents d"], head: "Head", n: int
+) -> tuple[ExtremeTokens, ExtremeTokens]:
     """Find the tokens with the largest effects, and those with the largest negated effects."""
     rows = rows.to(head.gain.device, torch.float32)
     if head.centres:
@@ -152,7 +154,7 @@ def _ends(rows: Float[Tensor, "latents d"], head: "Head", n: int) -> tuple[End, 
     rows = rows * head.gain
     average = rows @ head.mean
     none = torch.empty(len(rows), 0, device=rows.device)
-    top = bottom = End(none.long(), none)
+    top = bottom = ExtremeTokens(none.long(), none)
     for first in range(0, len(head.unembedding), VOCABULARY):
         part = head.unembedding[first : first + VOCABULARY].float()
         effects = rows @ part.T - average[:, None]
@@ -161,9 +163,11 @@ def _ends(rows: Float[Tensor, "latents d"], head: "Head", n: int) -> tuple[End, 
     return top, bottom
 
 
-def _more_extreme(so_far: End, effects: Float[Tensor, "latents m"], first: int, n: int) -> End:
+def _more_extreme(
+    so_far: ExtremeTokens, effects: Float[Tensor, "latents m"], first: int, n: int
+) -> ExtremeTokens:
     found = effects.topk(min(n, effects.shape[1]))
     tokens = torch.cat([so_far.tokens, found.indices + first], 1)
     values = torch.cat([so_far.effects, found.values], 1)
     best = values.topk(min(n, values.shape[1]))
-    return End(tokens.gather(1, best.indices), best.values)
+    return ExtremeTokens(tokens.gather(1, best.indices), best.values)

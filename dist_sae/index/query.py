@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.errors import ConfigError, LatentNotFoundError, NoIndexError
 from dist_sae.index.codes import POSTINGS_SAMPLING, hash_bound, row_hashes
+from dist_sae.index.latent_table import LatentTable
 from dist_sae.index.layout import (
     NORMS,
     PAIRS,
@@ -30,7 +31,6 @@ from dist_sae.index.layout import (
     read_manifest,
     read_table,
 )
-from dist_sae.index.ranged import LatentTable
 from dist_sae.storage import ObjectStore
 
 _OPEN_TABLES = 64
@@ -52,14 +52,14 @@ class Firing(NamedTuple):
     token: int
 
 
-class Near(NamedTuple):
+class NearestLatent(NamedTuple):
     """A latent whose decoder direction is close to another latent's."""
 
     latent: int
     cosine: float
 
 
-class Coactive(NamedTuple):
+class CoactiveLatent(NamedTuple):
     """A latent that is often active together with another, counted on `Index.pair_rows` rows."""
 
     latent: int
@@ -71,7 +71,7 @@ class Coactive(NamedTuple):
     """Phi coefficient of the two latents' being active; see `coactive.py`."""
 
 
-class Output(NamedTuple):
+class TokenEffect(NamedTuple):
     """A token whose logit a latent changes."""
 
     token: int
@@ -97,15 +97,15 @@ class LatentPage(NamedTuple):
     decoder_norm: float
     encoder_norm: float
     encoder_bias: float
-    nearest: tuple[Near, ...]
+    nearest: tuple[NearestLatent, ...]
     """Latents with the closest decoder directions, nearest first; empty if the index has none."""
-    top_tokens: tuple[Output, ...]
+    top_tokens: tuple[TokenEffect, ...]
     """Tokens whose logits the latent raises most; empty if the index has no output tokens."""
-    bottom_tokens: tuple[Output, ...]
+    bottom_tokens: tuple[TokenEffect, ...]
     """Tokens whose logits the latent lowers most; empty if the index has no output tokens."""
     examples: tuple[Firing, ...]
     """Examples: the largest activations first, then some of each decile."""
-    coactive: tuple[Coactive, ...]
+    coactive: tuple[CoactiveLatent, ...]
     """Coactive latents by descending phi; empty if the index has no pairs."""
     norms: Mapping[str, float]
     """Length of the decoder row's part at each site, in the scale of the checkpoint; empty if only
@@ -181,9 +181,9 @@ class Index:
         return LatentPage(
             deciles=tuple(row.pop("deciles")),
             histogram=tuple(row.pop("histogram")),
-            nearest=tuple(Near(*pair) for pair in nearest),
-            top_tokens=tuple(Output(*pair) for pair in top),
-            bottom_tokens=tuple(Output(*pair) for pair in bottom),
+            nearest=tuple(NearestLatent(*pair) for pair in nearest),
+            top_tokens=tuple(TokenEffect(*pair) for pair in top),
+            bottom_tokens=tuple(TokenEffect(*pair) for pair in bottom),
             examples=_firings(found[1]),
             coactive=_coactive(found[2] if record.pairs else PAIRS.empty_table()),
             norms=dict(zip(self.manifest.writes, row.pop(NORMS.name, ()), strict=True)),
@@ -197,7 +197,9 @@ class Index:
         """
         return _firings(self._rows(self._bucket_of(latent).examples, latent))
 
-    def neighbours(self, latent: int) -> tuple[tuple[Near, ...], tuple[Coactive, ...]]:
+    def neighbours(
+        self, latent: int
+    ) -> tuple[tuple[NearestLatent, ...], tuple[CoactiveLatent, ...]]:
         """Read a latent's nearest latents by decoder direction, and its most coactive latents.
 
         Raises the errors of `latent`.
@@ -305,12 +307,12 @@ class Index:
                 f"postings under another index.name"
             )
 
-    def check_all_postings(self, who: str) -> None:
+    def check_all_postings(self, caller: str) -> None:
         """Check that the index stores all postings, not a share.
 
         Args:
-            who: The caller, which would mistake a missing posting for an activation of 0. Named in
-                the error.
+            caller: Name of the caller for the error. The caller would mistake a missing posting for
+                an activation of 0.
 
         Raises:
             ConfigError: The index stores no postings, or only a share.
@@ -318,9 +320,9 @@ class Index:
         self.check_postings()
         if self.manifest.postings_share < 1:
             raise ConfigError(
-                f"{self.place}: has only a share of the postings (index.postings), and {who} would "
-                f"count missing postings as 0; build an index with all postings under another "
-                f"index.name"
+                f"{self.place}: has only a share of the postings (index.postings), and {caller} "
+                f"would count missing postings as 0; build an index with all postings under "
+                f"another index.name"
             )
 
     def _bucket_of(self, latent: int) -> BucketRecord:
@@ -388,6 +390,6 @@ def _firings(table: pa.Table) -> tuple[Firing, ...]:
     return tuple(map(Firing, *columns))
 
 
-def _coactive(table: pa.Table) -> tuple[Coactive, ...]:
+def _coactive(table: pa.Table) -> tuple[CoactiveLatent, ...]:
     columns = (table[name].to_pylist() for name in ("other", "count", "product", "phi"))
-    return tuple(map(Coactive, *columns))
+    return tuple(map(CoactiveLatent, *columns))

@@ -93,7 +93,7 @@ def check_not_retired(
             )
 
 
-def delete_unnamed(store: ObjectStore, folder: IndexFolder, manifest: IndexManifest) -> None:
+def delete_unreferenced(store: ObjectStore, folder: IndexFolder, manifest: IndexManifest) -> None:
     """Delete the codes of a complete index, and objects that failed attempts have left behind."""
     # read one at a time, since a record takes 84 kB of memory for 64 buckets
     records: Iterable[Record] = itertools.chain(

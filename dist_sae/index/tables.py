@@ -30,7 +30,7 @@ from dist_sae.index.layout import (
     store_table,
     to_parquet,
 )
-from dist_sae.index.merge import BucketCodes, Chosen, Statistics, Tile, summarise
+from dist_sae.index.merge import BucketCodes, ExampleColumns, Statistics, Tile, summarise
 from dist_sae.storage import ObjectStore
 
 GROUP_ROWS = {"latents": 2048, "examples": 32_768, "pairs": 32_768}
@@ -75,7 +75,7 @@ class Origins:
         return [table[name].to_numpy() for name in _ORIGIN]
 
 
-def make_bucket(
+def build_bucket(
     store: ObjectStore,
     folder: IndexFolder,
     manifest: IndexManifest,
@@ -110,7 +110,7 @@ def make_bucket(
             chunks.append((record.unit, record.buckets[bucket]))
     codes = BucketCodes(store, latents, chunks)
     statistics: list[Statistics] = []
-    examples: list[tuple[int, Chosen]] = []
+    examples: list[tuple[int, ExampleColumns]] = []
     pieces: list[Piece] = []
     numbers = itertools.count()
     for start, stop in codes.ranges():
@@ -202,8 +202,10 @@ def _column(values: NDArray[np.generic], type_: pa.DataType) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(flat, type=type_)
 
 
-def _examples(origins: Origins, examples: Sequence[tuple[int, Chosen]]) -> pa.Table:
-    found = Chosen(*map(np.concatenate, zip(*(chosen for _, chosen in examples), strict=True)))
+def _examples(origins: Origins, examples: Sequence[tuple[int, ExampleColumns]]) -> pa.Table:
+    found = ExampleColumns(
+        *map(np.concatenate, zip(*(chosen for _, chosen in examples), strict=True))
+    )
     firsts = np.repeat([first for first, _ in examples], [len(c.acts) for _, c in examples])
     columns = [
         (found.latents + firsts).astype(np.int32),

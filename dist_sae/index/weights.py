@@ -16,17 +16,17 @@ from dist_sae.index.cells import Cells
 from dist_sae.index.context import IndexContext
 from dist_sae.index.decoder import Decoder
 from dist_sae.index.neighbours import Neighbours, neighbours
-from dist_sae.index.outputs import LATENTS, Outputs
+from dist_sae.index.outputs import LATENTS, OutputTokens
 
 
-def decoder_of(context: IndexContext, alive: Callable[[], None] = lambda: None) -> Decoder:
+def open_decoder(context: IndexContext, alive: Callable[[], None] = lambda: None) -> Decoder:
     """Open the decoder. It may cache as many bytes as a rank's encoder took.
 
     With one rank per worker, that is the whole decoder.
     """
     decoder = Decoder(context.checkpoint, alive)
     whole_bytes = 4 * decoder.n_latents * decoder.d_out
-    decoder.keep_bytes = whole_bytes // context.run.index.latent_shards
+    decoder.cache_bytes = whole_bytes // context.run.index.latent_shards
     return decoder
 
 
@@ -35,7 +35,7 @@ def weight_columns(
     latents: range,
     decoder: Decoder,
     cells: Cells | None,
-    outputs: Outputs,
+    outputs: OutputTokens,
     device: torch.device,
     alive: Callable[[], None] = lambda: None,
 ) -> dict[str, pa.Array]:

@@ -36,7 +36,7 @@ from dist_sae.data.plan import load_plan
 from dist_sae.errors import ConfigError, NoIndexError, ObjectNotFoundError
 from dist_sae.explaining.explanations import ScoredExplanation, explanations_of
 from dist_sae.explaining.stored import sets
-from dist_sae.index.examples import activations_near, apart, read_documents
+from dist_sae.index.examples import activations_near, drop_overlapping, read_documents
 from dist_sae.index.layout import DECILES, HISTOGRAM_BARS, TOP
 from dist_sae.index.query import Firing, Index, LatentPage
 from dist_sae.index.texts import Place, Texts, build_example
@@ -274,7 +274,7 @@ def _feature(page: LatentPage, names: _Names, texts: Texts, scale: float) -> _Ro
 
 def _select_firings(page: LatentPage) -> list[Firing]:
     """Return the firings whose texts are written: the largest, without overlap, and deciles'."""
-    largest = list(apart(page.largest, _CONTEXT_TOKENS))[:MOST_TEXTS]
+    largest = list(drop_overlapping(page.largest, _CONTEXT_TOKENS))[:MOST_TEXTS]
     return [*largest, *(firing for firing in page.examples if firing.decile != TOP)]
 
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from dist_sae.data.orders import permutation
 from dist_sae.explaining.explanations import ScoredExplanation, explanations_of_all
-from dist_sae.index.examples import activations_near, apart, read_documents
-from dist_sae.index.query import Firing, Index, LatentPage, Output
+from dist_sae.index.examples import activations_near, drop_overlapping, read_documents
+from dist_sae.index.query import Firing, Index, LatentPage, TokenEffect
 from dist_sae.index.texts import Example, Place, Texts, build_example
 
 _LEAST_FIRINGS = 8
@@ -58,7 +58,9 @@ def view_latents(
     """
     pages = [index.latent(latent) for latent in latents]
     explanations_by_latent = explanations_of_all([page.latent for page in pages], index)
-    largest = [list(apart(page.largest))[:most_examples] if texts else [] for page in pages]
+    largest = [
+        list(drop_overlapping(page.largest))[:most_examples] if texts else [] for page in pages
+    ]
     sampled = [_of_deciles(page.examples, of_decile) if texts else {} for page in pages]
     wanted = [
         [*ours, *chain.from_iterable(others.values())]
@@ -114,7 +116,7 @@ def choose_latents(firings: NDArray[np.int64], n: int, seed: int) -> list[int]:
     return [int(able[i]) for i in sorted(chosen)]
 
 
-def _named(outputs: Sequence[Output], texts: Texts | None) -> list[tuple[str, float]]:
+def _named(outputs: Sequence[TokenEffect], texts: Texts | None) -> list[tuple[str, float]]:
     return [(token_text(output.token, texts), output.logit) for output in outputs]
 
 

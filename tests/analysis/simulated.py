@@ -20,7 +20,7 @@ from dist_sae.index.encode import Encoded
 from dist_sae.index.layout import IndexFolder, IndexManifest, bucket_latents
 from dist_sae.index.neighbours import neighbours
 from dist_sae.index.query import Index
-from dist_sae.index.tables import Origins, make_bucket
+from dist_sae.index.tables import Origins, build_bucket
 from dist_sae.index.units import unit_record, write_unit
 from dist_sae.storage import open_store
 from dist_sae.storage.records import seal
@@ -115,7 +115,7 @@ def simulate(
                 kept = [row[mask] for row, mask in zip(found, near.latents >= 0, strict=True)]
                 columns[name] = pa.array([row.numpy() for row in kept], columns[name].type)
         made = (records, bucket, columns, Origins(store, records), sample)
-        record = make_bucket(store, index_folder, manifest, *made)
+        record = build_bucket(store, index_folder, manifest, *made)
         store.put(index_folder.buckets.key(bucket), seal(record))
     return IndexedDictionary(
         Index(store, "world", "made-up"), Decoder(checkpoint), token_names(None)

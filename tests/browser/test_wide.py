@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import dist_sae.index.ranged
+import dist_sae.index.latent_table
 import dist_sae.index.tables
 from dist_sae.browser.lists import Choice
 from dist_sae.browser.pages import Pages
@@ -31,8 +31,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_pages_read_what_they_show(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist_sae.index.ranged, "WHOLE_BYTES", 0)
-    monkeypatch.setattr(dist_sae.index.ranged, "TAIL_BYTES", 20_000)
+    monkeypatch.setattr(dist_sae.index.latent_table, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(dist_sae.index.latent_table, "TAIL_BYTES", 20_000)
     store = open_store(run.store.runs)
     reads: list[tuple[str, int]] = []
     get = type(store).get

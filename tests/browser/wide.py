@@ -90,7 +90,7 @@ def make_wide(folder: Path, n_latents: int, documents: int, n_tokens: int) -> Ru
         written = write_unit(store, at, manifest, sae, encoded)
         store.put(at.units.key(encoded.unit), seal(unit_record(manifest, encoded, [written])))
     with (
-        patch.object(dist_sae.index.build, "stored_cells", lambda *_: None),
+        patch.object(dist_sae.index.build, "load_or_compute_cells", lambda *_: None),
         patch.object(dist_sae.index.weights, "neighbours", _neighbours),
     ):
         make_index(run)

@@ -15,7 +15,7 @@ from dist_sae.dictionaries.axis import WHOLE
 from dist_sae.dictionaries.interface import Widths
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.evaluation.evaluate import evaluate
-from dist_sae.index.cells import make_cells
+from dist_sae.index.cells import compute_cells
 from dist_sae.index.context import open_index
 from dist_sae.index.encode import open_encoder
 from dist_sae.index.neighbours import neighbours
@@ -96,7 +96,7 @@ def test_nearest_latents_are_those_on_a_cpu(world: Run, search: str) -> None:
     assert checkpoint
 
     def found(device: torch.device) -> tuple[Tensor, ...]:
-        cells = make_cells(checkpoint, device) if search == "in cells" else None
+        cells = compute_cells(checkpoint, device) if search == "in cells" else None
         return *(cells or ()), *neighbours(checkpoint, range(64), 4, cells, device)
 
     with pretend_device() as waits:

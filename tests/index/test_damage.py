@@ -63,7 +63,7 @@ def test_a_worker_whose_bucket_was_taken_over_encodes_nothing_again(
     run = produced(tmp_path)
     add_checkpoint(run)
     monkeypatch.setattr(dist_sae.index.layout, "LEAST_LATENTS", 24)
-    make_bucket = dist_sae.index.tables.make_bucket
+    build_bucket = dist_sae.index.tables.build_bucket
     others = list[dict[str, object]]()
 
     def overtaken(*args: object, **options: object) -> object:
@@ -73,10 +73,10 @@ def test_a_worker_whose_bucket_was_taken_over_encodes_nothing_again(
             claim.unlink()  # as if they had run out
         others.append(make_index(run, "quick"))
         units.update({p: p.stat().st_mtime_ns for p in Path(run.store.runs).rglob("units/*.json")})
-        return make_bucket(*args, **options)  # type: ignore[arg-type]
+        return build_bucket(*args, **options)  # type: ignore[arg-type]
 
     units = dict[Path, int]()
-    monkeypatch.setattr(dist_sae.index.build, "make_bucket", overtaken)
+    monkeypatch.setattr(dist_sae.index.build, "build_bucket", overtaken)
     assert make_index(run, "slow") == others[0]
     now = {p: p.stat().st_mtime_ns for p in Path(run.store.runs).rglob("units/*.json")}
     assert units == now

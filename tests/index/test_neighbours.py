@@ -12,7 +12,7 @@ from dist_sae.checkpoint import layout
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.index import cells as cells_module
 from dist_sae.index import neighbours as neighbours_module
-from dist_sae.index.cells import Cells, make_cells, stored_cells
+from dist_sae.index.cells import Cells, compute_cells, load_or_compute_cells
 from dist_sae.index.decoder import Decoder
 from dist_sae.index.neighbours import Neighbours, neighbours
 from dist_sae.kernels import select
@@ -98,7 +98,7 @@ def test_rows_of_zeros_have_cosines_of_zero(tmp_path: Path) -> None:
     assert_same(found, brute_force(W_dec, M))
     assert found.latents[3].tolist() == [0, 1, 2, 4, 5, 6, 7, 8]
     assert found.cosines[3].tolist() == [0.0] * M
-    in_cells = neighbours(given, range(N), M, make_cells(given))
+    in_cells = neighbours(given, range(N), M, compute_cells(given))
     assert not in_cells.cosines.isnan().any()
     assert torch.equal(in_cells.cosines[3], torch.zeros(M))
 
@@ -121,10 +121,10 @@ def test_ranges_are_the_whole_whoever_computes_them(
     monkeypatch.setattr(neighbours_module, "WINDOW_BYTES", 150 * D * 4)
     monkeypatch.setattr(neighbours_module, "PAIRS_BYTES", 50 * D * 8)
     given = checkpoint(tmp_path, planted())
-    cells = make_cells(given) if in_cells else None
+    cells = compute_cells(given) if in_cells else None
     whole = neighbours(given, range(N), M, cells)
     monkeypatch.setattr(neighbours_module, "QUERIES_BYTES", 90 * D * 4)
-    kept = Decoder(given, keep_bytes=N * D * 4)
+    kept = Decoder(given, cache_bytes=N * D * 4)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -144,7 +144,7 @@ def test_cells_find_nearly_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     n = 2048
     W_dec = planted(n)
     given = checkpoint(tmp_path, W_dec)
-    cells = make_cells(given)
+    cells = compute_cells(given)
     assert len(cells.centroids) == 128
     monkeypatch.setattr(cells_module, "PROBES", 32)
     found, expected = neighbours(given, range(n), 16, cells), brute_force(W_dec, 16)
@@ -159,7 +159,7 @@ def test_cells_find_nearly_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_latent_is_in_the_cell_of_the_nearest_centroid(tmp_path: Path) -> None:
     W_dec = planted()
     given = checkpoint(tmp_path, W_dec)
-    cells, again = make_cells(given), make_cells(given)
+    cells, again = compute_cells(given), compute_cells(given)
     assert all(torch.equal(one, other) for one, other in zip(cells, again, strict=True))
     torch.testing.assert_close(cells.centroids.norm(dim=1), torch.ones(len(cells.centroids)))
     products = torch.nn.functional.normalize(W_dec, dim=1) @ cells.centroids.T
@@ -178,25 +178,27 @@ def test_cells_are_made_once(
 ) -> None:
     """Unless they are damaged, or of another checkpoint."""
     given, store = checkpoint(tmp_path, planted()), open_store(str(tmp_path / "index"))
-    assert stored_cells(store, "cells/", given) is None  # few latents are compared with all
+    assert (
+        load_or_compute_cells(store, "cells/", given) is None
+    )  # few latents are compared with all
     assert list(store.keys()) == []
     monkeypatch.setattr(cells_module, "EXACT_LATENTS", N - 1)
-    first = stored_cells(store, "cells/", given)
+    first = load_or_compute_cells(store, "cells/", given)
     with monkeypatch.context() as patch:
-        patch.setattr(cells_module, "make_cells", None)
-        assert same_cells(first, stored_cells(store, "cells/", given))
+        patch.setattr(cells_module, "compute_cells", None)
+        assert same_cells(first, load_or_compute_cells(store, "cells/", given))
     (data,) = store.keys("cells/cells-")
     store.put(data, store.get(data)[:-1] + b"?")
     with caplog.at_level(logging.WARNING):
-        assert same_cells(first, stored_cells(store, "cells/", given))
+        assert same_cells(first, load_or_compute_cells(store, "cells/", given))
     assert "does not match its checksum" in caplog.text
     assert "recomputing the cells" in caplog.text
     store.delete(data)
-    assert same_cells(first, stored_cells(store, "cells/", given))
+    assert same_cells(first, load_or_compute_cells(store, "cells/", given))
     other = checkpoint(tmp_path / "other", planted(seed=1))
-    found = stored_cells(store, "cells/", other)
+    found = load_or_compute_cells(store, "cells/", other)
     assert not torch.equal(found.cell_of, first.cell_of)  # type: ignore[union-attr]
-    assert same_cells(found, stored_cells(store, "cells/", other))
+    assert same_cells(found, load_or_compute_cells(store, "cells/", other))
 
 
 def test_all_use_the_cells_that_were_there_first(
@@ -204,16 +206,16 @@ def test_all_use_the_cells_that_were_there_first(
 ) -> None:
     monkeypatch.setattr(cells_module, "EXACT_LATENTS", N - 1)
     given, store = checkpoint(tmp_path, planted()), open_store(str(tmp_path / "index"))
-    theirs = make_cells(given)._replace(cell_of=torch.zeros(N, dtype=torch.int32))
+    theirs = compute_cells(given)._replace(cell_of=torch.zeros(N, dtype=torch.int32))
 
     def slow(*_: object) -> Cells:
         """Another worker stores its cells meanwhile."""
-        monkeypatch.setattr(cells_module, "make_cells", lambda *_: theirs)
-        stored_cells(store, "cells/", given)
+        monkeypatch.setattr(cells_module, "compute_cells", lambda *_: theirs)
+        load_or_compute_cells(store, "cells/", given)
         return theirs._replace(cell_of=torch.ones(N, dtype=torch.int32))
 
-    monkeypatch.setattr(cells_module, "make_cells", slow)
-    assert same_cells(stored_cells(store, "cells/", given), theirs)
+    monkeypatch.setattr(cells_module, "compute_cells", slow)
+    assert same_cells(load_or_compute_cells(store, "cells/", given), theirs)
 
 
 def of_a_range(folder: Path, among: str) -> None:
@@ -222,7 +224,7 @@ def of_a_range(folder: Path, among: str) -> None:
     neighbours_module.PAIRS_BYTES = neighbours_module.QUERIES_BYTES = MIB
     select.CHUNK_BYTES = 2 * MIB
     given = Checkpoints(open_store(str(folder)), "run", 1).open(1)
-    neighbours(given, range(100, 164), 16, make_cells(given) if among == "cells" else None)
+    neighbours(given, range(100, 164), 16, compute_cells(given) if among == "cells" else None)
 
 
 @pytest.mark.system

@@ -12,7 +12,7 @@ import dist_sae.index.outputs
 from dist_sae.config.data import HuggingFaceModel, ModelConfig, SyntheticModel
 from dist_sae.dictionaries.normaliser import Normaliser, SiteNormalisers
 from dist_sae.errors import ConfigError
-from dist_sae.index.outputs import Outputs, head_digest, open_outputs
+from dist_sae.index.outputs import OutputTokens, head_digest, open_outputs
 from dist_sae.models.head import Head
 
 WIDTH, VOCABULARY, LATENTS = 12, 53, 31
@@ -34,7 +34,7 @@ def test_output_tokens_are_the_extremes_of_all_effects(
     monkeypatch.setattr(dist_sae.index.outputs, "VOCABULARY", 9)
     rows = torch.randn(LATENTS, WIDTH, generator=torch.Generator().manual_seed(1)) + 1
     of = head(centres=centres)
-    top, bottom = Outputs(of, 10).of(rows).values()
+    top, bottom = OutputTokens(of, 10).of(rows).values()
     exact = rows.double().numpy()
     if centres:
         exact -= exact.mean(1, keepdims=True)
@@ -51,7 +51,7 @@ def test_output_tokens_are_the_extremes_of_all_effects(
 def test_a_vocabulary_smaller_than_what_is_asked_for() -> None:
     of = head(centres=False)
     few = of._replace(unembedding=of.unembedding[:4], mean=of.unembedding[:4].float().mean(0))
-    top, bottom = Outputs(few, 10).of(torch.ones(2, WIDTH)).values()
+    top, bottom = OutputTokens(few, 10).of(torch.ones(2, WIDTH)).values()
     assert sorted(top.tokens[0].tolist()) == [0, 1, 2, 3]
     assert top.tokens[0].tolist() == bottom.tokens[0].tolist()[::-1]
 
@@ -93,7 +93,7 @@ def test_of_several_sites_it_is_what_they_add_to_the_residual_stream(
     manifest: Any = SimpleNamespace(settings={"output_tokens": 10}, head=None)
     outputs = open_outputs(HuggingFaceModel(path="m"), manifest, normalisers(*sites))
     found = outputs.of(rows.flatten(1))
-    expected = Outputs(of, 10).of((rows * torch.tensor(factors)[:, None]).sum(1))
+    expected = OutputTokens(of, 10).of((rows * torch.tensor(factors)[:, None]).sum(1))
     for end in ("top", "bottom"):
         assert torch.equal(found[end].tokens, expected[end].tokens)
         torch.testing.assert_close(found[end].effects, expected[end].effects)

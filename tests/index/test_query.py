@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 import torch
 
+import dist_sae.index.latent_table
 import dist_sae.index.layout
 import dist_sae.index.merge
-import dist_sae.index.ranged
 import dist_sae.index.tables
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.config import Run
@@ -64,8 +64,8 @@ def reads_of(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
 def test_pages_and_postings_are_what_brute_force_finds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole_bytes: int
 ) -> None:
-    monkeypatch.setattr(dist_sae.index.ranged, "WHOLE_BYTES", whole_bytes)
-    monkeypatch.setattr(dist_sae.index.ranged, "TAIL_BYTES", 100)  # less than any footer
+    monkeypatch.setattr(dist_sae.index.latent_table, "WHOLE_BYTES", whole_bytes)
+    monkeypatch.setattr(dist_sae.index.latent_table, "TAIL_BYTES", 100)  # less than any footer
     run = produced(tmp_path)
     sae = add_checkpoint(run)
     oracle = Oracle(run, sae)
@@ -125,8 +125,8 @@ def test_pages_and_postings_are_what_brute_force_finds(
 def test_a_page_reads_only_the_row_groups_of_its_latent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dist_sae.index.ranged, "WHOLE_BYTES", 0)
-    monkeypatch.setattr(dist_sae.index.ranged, "TAIL_BYTES", 10_000)
+    monkeypatch.setattr(dist_sae.index.latent_table, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(dist_sae.index.latent_table, "TAIL_BYTES", 10_000)
     run = produced(tmp_path)
     add_checkpoint(run)
     place = Path(make_index(run)["index"])
@@ -152,7 +152,7 @@ def test_a_page_reads_only_the_row_groups_of_its_latent(
 def test_a_flipped_bit_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole_bytes: int
 ) -> None:
-    monkeypatch.setattr(dist_sae.index.ranged, "WHOLE_BYTES", whole_bytes)
+    monkeypatch.setattr(dist_sae.index.latent_table, "WHOLE_BYTES", whole_bytes)
     run = produced(tmp_path)
     add_checkpoint(run)
     place = Path(make_index(run)["index"])
@@ -269,7 +269,7 @@ def test_a_share_of_postings(tmp_path: Path) -> None:
 def test_pages_from_s3_are_those_of_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: Bucket
 ) -> None:
-    monkeypatch.setattr(dist_sae.index.ranged, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(dist_sae.index.latent_table, "WHOLE_BYTES", 0)
     run = produced(tmp_path)
     add_checkpoint(run)
     make_index(run)

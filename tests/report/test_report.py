@@ -14,7 +14,7 @@ from dist_sae.config import Run
 from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.data.shard import SiteRows, UnitManifest, manifest_key, write_shard
-from dist_sae.index.query import Coactive, LatentPage, Near
+from dist_sae.index.query import CoactiveLatent, LatentPage, NearestLatent
 from dist_sae.index.texts import Example, Token
 from dist_sae.producing.planner import plan
 from dist_sae.report.build import report
@@ -120,11 +120,11 @@ def one_latent(texts: Sequence[str], acts: Sequence[float], peak: int) -> Latent
         decoder_norm=1.0,
         encoder_norm=1.0,
         encoder_bias=0.0,
-        nearest=(Near(3, 0.875), Near(8, 0.5)),
+        nearest=(NearestLatent(3, 0.875), NearestLatent(8, 0.5)),
         top_tokens=(),
         bottom_tokens=(),
         examples=(),
-        coactive=(Coactive(9, 5, 1.0, 0.25),),
+        coactive=(CoactiveLatent(9, 5, 1.0, 0.25),),
         norms={},
     )
     example = Example(acts[peak], 0, peak, tokens, peak)
