@@ -82,8 +82,8 @@ def main(options: argparse.Namespace) -> None:
 def _explained(options: argparse.Namespace, run: "Run", index: "Index") -> dict[str, Any] | None:
     """Explain latents. Return None if the user has not agreed to the requests."""
     from dist_sae.data.plan import load_plan
-    from dist_sae.explaining.explain import Plan, count, explain
-    from dist_sae.explaining.passages import Drawer, Wanted
+    from dist_sae.explaining.explain import ExplainPlan, explain, list_questions
+    from dist_sae.explaining.passages import PassageSampler, PassageSettings
     from dist_sae.explaining.stored import ExplanationSet
     from dist_sae.index.texts import Texts
     from dist_sae.storage import open_store
@@ -91,15 +91,15 @@ def _explained(options: argparse.Namespace, run: "Run", index: "Index") -> dict[
     explainer = shared.open_endpoint(options, run)
     judge = shared.open_endpoint(options, run, options.judge) if options.judge else explainer
     index.check_all_postings("explain")
-    wanted = Wanted(options.tokens, options.shown, options.per_decile, options.silent)
-    plan = Plan(wanted, options.at_once, options.most_tokens, run.train.seed)
+    passages = PassageSettings(options.tokens, options.shown, options.per_decile, options.silent)
+    plan = ExplainPlan(passages, options.at_once, options.most_tokens, run.train.seed)
     found = ExplanationSet(index, options.name or _as_name(explainer.model))
-    made = plan.made(index, explainer.model, judge.model)
-    found.check(made)
+    settings = plan.settings_for(index, explainer.model, judge.model)
+    found.check(settings)
     latents = _latents(options, run, index)
     texts = Texts(run, load_plan(open_store(run.store.activations, run.store.s3), run))
-    drawer = Drawer(index, texts, wanted, plan.seed)
-    asked, judging = count(drawer, plan, latents, explainer)
+    sampler = PassageSampler(index, texts, passages, plan.seed)
+    asked, judging = list_questions(sampler, plan, latents, explainer)
     if judge is explainer:
         may = shared.confirm_requests(options, explainer, asked + judging)
     else:
@@ -110,8 +110,8 @@ def _explained(options: argparse.Namespace, run: "Run", index: "Index") -> dict[
         may = all(mays)
     if not may:
         return None
-    outcome = explain(drawer, plan, latents, explainer, judge, found, made)
-    return {"explanations": found.place, **outcome._asdict()}
+    summary = explain(sampler, plan, latents, explainer, judge, found, settings)
+    return {"explanations": found.place, **summary._asdict()}
 
 
 def _latents(options: argparse.Namespace, run: "Run", index: "Index") -> list[int]:
@@ -128,8 +128,8 @@ def _latents(options: argparse.Namespace, run: "Run", index: "Index") -> list[in
 
 
 def _from_delphi(options: argparse.Namespace, index: "Index") -> dict[str, Any]:
-    from dist_sae.explaining.explain import outcome
-    from dist_sae.explaining.from_delphi import LIBRARY, made_by_delphi, read_delphi
+    from dist_sae.explaining.explain import summarize
+    from dist_sae.explaining.from_delphi import LIBRARY, delphi_settings, read_delphi
     from dist_sae.explaining.stored import ExplanationSet
 
     if options.endpoint or options.yes or options.judge:
@@ -138,8 +138,8 @@ def _from_delphi(options: argparse.Namespace, index: "Index") -> dict[str, Any]:
         )
     found = ExplanationSet(index, options.name or LIBRARY)
     read = read_delphi(options.from_delphi, index)
-    found.add(made_by_delphi(index), read)
-    return {"explanations": found.place, **outcome(read)._asdict()}
+    found.add(delphi_settings(index), read)
+    return {"explanations": found.place, **summarize(read)._asdict()}
 
 
 def _as_name(model: str) -> str:

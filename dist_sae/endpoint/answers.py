@@ -115,7 +115,7 @@ class Endpoint:
         """Name of the model."""
         return self._settings.model
 
-    def kept(self, questions: Iterable[Question]) -> list[Answer | None]:
+    def cached(self, questions: Iterable[Question]) -> list[Answer | None]:
         """Return the stored answer of each question, or None. Sends no requests.
 
         Raises:

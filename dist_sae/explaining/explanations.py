@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from dist_sae.explaining.scoring import Said, Score, score
+from dist_sae.explaining.scoring import Score, VerdictCounts, score
 from dist_sae.explaining.stored import ExplanationSet, sets
 from dist_sae.index.query import Index
 
@@ -26,13 +26,13 @@ class ScoredExplanation(NamedTuple):
                 f"detection {score.balanced_accuracy:.2f} ({score.low:.2f} to {score.high:.2f})"
             )
         parts += [
-            f"yes on {said.yes} of {said.of} {what}"
-            for said, what in (
+            f"yes on {counts.yes} of {counts.of} {what}"
+            for counts, what in (
                 (score.active, "active"),
                 (score.random, "silent"),
                 (score.near, "near misses"),
             )
-            if said.of
+            if counts.of
         ]
         if score.unanswered:
             parts.append(f"{score.unanswered} without an answer")
@@ -41,11 +41,11 @@ class ScoredExplanation(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         """Convert to JSON types."""
         numbers = {
-            name: value._asdict() if isinstance(value, Said) else value
+            name: value._asdict() if isinstance(value, VerdictCounts) else value
             for name, value in self.score._asdict().items()
             if name != "deciles"
         }
-        deciles = [said._asdict() for said in self.score.deciles]
+        deciles = [counts._asdict() for counts in self.score.deciles]
         return {"set": self.name, "explanation": self.explanation, **numbers, "deciles": deciles}
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_sae.errors import ConfigError
-from dist_sae.explaining.scoring import Judged
-from dist_sae.explaining.stored import Explained, Made
+from dist_sae.explaining.scoring import Verdict
+from dist_sae.explaining.stored import LatentExplanation, SetSettings
 from dist_sae.index.layout import DECILES
 from dist_sae.index.query import Index
 
@@ -25,9 +25,9 @@ _UNREAD = {"Explanation could not be parsed.", "No explanation found"}
 _NO_NEIGHBOUR = -1.0
 
 
-def made_by_delphi(index: Index) -> Made:
+def delphi_settings(index: Index) -> SetSettings:
     """Return the settings of a set of explanations by delphi."""
-    return Made(
+    return SetSettings(
         explainer=LIBRARY,
         judge=LIBRARY,
         checkpoint=index.manifest.checkpoint,
@@ -35,7 +35,7 @@ def made_by_delphi(index: Index) -> Made:
     )
 
 
-def read_delphi(folder: Path, index: Index) -> list[Explained]:
+def read_delphi(folder: Path, index: Index) -> list[LatentExplanation]:
     """Read delphi's explanations of an index's latents, in ascending order.
 
     Args:
@@ -65,29 +65,29 @@ def read_delphi(folder: Path, index: Index) -> list[Explained]:
     return [_explained(latent, files[latent], folder) for latent in sorted(files)]
 
 
-def _explained(latent: int, file: Path, folder: Path) -> Explained:
+def _explained(latent: int, file: Path, folder: Path) -> LatentExplanation:
     text = _json(file)
     if not isinstance(text, str):
         raise ConfigError(f"{file}: is not a JSON string")
     if text in _UNREAD:
-        return Explained(latent, None, text, ())
+        return LatentExplanation(latent, None, text, ())
     scores = folder / "scores" / "detection" / file.name
     examples = _json(scores) if scores.exists() else []
     if not isinstance(examples, list):
         raise ConfigError(f"{scores}: is not a JSON list")
-    return Explained(latent, text, "", [_judged(scores, each) for each in examples])
+    return LatentExplanation(latent, text, "", [_verdict(scores, each) for each in examples])
 
 
-def _judged(file: Path, example: Any) -> Judged:
+def _verdict(file: Path, example: Any) -> Verdict:
     try:
-        active, said, distance = (
+        active, prediction, distance = (
             example[name] for name in ("activating", "prediction", "distance")
         )
-        yes = None if said is None else bool(said)
+        yes = None if prediction is None else bool(prediction)
         if active:
             tenth = int(distance)
-            return Judged("active", tenth if 0 <= tenth < DECILES else None, yes)
-        return Judged("random" if distance == _NO_NEIGHBOUR else "near", None, yes)
+            return Verdict("active", tenth if 0 <= tenth < DECILES else None, yes)
+        return Verdict("random" if distance == _NO_NEIGHBOUR else "near", None, yes)
     except (KeyError, TypeError, ValueError) as exc:
         raise ConfigError(
             f"{file}: an example lacks {exc}; delphi 0.1.3 writes activating, prediction, distance"

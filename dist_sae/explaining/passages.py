@@ -1,7 +1,7 @@
 """Passages for explaining a latent, and others for judging the explanation.
 
-A passage is a piece of a context, `Wanted.tokens` long. Passages in which the latent fires are
-active, and the others are silent. Active passages are sorted by their largest activation and
+A passage is a piece of a context, `PassageSettings.tokens` long. Passages in which the latent fires
+are active, and the others are silent. Active passages are sorted by their largest activation and
 divided into deciles. The judge gets three kinds of passages:
 
 - active passages, evenly from the deciles,
@@ -34,7 +34,7 @@ _CELL_BITS = 31  # bits for the number of a passage within its document
 Ints = NDArray[np.int64]
 
 
-class Wanted(NamedTuple):
+class PassageSettings(NamedTuple):
     """The number and length of passages."""
 
     tokens: int = 32
@@ -64,7 +64,7 @@ class Passage(NamedTuple):
         return "".join(self.tokens)
 
 
-class Drawn(NamedTuple):
+class SampledPassages(NamedTuple):
     """The passages that were drawn for a latent."""
 
     shown: list[Passage]
@@ -82,25 +82,25 @@ class _Cell(NamedTuple):
     decile: int | None
 
 
-class Drawer:
+class PassageSampler:
     """Draws passages of an index.
 
     Args:
         index: The index, which must store all postings.
         texts: Texts of the index's run.
-        wanted: The number and length of passages.
+        settings: The number and length of passages.
         seed: Seed of all choices.
 
     Raises:
         CorruptObjectError: The index is damaged.
     """
 
-    def __init__(self, index: Index, texts: Texts, wanted: Wanted, seed: int) -> None:
-        self._index, self._texts, self._wanted, self._seed = index, texts, wanted, seed
+    def __init__(self, index: Index, texts: Texts, settings: PassageSettings, seed: int) -> None:
+        self._index, self._texts, self._settings, self._seed = index, texts, settings, seed
         units = np.array(index.manifest.units)
         if len(units) > UNITS:
             units = np.sort(np.random.default_rng(seed).choice(units, UNITS, replace=False))
-        within, length = texts.context_tokens, wanted.tokens
+        within, length = texts.context_tokens, settings.tokens
         self._pieces = -(-within // length)
         self._of_row: dict[int, Ints] = {}
         keys: list[Ints] = []
@@ -123,7 +123,7 @@ class Drawer:
             np.concatenate(none + parts) for parts in (keys, sizes, unit_of)
         )
 
-    def draw(self, latent: int) -> Drawn:
+    def sample(self, latent: int) -> SampledPassages:
         """Draw the passages of a latent, or as many as there are.
 
         Raises:
@@ -131,24 +131,24 @@ class Drawer:
             CorpusError: The text differs from the text that activations were computed from.
             CorruptObjectError: The index is damaged.
         """
-        wanted, chance = self._wanted, np.random.default_rng((self._seed, latent))
+        settings, rng = self._settings, np.random.default_rng((self._seed, latent))
         largest = self._largest(latent)
-        able = 2 * self._sizes >= wanted.tokens  # short ends of documents are uninformative
+        able = 2 * self._sizes >= settings.tokens  # short ends of documents are uninformative
         active = np.flatnonzero((largest > 0) & able)
         active = active[np.argsort(largest[active], kind="stable")]
         decile = np.arange(len(active)) * DECILES // max(1, len(active))
-        for_judge, shown = _split(decile, wanted, chance)
+        for_judge, shown = _split(decile, settings, rng)
         judged = [_Cell(int(active[i]), "active", int(decile[i])) for i in for_judge]
         silent = np.flatnonzero((largest == 0) & able)
-        near = self._near(latent, silent, chance)
+        near = self._near(latent, silent, rng)
         others = np.setdiff1d(silent, near)
-        by_chance = chance.permutation(others)[: wanted.silent]
+        by_chance = rng.permutation(others)[: settings.silent]
         judged += [_Cell(int(cell), "random", None) for cell in by_chance]
         judged += [_Cell(int(cell), "near", None) for cell in near]
-        judged = [judged[i] for i in chance.permutation(len(judged))]
+        judged = [judged[i] for i in rng.permutation(len(judged))]
         cells = [_Cell(int(active[i]), "active", int(decile[i])) for i in shown] + judged
         passages = self._passages(latent, cells)
-        return Drawn(passages[: len(shown)], passages[len(shown) :], len(active))
+        return SampledPassages(passages[: len(shown)], passages[len(shown) :], len(active))
 
     def _firings(self, latent: int) -> Iterator[tuple[int, Ints, NDArray[np.float32]]]:
         """Yield rows and activations of the latent's firings in each of the units."""
@@ -165,21 +165,21 @@ class Drawer:
             np.maximum.at(found, self._of_row[unit][rows], acts)
         return found
 
-    def _near(self, latent: int, silent: Ints, chance: np.random.Generator) -> Ints:
+    def _near(self, latent: int, silent: Ints, rng: np.random.Generator) -> Ints:
         """Find the silent passages in which near latents fire most, equally many of each latent."""
         page, chosen = self._index.latent(latent), list[int]()
         others = [near.latent for near in page.nearest[:NEAR_LATENTS] if near.cosine > 0]
         lists = []
         for other in others:
             acts = self._largest(other)[silent]
-            order = chance.permutation(len(silent))  # breaks ties at random
+            order = rng.permutation(len(silent))  # breaks ties at random
             order = order[np.argsort(-acts[order], kind="stable")]
             lists.append(silent[order[acts[order] > 0]].tolist())
-        while any(lists) and len(chosen) < self._wanted.silent:
+        while any(lists) and len(chosen) < self._settings.silent:
             for cells in lists:
                 while cells and cells[0] in chosen:
                     cells.pop(0)
-                if cells and len(chosen) < self._wanted.silent:
+                if cells and len(chosen) < self._settings.silent:
                     chosen.append(cells.pop(0))
         return np.array(chosen, np.int64)
 
@@ -214,8 +214,8 @@ class Drawer:
         document, place = divmod(int(self._keys[cell.number]), 1 << _CELL_BITS)
         context, piece = divmod(place, self._pieces)
         ids, within = self._texts.tokens(document), self._texts.context_tokens
-        first = context * within + piece * self._wanted.tokens
-        last = min(first + self._wanted.tokens, (context + 1) * within, len(ids))
+        first = context * within + piece * self._settings.tokens
+        last = min(first + self._settings.tokens, (context + 1) * within, len(ids))
         tokens: list[str] = []
         values: list[float] = []
         window = range(first, last)
@@ -231,7 +231,7 @@ class Drawer:
         return Passage(document, first, cell.decile, cell.kind, tokens, values)
 
 
-def _split(decile: Ints, wanted: Wanted, chance: np.random.Generator) -> tuple[Ints, Ints]:
+def _split(decile: Ints, settings: PassageSettings, rng: np.random.Generator) -> tuple[Ints, Ints]:
     """Split active passages between the judge and the explainer.
 
     The judge's passages are chosen first, evenly from the deciles and at most half of them all. So
@@ -240,25 +240,25 @@ def _split(decile: Ints, wanted: Wanted, chance: np.random.Generator) -> tuple[I
 
     Args:
         decile: Decile of each active passage, sorted by activation.
-        wanted: The number of passages.
-        chance: Source of random numbers.
+        settings: The number of passages.
+        rng: Source of random numbers.
 
     Returns:
         Indices of the passages for the judge, and for the explainer.
     """
     places = np.arange(len(decile))
-    n = min(DECILES * wanted.per_decile, len(places) // 2)
-    judged = _evenly(places, decile, chance)[:n]
+    n = min(DECILES * settings.per_decile, len(places) // 2)
+    judged = _evenly(places, decile, rng)[:n]
     left = np.setdiff1d(places, judged)
-    top = left[::-1][: -(-wanted.shown // 2)]
+    top = left[::-1][: -(-settings.shown // 2)]
     left = np.setdiff1d(left, top)
-    spread = _evenly(left, decile, chance)[: wanted.shown - len(top)]
+    spread = _evenly(left, decile, rng)[: settings.shown - len(top)]
     return judged, np.concatenate([top, np.sort(spread)[::-1]])
 
 
-def _evenly(places: Ints, decile: Ints, chance: np.random.Generator) -> Ints:
+def _evenly(places: Ints, decile: Ints, rng: np.random.Generator) -> Ints:
     """Shuffle places so that any first n have the same number from each decile, where possible."""
-    order = chance.permutation(places)
+    order = rng.permutation(places)
     turns = np.empty(len(order), np.int64)
     for d in range(DECILES):
         here = decile[order] == d

@@ -26,7 +26,7 @@ while a near latent is active (near)."""
 _Z = 1.959964  # 95 %
 
 
-class Judged(NamedTuple):
+class Verdict(NamedTuple):
     """A passage, and the judge's verdict on it."""
 
     kind: Kind
@@ -39,7 +39,7 @@ class Judged(NamedTuple):
     """Position of the passage's first token in the document."""
 
 
-class Said(NamedTuple):
+class VerdictCounts(NamedTuple):
     """The verdicts on passages of one kind: `yes` of `of`."""
 
     yes: int
@@ -54,10 +54,10 @@ class Said(NamedTuple):
 class Score(NamedTuple):
     """Verdicts, and scores. A score is None if there are no passages of a kind that it needs."""
 
-    active: Said
-    random: Said
-    near: Said
-    deciles: tuple[Said, ...]
+    active: VerdictCounts
+    random: VerdictCounts
+    near: VerdictCounts
+    deciles: tuple[VerdictCounts, ...]
     """Verdicts on the active passages by decile, from the least active."""
     unanswered: int
     """Number of passages without a verdict. They do not count in any other number."""
@@ -70,17 +70,17 @@ class Score(NamedTuple):
     """Share of the near misses on which the judge says no."""
 
 
-def score(judged: Iterable[Judged]) -> Score:
+def score(verdicts: Iterable[Verdict]) -> Score:
     """Count verdicts, and compute the scores."""
-    told = list(judged)
-    answered = [each for each in told if each.yes is not None]
+    verdicts = list(verdicts)
+    answered = [each for each in verdicts if each.yes is not None]
     active, random, near = (
-        _said([each for each in answered if each.kind == kind]) for kind in KINDS
+        _count([each for each in answered if each.kind == kind]) for kind in KINDS
     )
     balanced = low = high = f1 = None
     if active.of and random.of:
         shares = (active.share, 1 - random.share)
-        bounds = (_wilson(active), _wilson(Said(random.of - random.yes, random.of)))
+        bounds = (_wilson(active), _wilson(VerdictCounts(random.of - random.yes, random.of)))
         balanced = sum(shares) / 2
         down, up = (
             math.hypot(*(p - b[end] for p, b in zip(shares, bounds, strict=True))) / 2
@@ -92,8 +92,8 @@ def score(judged: Iterable[Judged]) -> Score:
         active,
         random,
         near,
-        tuple(_said([each for each in answered if each.decile == d]) for d in range(DECILES)),
-        len(told) - len(answered),
+        tuple(_count([each for each in answered if each.decile == d]) for d in range(DECILES)),
+        len(verdicts) - len(answered),
         balanced,
         low,
         high,
@@ -102,13 +102,13 @@ def score(judged: Iterable[Judged]) -> Score:
     )
 
 
-def _said(judged: Sequence[Judged]) -> Said:
-    return Said(sum(bool(each.yes) for each in judged), len(judged))
+def _count(verdicts: Sequence[Verdict]) -> VerdictCounts:
+    return VerdictCounts(sum(bool(each.yes) for each in verdicts), len(verdicts))
 
 
-def _wilson(said: Said) -> tuple[float, float]:
+def _wilson(counts: VerdictCounts) -> tuple[float, float]:
     """Compute the Wilson interval of a share."""
-    p, n = said.share, said.of
+    p, n = counts.share, counts.of
     middle = p + _Z**2 / (2 * n)
     reach = _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
     return (middle - reach) / (1 + _Z**2 / n), (middle + reach) / (1 + _Z**2 / n)

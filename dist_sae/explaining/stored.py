@@ -15,7 +15,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from dist_sae.errors import ArgumentError, ConfigError, ObjectNotFoundError
-from dist_sae.explaining.scoring import KINDS, Judged, score
+from dist_sae.explaining.scoring import KINDS, Verdict, score
 from dist_sae.index.latent_table import LatentTable
 from dist_sae.index.layout import Stored, read_table, store_table, to_parquet
 from dist_sae.index.query import Index
@@ -26,7 +26,7 @@ _GROUP_ROWS = 256
 _NAME = r"(?P<name>[a-z0-9][a-z0-9.-]*)\.json"
 
 
-class Made(Record):
+class SetSettings(Record):
     """The settings of a set of explanations."""
 
     explainer: str
@@ -37,7 +37,8 @@ class Made(Record):
     prompts: int
     """Version of the prompts; 0 for another library's prompts."""
     settings: dict[str, int] = Field(default_factory=dict)
-    """Number and length of passages (`Wanted`), and the number judged per request (`at_once`)."""
+    """Number and length of passages (`PassageSettings`), and the number judged per request
+    (`at_once`)."""
     seed: int = 0
 
 
@@ -45,18 +46,18 @@ class SetRecord(Record):
     """The content of `<name>.json`."""
 
     schema_version: Literal[1] = 1
-    made: Made
+    made: SetSettings
     table: Stored
 
 
-class Explained(NamedTuple):
+class LatentExplanation(NamedTuple):
     """The explanation of a latent, and the verdicts on it."""
 
     latent: int
     explanation: str | None
     why_none: str
     """Reason why there is no explanation; empty if there is one."""
-    judged: Sequence[Judged]
+    judged: Sequence[Verdict]
 
 
 class ExplanationSet:
@@ -101,29 +102,29 @@ class ExplanationSet:
             self._table = LatentTable(self._store, self._record.table)
         return self._record
 
-    def check(self, made: Made) -> None:
+    def check(self, settings: SetSettings) -> None:
         """Check that explanations with these settings may be added to the set.
 
         Raises:
             ConfigError: The set exists, and has other settings.
         """
         there = self.record()
-        for field in Made.model_fields if there else ():
+        for field in SetSettings.model_fields if there else ():
             assert there is not None
-            was, now = getattr(there.made, field), getattr(made, field)
+            was, now = getattr(there.made, field), getattr(settings, field)
             if was != now:
                 raise ConfigError(
                     f"{self.place}: was created with {field} {_shown(was)}, not {_shown(now)}; "
                     f"choose another --name"
                 )
 
-    def add(self, made: Made, explained: Iterable[Explained]) -> None:
+    def add(self, settings: SetSettings, explained: Iterable[LatentExplanation]) -> None:
         """Add explanations, and replace earlier explanations of the same latents.
 
         Raises:
             ConfigError: The set exists, and has other settings.
         """
-        self.check(made)
+        self.check(settings)
         there = self.record()
         rows = {each.latent: _row(each) for each in explained}
         if there is not None:
@@ -132,12 +133,12 @@ class ExplanationSet:
         table = pa.Table.from_pylist([rows[latent] for latent in sorted(rows)], schema=_TABLE)
         stem = f"{self._folder}{self.name}"
         stored = store_table(self._store, stem, to_parquet(table, _GROUP_ROWS))
-        self._store.put(self._key, seal(SetRecord(made=made, table=stored)))
+        self._store.put(self._key, seal(SetRecord(made=settings, table=stored)))
         if there is not None and there.table.key != stored.key:
             self._store.delete(there.table.key)
         self._record = None
 
-    def get(self, latent: int) -> Explained | None:
+    def get(self, latent: int) -> LatentExplanation | None:
         """Read the explanation of a latent. Return None if the set does not have the latent.
 
         Raises:
@@ -148,7 +149,7 @@ class ExplanationSet:
         rows = pa.concat_tables(self._table.of(latent)).to_pylist()
         return _explained(rows[0]) if rows else None
 
-    def all(self) -> list[Explained]:
+    def all(self) -> list[LatentExplanation]:
         """Read the explanations of all latents. Raises the errors of `get`."""
         there = self.record()
         return [] if there is None else list(map(_explained, self.table().to_pylist()))
@@ -205,22 +206,22 @@ _TABLE = pa.schema(
 """Schema of the table: first the columns for readers, then the verdict on each passage."""
 
 
-def _row(each: Explained) -> dict[str, Any]:
-    told = score(each.judged)
+def _row(each: LatentExplanation) -> dict[str, Any]:
+    scores = score(each.judged)
     row: dict[str, Any] = {
         "latent": each.latent,
         "explanation": each.explanation,
         "why_none": each.why_none,
-        "unanswered": told.unanswered,
+        "unanswered": scores.unanswered,
         "judged": [judged._asdict() for judged in each.judged],
-        **{name: getattr(told, name) for name in _NUMBERS},
+        **{name: getattr(scores, name) for name in _NUMBERS},
     }
     for kind in KINDS:
-        said = getattr(told, kind)
-        row |= {f"{kind}_yes": said.yes, f"{kind}_passages": said.of}
+        counts = getattr(scores, kind)
+        row |= {f"{kind}_yes": counts.yes, f"{kind}_passages": counts.of}
     return row
 
 
-def _explained(row: dict[str, Any]) -> Explained:
-    judged = [Judged(**each) for each in row["judged"]]
-    return Explained(row["latent"], row["explanation"], row["why_none"], judged)
+def _explained(row: dict[str, Any]) -> LatentExplanation:
+    judged = [Verdict(**each) for each in row["judged"]]
+    return LatentExplanation(row["latent"], row["explanation"], row["why_none"], judged)

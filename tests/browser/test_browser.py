@@ -17,9 +17,9 @@ from dist_sae.browser.lists import PAGE_LATENTS
 from dist_sae.browser.pages import Pages
 from dist_sae.commands.cli import main
 from dist_sae.config import Run
-from dist_sae.explaining.explain import Plan
-from dist_sae.explaining.scoring import Judged
-from dist_sae.explaining.stored import Explained, ExplanationSet
+from dist_sae.explaining.explain import ExplainPlan
+from dist_sae.explaining.scoring import Verdict
+from dist_sae.explaining.stored import ExplanationSet, LatentExplanation
 from dist_sae.index.query import Index
 from dist_sae.notebook.run import OpenedRun
 from tests.browser.worlds import CLUSTERS, beside, index_of, indexed_run, keep_map, place, served
@@ -153,11 +153,11 @@ def test_a_latent_has_a_page_with_its_texts_and_neighbours(ask: Ask, index: Inde
 
 
 def test_explanations_are_on_a_page_and_in_a_comparison(ask: Ask, index: Index, other: Run) -> None:
-    verdicts = [Judged("active", 3, yes=True), Judged("random", None, yes=False)]
+    verdicts = [Verdict("active", 3, yes=True), Verdict("random", None, yes=False)]
     latent = densest(index)[0]
     for of, words, n in ((index, "our words", latent), (index_of(other), "their words", 3)):
-        told = Explained(n, words, "", verdicts)
-        ExplanationSet(of, "mine").add(Plan().made(of, "m", "m"), [told])
+        told = LatentExplanation(n, words, "", verdicts)
+        ExplanationSet(of, "mine").add(ExplainPlan().settings_for(of, "m", "m"), [told])
     assert "our words mine; detection 1.00 (" in ask(f"/latent/{latent}").said
     compared = ask(f"/compare?latent={latent}&other=3").said
     assert "our words mine; " in compared

@@ -12,7 +12,7 @@ from dist_sae import retry
 from dist_sae.commands.cli import main
 from dist_sae.config import Run
 from dist_sae.explaining.explanations import explanations_of
-from dist_sae.explaining.scoring import Judged, Said
+from dist_sae.explaining.scoring import Verdict, VerdictCounts
 from dist_sae.explaining.stored import ExplanationSet, sets
 from dist_sae.index.query import Index
 from dist_sae.report.build import report
@@ -54,7 +54,7 @@ class Asking:
         (told,) = explanations_of(latent, [ExplanationSet(index, name)])
         return told
 
-    def judged(self, latent: int) -> list[Judged]:
+    def judged(self, latent: int) -> list[Verdict]:
         index = Index(open_store(self.run.store.runs), self.run.name)
         found = ExplanationSet(index, "tests").get(latent)
         assert found
@@ -92,11 +92,11 @@ def test_a_rule_is_scored_as_by_hand(asking: Asking, capsys: pytest.CaptureFixtu
     assert len(asking.server.bodies) == 2 * REQUESTS
     told = asking.told(0)
     assert told.explanation == f"the word {word(10)}"
-    assert (told.score.active, told.score.random) == (Said(10, 20), Said(0, 20))
-    assert told.score.deciles == (*5 * [Said(0, 2)], *5 * [Said(2, 2)])
+    assert (told.score.active, told.score.random) == (VerdictCounts(10, 20), VerdictCounts(0, 20))
+    assert told.score.deciles == (*5 * [VerdictCounts(0, 2)], *5 * [VerdictCounts(2, 2)])
     assert told.score.balanced_accuracy == 0.75
     assert told.score.f1 == pytest.approx(2 / 3)
-    assert told.score.near == Said(0, 20)
+    assert told.score.near == VerdictCounts(0, 20)
     for judged in asking.judged(0):
         assert judged.document is not None
         assert judged.yes == (10 in documents()[judged.document])
@@ -298,8 +298,11 @@ def test_what_delphi_found_is_read(
     assert main([*command, str(folder)]) == 0
     told = asking.told(1, "delphi")
     assert told.explanation == "A word."
-    assert told.score[:3] == (Said(1, 2), Said(0, 1), Said(1, 1))
-    assert (told.score.deciles[0], told.score.deciles[9]) == (Said(0, 1), Said(1, 1))
+    assert told.score[:3] == (VerdictCounts(1, 2), VerdictCounts(0, 1), VerdictCounts(1, 1))
+    assert (told.score.deciles[0], told.score.deciles[9]) == (
+        VerdictCounts(0, 1),
+        VerdictCounts(1, 1),
+    )
     assert (told.score.balanced_accuracy, told.score.unanswered) == (0.75, 1)
     assert main([*command, str(tmp_path)]) == 2
     assert "has no explanations/resid_pre.0_latent<n>.txt" in capsys.readouterr().err

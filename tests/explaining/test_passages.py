@@ -9,13 +9,13 @@ import pytest
 from dist_sae.config import Run
 from dist_sae.data.plan import load_plan
 from dist_sae.errors import CorpusError
-from dist_sae.explaining.passages import Drawer, Drawn, Wanted
+from dist_sae.explaining.passages import PassageSampler, PassageSettings, SampledPassages
 from dist_sae.index.query import Index
 from dist_sae.index.texts import Texts
 from dist_sae.storage import open_store
 from tests.explaining.words import FIRES_ON, LENGTH, documents, word, words_run
 
-WANTED = Wanted(tokens=LENGTH, shown=20, per_decile=2, silent=15)
+SETTINGS = PassageSettings(tokens=LENGTH, shown=20, per_decile=2, silent=15)
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +23,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return words_run(tmp_path_factory.mktemp("words"))
 
 
-def drawer(run: Run, wanted: Wanted = WANTED, seed: int = 0) -> Drawer:
+def sampler(run: Run, settings: PassageSettings = SETTINGS, seed: int = 0) -> PassageSampler:
     texts = Texts(run, load_plan(open_store(run.store.activations), run))
-    return Drawer(Index(open_store(run.store.runs), run.name), texts, wanted, seed)
+    return PassageSampler(Index(open_store(run.store.runs), run.name), texts, settings, seed)
 
 
 @pytest.fixture(scope="module")
-def drawn(run: Run) -> list[Drawn]:
-    made = drawer(run)
-    return [made.draw(latent) for latent in range(len(FIRES_ON))]
+def sampled(run: Run) -> list[SampledPassages]:
+    made = sampler(run)
+    return [made.sample(latent) for latent in range(len(FIRES_ON))]
 
 
 def largest(latent: int, document: list[int]) -> float:
@@ -39,8 +39,8 @@ def largest(latent: int, document: list[int]) -> float:
 
 
 @pytest.mark.system
-def test_passages_have_the_text_and_the_activations(drawn: list[Drawn]) -> None:
-    for latent, found in enumerate(drawn):
+def test_passages_have_the_text_and_the_activations(sampled: list[SampledPassages]) -> None:
+    for latent, found in enumerate(sampled):
         for passage in (*found.shown, *found.judged):
             words = documents()[passage.document]
             assert passage.position == 0
@@ -49,38 +49,40 @@ def test_passages_have_the_text_and_the_activations(drawn: list[Drawn]) -> None:
             np.testing.assert_allclose(passage.acts, expected, rtol=1e-3)
 
 
-def test_no_passage_is_both_shown_and_judged(drawn: list[Drawn]) -> None:
-    for latent, found in enumerate(drawn):
+def test_no_passage_is_both_shown_and_judged(sampled: list[SampledPassages]) -> None:
+    for latent, found in enumerate(sampled):
         places = [passage.document for passage in (*found.shown, *found.judged)]
         assert len(places) == len(set(places)), latent
 
 
-def test_active_passages_are_drawn_evenly_from_deciles(drawn: list[Drawn]) -> None:
+def test_active_passages_are_drawn_evenly_from_deciles(sampled: list[SampledPassages]) -> None:
     """60 documents fire latent 0: the 30 with w11 are the deciles 0 to 4, by 30 ties of 1."""
-    active = [passage for passage in drawn[0].judged if passage.kind == "active"]
+    active = [passage for passage in sampled[0].judged if passage.kind == "active"]
     assert Counter(passage.decile for passage in active) == dict.fromkeys(range(10), 2)
     for passage in active:
         assert passage.decile is not None
         assert largest(0, documents()[passage.document]) == (1.0 if passage.decile < 5 else 2.0)
-    assert drawn[0].active == 60
+    assert sampled[0].active == 60
 
 
 def test_the_explainer_sees_the_most_active_first_and_some_of_each_decile(
-    drawn: list[Drawn],
+    sampled: list[SampledPassages],
 ) -> None:
     """40 passages are left by the judge, 4 of each decile. The ten of largest activation are of the
     deciles 7, 8 and 9; of the other eight deciles there is one each, and two more."""
-    acts = [max(passage.acts) for passage in drawn[0].shown]
+    acts = [max(passage.acts) for passage in sampled[0].shown]
     assert acts == sorted(acts, reverse=True)
     assert len(acts) == 20
-    counts = Counter(passage.decile for passage in drawn[0].shown)
+    counts = Counter(passage.decile for passage in sampled[0].shown)
     assert set(counts) == set(range(10))
     assert (counts[8], counts[9]) == (4, 4)
     assert 5 <= sum(counts[decile] for decile in range(5)) <= 7
 
 
-def test_silent_passages_are_silent_and_near_misses_fire_a_near_latent(drawn: list[Drawn]) -> None:
-    found = {kind: [p for p in drawn[0].judged if p.kind == kind] for kind in ("random", "near")}
+def test_silent_passages_are_silent_and_near_misses_fire_a_near_latent(
+    sampled: list[SampledPassages],
+) -> None:
+    found = {kind: [p for p in sampled[0].judged if p.kind == kind] for kind in ("random", "near")}
     assert (len(found["random"]), len(found["near"])) == (15, 15)
     for kind, passages in found.items():
         for passage in passages:
@@ -89,29 +91,29 @@ def test_silent_passages_are_silent_and_near_misses_fire_a_near_latent(drawn: li
     assert sum(13 in documents()[p.document] for p in found["near"]) >= 7
 
 
-def test_half_of_few_passages_are_judged(drawn: list[Drawn]) -> None:
+def test_half_of_few_passages_are_judged(sampled: list[SampledPassages]) -> None:
     """Nine documents fire latent 3: four are judged, of other deciles, and five are shown."""
-    active = [passage for passage in drawn[3].judged if passage.kind == "active"]
-    assert (len(active), len(drawn[3].shown), drawn[3].active) == (4, 5, 9)
+    active = [passage for passage in sampled[3].judged if passage.kind == "active"]
+    assert (len(active), len(sampled[3].shown), sampled[3].active) == (4, 5, 9)
     assert len({passage.decile for passage in active}) == 4
 
 
 def test_a_latent_that_is_never_or_always_active_lacks_passages_of_a_kind(
-    drawn: list[Drawn],
+    sampled: list[SampledPassages],
 ) -> None:
-    assert (drawn[4].shown, {p.kind for p in drawn[4].judged}) == ([], {"random"})
-    assert {p.kind for p in drawn[5].judged} == {"active"}
+    assert (sampled[4].shown, {p.kind for p in sampled[4].judged}) == ([], {"random"})
+    assert {p.kind for p in sampled[5].judged} == {"active"}
 
 
-def test_the_same_passages_are_drawn_again(run: Run, drawn: list[Drawn]) -> None:
-    again = drawer(run)
-    assert [again.draw(latent) for latent in (2, 0)] == [drawn[2], drawn[0]]
-    assert drawer(run, seed=1).draw(0) != drawn[0]
+def test_the_same_passages_are_drawn_again(run: Run, sampled: list[SampledPassages]) -> None:
+    again = sampler(run)
+    assert [again.sample(latent) for latent in (2, 0)] == [sampled[2], sampled[0]]
+    assert sampler(run, seed=1).sample(0) != sampled[0]
 
 
 def test_pieces_of_documents_are_passages_of_their_own(run: Run) -> None:
     """Of two halves of four tokens, only the one with the word is active."""
-    found = drawer(run, WANTED._replace(tokens=4, silent=150)).draw(1)
+    found = sampler(run, SETTINGS._replace(tokens=4, silent=150)).sample(1)
     halves = [p for p in found.judged if 12 in documents()[p.document] and p.kind != "active"]
     assert halves
     for passage in (*found.shown, *found.judged):
@@ -121,9 +123,9 @@ def test_pieces_of_documents_are_passages_of_their_own(run: Run) -> None:
 
 
 def test_another_text_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = drawer(run)
+    made = sampler(run)
     monkeypatch.setattr(Texts, "tokens", lambda *_: [5] * LENGTH)
     with pytest.raises(
         CorpusError, match="is not the text that the activations were computed from"
     ):
-        made.draw(0)
+        made.sample(0)

@@ -9,12 +9,12 @@ from dist_sae.explaining.prompts import (
     read_explanation,
     read_verdicts,
 )
-from dist_sae.explaining.scoring import Judged, Kind, Said, score
+from dist_sae.explaining.scoring import Kind, Verdict, VerdictCounts, score
 
 
-def judged(kind: Kind, answers: str, decile: int | None = None) -> list[Judged]:
+def judged(kind: Kind, answers: str, decile: int | None = None) -> list[Verdict]:
     said = {"y": True, "n": False, "?": None}
-    return [Judged(kind, decile, said[answer]) for answer in answers]
+    return [Verdict(kind, decile, said[answer]) for answer in answers]
 
 
 def test_scores_are_those_worked_by_hand() -> None:
@@ -32,10 +32,14 @@ def test_scores_are_those_worked_by_hand() -> None:
             *judged("near", "nnnnnyyyyy"),
         ]
     )
-    assert (told.active, told.random, told.near) == (Said(10, 20), Said(0, 20), Said(5, 10))
-    assert told.deciles[0] == Said(0, 10)
-    assert told.deciles[9] == Said(10, 10)
-    assert told.deciles[5] == Said(0, 0)
+    assert (told.active, told.random, told.near) == (
+        VerdictCounts(10, 20),
+        VerdictCounts(0, 20),
+        VerdictCounts(5, 10),
+    )
+    assert told.deciles[0] == VerdictCounts(0, 10)
+    assert told.deciles[9] == VerdictCounts(10, 10)
+    assert told.deciles[5] == VerdictCounts(0, 0)
     assert told.balanced_accuracy == 0.75
     assert told.low == pytest.approx(0.6213, abs=1e-4)
     assert told.high == pytest.approx(0.8503, abs=1e-4)
@@ -45,7 +49,11 @@ def test_scores_are_those_worked_by_hand() -> None:
 
 def test_passages_without_an_answer_are_counted_apart() -> None:
     told = score([*judged("active", "yy?"), *judged("random", "n???")])
-    assert (told.active, told.random, told.unanswered) == (Said(2, 2), Said(0, 1), 4)
+    assert (told.active, told.random, told.unanswered) == (
+        VerdictCounts(2, 2),
+        VerdictCounts(0, 1),
+        4,
+    )
     assert told.balanced_accuracy == 1
     assert told.near_specificity is None
     told = score(judged("active", "yy"))  # it is active everywhere

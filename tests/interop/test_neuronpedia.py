@@ -18,9 +18,9 @@ import transformers
 from dist_sae.commands.cli import main
 from dist_sae.config import Run, load_run
 from dist_sae.errors import ConfigError
-from dist_sae.explaining.explain import Plan
-from dist_sae.explaining.scoring import Judged
-from dist_sae.explaining.stored import Explained, ExplanationSet
+from dist_sae.explaining.explain import ExplainPlan
+from dist_sae.explaining.scoring import Verdict
+from dist_sae.explaining.stored import ExplanationSet, LatentExplanation
 from dist_sae.index.query import Index
 from dist_sae.interop import neuronpedia
 from dist_sae.interop.export import export
@@ -111,9 +111,9 @@ def lines(folder: Path, table: str) -> list[dict[str, Any]]:
 
 def explain(run: Run) -> None:
     index = Index(open_store(run.store.runs), run.name)
-    verdicts = [Judged("active", 3, yes=True), Judged("random", None, yes=False)]
-    told = Explained(1, "the word wbe", "", verdicts)
-    ExplanationSet(index, "mine").add(Plan().made(index, "m", "m"), [told])
+    verdicts = [Verdict("active", 3, yes=True), Verdict("random", None, yes=False)]
+    told = LatentExplanation(1, "the word wbe", "", verdicts)
+    ExplanationSet(index, "mine").add(ExplainPlan().settings_for(index, "m", "m"), [told])
 
 
 def test_objects_have_columns_of_the_tables_and_all_that_have_no_default(
