@@ -29,7 +29,7 @@ _TOKENS = 5  # tokens per latent in a list
 _COLUMNS = ["density", "max", "decoder_norm", "top_tokens", "top_logits"]
 
 
-class Choice(NamedTuple):
+class ListQuery(NamedTuple):
     """The filter, order and page of a list of latents."""
 
     sort: str = "density"
@@ -44,23 +44,23 @@ class Choice(NamedTuple):
     page: int = 0
 
     @classmethod
-    def of(cls, query: Mapping[str, str]) -> "Choice":
-        """Read a choice from a query string. Raises `ArgumentError` for an invalid value."""
+    def of(cls, query: Mapping[str, str]) -> "ListQuery":
+        """Parse a query string. Raises `ArgumentError` for an invalid value."""
         sort = query.get("sort", "density")
         if sort not in SORTS:
             raise ArgumentError(f"sort: {sort}: must be one of {', '.join(SORTS)}")
-        least, effect = _real(query, "least", 0.0), _real(query, "effect", 0.0)
-        most, cluster = _real(query, "most", 100.0), query.get("cluster", "")
-        return cls(sort, least, most, effect, cluster, number(query, "page"))
+        least, effect = _read_float(query, "least", 0.0), _read_float(query, "effect", 0.0)
+        most, cluster = _read_float(query, "most", 100.0), query.get("cluster", "")
+        return cls(sort, least, most, effect, cluster, read_number(query, "page"))
 
-    def query(self, page: int = 0) -> str:
+    def encode(self, page: int = 0) -> str:
         """Return the query string of another page of this list."""
-        said = self._replace(page=page)._asdict()
-        kept = {k: v for k, v in said.items() if k == "sort" or v != self._field_defaults[k]}
+        values = self._replace(page=page)._asdict()
+        kept = {k: v for k, v in values.items() if k == "sort" or v != self._field_defaults[k]}
         return urlencode({k: f"{v:.12g}" if isinstance(v, float) else v for k, v in kept.items()})
 
 
-class Lists:
+class LatentLists:
     """Numbers, tokens and clusters of all latents, in memory.
 
     Takes 60 bytes per latent, and 10 per distinct token that the latent fires on (`TopTokens`). A
@@ -115,39 +115,42 @@ class Lists:
     def page(self, latents: NDArray[np.integer[Any]], page: int) -> dict[str, Any]:
         """Return the rows of a page of a list, with the number of pages."""
         shown = latents[page * PAGE_LATENTS :][:PAGE_LATENTS].tolist()
-        return {"latents": list(map(self.row, shown)), **numbered(len(latents), page, PAGE_LATENTS)}
+        return {
+            "latents": list(map(self.row, shown)),
+            **page_numbers(len(latents), page, PAGE_LATENTS),
+        }
 
-    def turns(self, latent: int, choice: Choice) -> list[tuple[str, str, str]]:
+    def navigation_links(self, latent: int, query: ListQuery) -> list[tuple[str, str, str]]:
         """Return links from a latent to its list, and to the previous and next latent of the list.
 
         Returns:
             Relation, URL and text of each link; empty if the latent is not in the list.
         """
-        order = self.find(choice)
+        order = self.find(query)
         at = np.flatnonzero(order == latent).tolist()
-        turns = [("up", f"/?{choice.query(n // PAGE_LATENTS)}", "list") for n in at]
+        links = [("up", f"/?{query.encode(n // PAGE_LATENTS)}", "list") for n in at]
         for rel, n in (("prev", -1), ("next", 1)):
             near = [int(order[i + n]) for i in at if 0 <= i + n < len(order)]
-            turns += [(rel, f"/latent/{to}?{choice.query()}", f"latent {to}") for to in near]
-        return turns
+            links += [(rel, f"/latent/{to}?{query.encode()}", f"latent {to}") for to in near]
+        return links
 
-    def find(self, choice: Choice) -> NDArray[np.int32]:
+    def find(self, query: ListQuery) -> NDArray[np.int32]:
         """Find the latents on all pages of a list, in its order.
 
         Raises:
-            ArgumentError: The index has no map or no effects for this choice, or no such cluster.
+            ArgumentError: The index has no map or no effects for this query, or no such cluster.
         """
-        if choice.sort not in self.sorts or (choice.effect and "effect" not in self._numbers):
-            what = "cluster" if choice.sort == "cluster" else "effect"
+        if query.sort not in self.sorts or (query.effect and "effect" not in self._numbers):
+            what = "cluster" if query.sort == "cluster" else "effect"
             where = {"cluster": "there is no map", "effect": "the index has no output tokens"}
             raise ArgumentError(f"{what}: {where[what]}")
-        order = self._order(choice.sort)
+        order = self._order(query.sort)
         density = self._numbers["density"]
-        shown = (density > 0) & (density >= choice.least / 100) & (density <= choice.most / 100)
-        if choice.effect:
-            shown &= self._numbers["effect"] >= choice.effect
-        if choice.cluster:
-            shown &= self._in_cluster(choice.cluster)
+        shown = (density > 0) & (density >= query.least / 100) & (density <= query.most / 100)
+        if query.effect:
+            shown &= self._numbers["effect"] >= query.effect
+        if query.cluster:
+            shown &= self._in_cluster(query.cluster)
         return order[shown[order]]
 
     def _find_order(self, sort: str) -> NDArray[np.int32]:
@@ -174,7 +177,7 @@ class Lists:
         return found
 
 
-def numbered(found: int, page: int, of_page: int) -> dict[str, int]:
+def page_numbers(found: int, page: int, of_page: int) -> dict[str, int]:
     """Return the number of results, of pages, and of this page.
 
     Raises:
@@ -186,15 +189,15 @@ def numbered(found: int, page: int, of_page: int) -> dict[str, int]:
     return {"found": found, "pages": pages, "page": page}
 
 
-def number(query: Mapping[str, str], name: str, default: int = 0) -> int:
+def read_number(query: Mapping[str, str], name: str, default: int = 0) -> int:
     """Read a non-negative integer from a query string. Raises `ArgumentError` for other values."""
     said = query.get(name, str(default)).strip()
     if not said.isdecimal():
-        raise ArgumentError(f"{name}: {said}: is not a number")
+        raise ArgumentError(f"{name}: {said}: must be a whole number from 0")
     return int(said)
 
 
-def _real(query: Mapping[str, str], name: str, default: float) -> float:
+def _read_float(query: Mapping[str, str], name: str, default: float) -> float:
     said = query.get(name, "").strip() or default
     try:
         found = float(said)

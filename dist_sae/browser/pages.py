@@ -8,8 +8,8 @@ from typing import Any
 from urllib.parse import urlencode
 
 from dist_sae.analysis.stored_map import open_map
-from dist_sae.browser.lists import PAGE_LATENTS, Choice, Lists, number, numbered
-from dist_sae.browser.reading import TOP, Reading
+from dist_sae.browser.lists import PAGE_LATENTS, LatentLists, ListQuery, page_numbers, read_number
+from dist_sae.browser.text_latents import TOP, TextLatents
 from dist_sae.comparison.nearest import OtherRun
 from dist_sae.errors import ArgumentError, DistSaeError
 from dist_sae.index.search import Matches, has_pattern, is_token
@@ -63,9 +63,9 @@ class Pages:
         self._chosen = frozenset(chosen)
         self._names: dict[int, str] = {}
         # guards the texts, the model and its dictionary, which only one thread may use at a time
-        self._turn = threading.RLock()
-        self._first = threading.Lock()
-        self._kept: Lists | None = None
+        self._model_lock = threading.RLock()
+        self._lists_lock = threading.Lock()
+        self._cached_lists: LatentLists | None = None
         self._matches = lru_cache(_KEPT_ANSWERS)(self._find_matches)
         self._reading = lru_cache(_KEPT_ANSWERS)(self._read)
 
@@ -80,18 +80,18 @@ class Pages:
             for token in self._lists.tokens.tokens.tolist():
                 self._name(token)
 
-    def listed(self, choice: Choice) -> str:
+    def listed(self, query: ListQuery) -> str:
         """Render a list of latents."""
         lists = self._lists
-        found = lists.find(choice)
-        level, _, of_level = choice.cluster.partition(".")
+        found = lists.find(query)
+        level, _, of_level = query.cluster.partition(".")
         return self._render(
             "list",
             "latents",
-            **lists.page(found, choice.page),
-            href=lambda latent: f"/latent/{latent}?{choice.query()}",
-            at=lambda page: f"/?{choice.query(page)}",
-            choice=choice,
+            **lists.page(found, query.page),
+            href=lambda latent: f"/latent/{latent}?{query.encode()}",
+            at=lambda page: f"/?{query.encode(page)}",
+            query=query,
             cluster=lists.map.clusters[int(level)][int(of_level)] if lists.map and level else None,
             has_map=self.has_map,
             never=lists.never,
@@ -107,7 +107,7 @@ class Pages:
         map_ = self._lists.map
         if map_ is None:
             raise ArgumentError("clusters: there is no map yet; run `dist-sae analyse map`")
-        level, page = number(query, "level"), number(query, "page")
+        level, page = read_number(query, "level"), read_number(query, "page")
         if level >= len(map_.clusters):
             raise ArgumentError(f"level: {level}: there are levels 0 to {len(map_.clusters) - 1}")
         found = map_.clusters[level]
@@ -118,7 +118,7 @@ class Pages:
             counts=list(map(len, map_.clusters)),
             level=level,
             at=lambda other: f"/clusters?level={level}&page={other}",
-            **numbered(len(found), page, _PAGE_CLUSTERS),
+            **page_numbers(len(found), page, _PAGE_CLUSTERS),
         )
 
     @property
@@ -132,19 +132,21 @@ class Pages:
             raise ArgumentError("map: there is no map yet; run `dist-sae analyse map`")
         return self._lists.map.page()
 
-    def latent(self, latent: int, choice: Choice | None = None) -> str:
+    def latent(self, latent: int, query: ListQuery | None = None) -> str:
         """Render a latent's page.
 
         Args:
             latent: Number of the latent.
-            choice: The list that the latent was found in. The page links to the list's next latent.
+            query: The list that the latent was found in. The page links to the list's next latent.
 
         Raises:
             LatentNotFoundError: The dictionary has no such latent.
         """
         view = self._view(self._explorer, latent)
-        turns = (choice and self._lists.turns(latent, choice)) or self._turns(latent)
-        return self._render("latent", f"latent {latent}", **self._around(view), turns=turns)
+        links = (query and self._lists.navigation_links(latent, query)) or self._neighbor_links(
+            latent
+        )
+        return self._render("latent", f"latent {latent}", **self._related(view), links=links)
 
     def compare(self, latent: int, other: int | None) -> str:
         """Render a latent next to a latent of the other run, by default the nearest.
@@ -162,7 +164,7 @@ class Pages:
         return self._render(
             "compare",
             f"latent {latent} and {chosen} of {self._other.name}",
-            **self._around(view),
+            **self._related(view),
             theirs=self._view(self._other.explorer, chosen),
             candidates=nearest,
             beside=lambda near: "" if self._chosen else f"{here}{near}",
@@ -190,16 +192,18 @@ class Pages:
         if kind not in _KINDS:
             raise ArgumentError(f"kind: {kind}: must be one of {', '.join(_KINDS)}")
         if kind == "latent":
-            return self.latent(number({"latent": asked}, "latent"))
+            return self.latent(read_number({"latent": asked}, "latent"))
         place = f"/search?{urlencode(said)}"
         if kind == "text":
             reading = self._reading(asked)
-            shown = number(query, "latent", reading.strongest[0].latent if reading.strongest else 0)
+            shown = read_number(
+                query, "latent", reading.strongest[0].latent if reading.strongest else 0
+            )
             latents = [self._lists.row(each.latent) for each in reading.strongest]
             found = {"reading": reading, "shown": shown, "latents": latents, "place": place}
             tokens = self._run.config.activations.context_tokens
             return self._render("text", "text", **said, **found, context_tokens=tokens)
-        matches, page = self._matches(kind, asked), number(query, "page")
+        matches, page = self._matches(kind, asked), read_number(query, "page")
         paged = self._lists.page(matches.latents, page)
         for row, i in zip(paged["latents"], range(page * PAGE_LATENTS, 2**62), strict=False):
             row["hits"] = f"{matches.hits[i]} of {matches.examples[i]}"
@@ -242,27 +246,29 @@ class Pages:
         return lambda latent: file_name(latent) if latent in self._chosen else ""
 
     @property
-    def _lists(self) -> Lists:
-        with self._first:
-            if self._kept is None:
+    def _lists(self) -> LatentLists:
+        with self._lists_lock:
+            if self._cached_lists is None:
                 index, config = self._explorer.index, self._run.config
                 runs = open_store(config.store.runs, config.store.s3)
-                self._kept = Lists(index, open_map(runs, index, config.name), self._name)
-            return self._kept
+                self._cached_lists = LatentLists(
+                    index, open_map(runs, index, config.name), self._name
+                )
+            return self._cached_lists
 
     def _name(self, token: int) -> str:
         """Return the text of a token."""
         if token not in self._names:
-            with self._turn:
+            with self._model_lock:
                 self._names[token] = self._explorer.token(token)
         return self._names[token]
 
     def _view(self, explorer: Explorer, latent: int) -> LatentView:
-        with self._turn:
+        with self._model_lock:
             (view,) = explorer.view([latent], _OF_DECILE)
         return view
 
-    def _around(self, view: LatentView) -> dict[str, Any]:
+    def _related(self, view: LatentView) -> dict[str, Any]:
         """Return a latent's view, with the tokens of related latents and its place on the map."""
         latent, lists = view.page.latent, self._lists
         near = {other.latent for other in view.page.nearest}
@@ -275,28 +281,28 @@ class Pages:
             "small": lists.map.small(latent) if lists.map else "",
         }
 
-    def _turns(self, latent: int) -> list[tuple[str, str, str]]:
+    def _neighbor_links(self, latent: int) -> list[tuple[str, str, str]]:
         """Return links to the latents before and after one, as (relation, URL, text)."""
         n = self._explorer.index.n_latents
         there = [("prev", latent - 1), ("next", latent + 1)]
-        turns = [(rel, self._href(to), f"latent {to}") for rel, to in there if 0 <= to < n]
-        return [turn for turn in turns if turn[1]]
+        links = [(rel, self._href(to), f"latent {to}") for rel, to in there if 0 <= to < n]
+        return [link for link in links if link[1]]
 
     def _find_matches(self, kind: str, asked: str) -> Matches:
         tokens = self._lists.tokens
-        with self._turn:
+        with self._model_lock:
             texts = self._explorer.texts
             by_token = is_token(texts.tokenizer, asked) if kind == "token" else None
         return tokens.search(by_token or has_pattern(self._name, asked))
 
     def _is_token(self, text: str) -> bool:
-        with self._turn:
+        with self._model_lock:
             return len(self._explorer.texts.tokenizer([text])[0]) == 1
 
-    def _read(self, asked: str) -> Reading:
-        with self._turn:
+    def _read(self, asked: str) -> TextLatents:
+        with self._model_lock:
             index = self._explorer.index
-            return Reading(self._run.active_on(asked, index.n_latents, index.manifest.step))
+            return TextLatents(self._run.active_on(asked, index.n_latents, index.manifest.step))
 
 
 def file_name(latent: int) -> str:

@@ -13,7 +13,7 @@ from http.cookies import SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from dist_sae.browser.lists import Choice, number
+from dist_sae.browser.lists import ListQuery, read_number
 from dist_sae.browser.pages import Pages
 from dist_sae.errors import ArgumentError, ConfigError, DistSaeError, LatentNotFoundError
 
@@ -108,14 +108,14 @@ class _Handler(BaseHTTPRequestHandler):
         pages = self.pages
         try:
             if path == "/":
-                text = pages.listed(Choice.of(query))
+                text = pages.listed(ListQuery.of(query))
             elif first == "latent" and rest.isdecimal():
-                text = pages.latent(int(rest), Choice.of(query) if "sort" in query else None)
+                text = pages.latent(int(rest), ListQuery.of(query) if "sort" in query else None)
             elif path == "/search":
                 text = pages.search(query)
             elif path == "/compare":
-                other = number(query, "other") if "other" in query else None
-                text = pages.compare(number(query, "latent"), other)
+                other = read_number(query, "other") if "other" in query else None
+                text = pages.compare(read_number(query, "latent"), other)
             elif path == "/clusters":
                 text = pages.clusters(query)
             elif path == "/map":

@@ -121,7 +121,7 @@ class Endpoint:
         Raises:
             CorruptObjectError: A stored answer is damaged.
         """
-        digests, there = [self._digest(question) for question in questions], self._there()
+        digests, there = [self._digest(question) for question in questions], self._cached_digests()
         with ThreadPoolExecutor(_READERS) as pool:
             return list(pool.map(lambda d: self._read(d) if d in there else None, digests))
 
@@ -132,7 +132,7 @@ class Endpoint:
             ConfigError: The tokenizer cannot be read, or has no chat template.
         """
         of = self._by_digest(questions)
-        there = self._there()
+        there = self._cached_digests()
         new = [question for digest, question in of.items() if digest not in there]
         tokens = sum(map(self._count, new))
         most = sum(self._most_tokens(question) for question in new)
@@ -160,7 +160,7 @@ class Endpoint:
         """
         digests = [self._digest(question) for question in questions]
         of = self._by_digest(questions)
-        there = self._there()
+        there = self._cached_digests()
         found: dict[str, Answer] = {}
         kept = [digest for digest in of if digest in there]
         with ThreadPoolExecutor(_READERS) as pool:
@@ -171,7 +171,7 @@ class Endpoint:
         progress = logs.RateLimitedProgress(what)
 
         def complete(digest: str) -> Answer:
-            return self._keep(digest, client.complete(self._body(of[digest])))
+            return self._store_answer(digest, client.complete(self._body(of[digest])))
 
         pool = ThreadPoolExecutor(self._settings.concurrency)
         asked = {pool.submit(complete, digest): digest for digest in new}
@@ -184,7 +184,7 @@ class Endpoint:
             pool.shutdown(cancel_futures=True)  # requests in flight finish and are stored
             client.close()
         if new:
-            self._say_spent([found[digest] for digest in new])
+            self._log_usage([found[digest] for digest in new])
         return [found[digest] for digest in digests]
 
     def _by_digest(self, questions: Iterable[Question]) -> dict[str, Question]:
@@ -245,7 +245,7 @@ class Endpoint:
             return None
         return (input_tokens * settings.input_price + output_tokens * settings.output_price) / 1e6
 
-    def _there(self) -> set[str]:
+    def _cached_digests(self) -> set[str]:
         """Return the digests of the stored answers."""
         keys = OwnKeys(f"{self._folder}/", r"[0-9a-f]{2}/(?P<digest>[0-9a-f]{64})\.json")
         return {match["digest"] for match in keys.keys(self._store)}
@@ -256,12 +256,12 @@ class Endpoint:
     def _read(self, digest: str) -> Answer:
         return read_record(Answer, self._store, self._key(digest), _REMEDY)
 
-    def _keep(self, digest: str, completion: Completion) -> Answer:
+    def _store_answer(self, digest: str, completion: Completion) -> Answer:
         answer = Answer(model=self._settings.model, **completion._asdict())
         self._store.put(self._key(digest), seal(answer))
         return answer
 
-    def _say_spent(self, answers: Sequence[Answer]) -> None:
+    def _log_usage(self, answers: Sequence[Answer]) -> None:
         counts: Mapping[str, list[int | None]] = {
             "input": [answer.input_tokens for answer in answers],
             "output": [answer.output_tokens for answer in answers],

@@ -18,13 +18,16 @@ from dist_sae.retry import Retrier
 
 logger = logging.getLogger(__name__)
 
-_TRY_AGAIN = {408, 409, 425, 429}
+_RETRIED = {408, 409, 425, 429}
 _REFUSED = {401, 403}
 _NOT_FOUND = 404
 _SERVER_ERROR = 500
 _OK = 200
-_SPENT = {"insufficient_quota", "billing_hard_limit_reached"}  # 429, but retrying does not help
-_MOST_SAID = 200  # characters of an endpoint's message
+_QUOTA_CODES = {
+    "insufficient_quota",
+    "billing_hard_limit_reached",
+}  # 429, but retrying does not help
+_MESSAGE_CHARACTERS = 200  # characters of an endpoint's message
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -117,11 +120,11 @@ class Client:
 
     def _fail(self, answer: requests.Response) -> NoReturn:
         url, status = self._settings.url, answer.status_code
-        code, said = _said(answer)
+        code, said = _error_details(answer)
         about = f"{url}: HTTP {status}" + (f" ({said})" if said else "")
-        if code in _SPENT:
+        if code in _QUOTA_CODES:
             raise EndpointError(f"{about}: the account has no credit left; cached answers are kept")
-        if status in _TRY_AGAIN or status >= _SERVER_ERROR:
+        if status in _RETRIED or status >= _SERVER_ERROR:
             raise EndpointUnavailableError(
                 f"{about}; rerun the same command to continue", _retry_after(answer)
             )
@@ -147,17 +150,17 @@ def _completion(content: Any) -> Completion:
     )
 
 
-def _said(answer: requests.Response) -> tuple[str, str]:
+def _error_details(answer: requests.Response) -> tuple[str, str]:
     """Return an error's code, and its message on one line."""
     try:
         content = answer.json()
     except ValueError:
-        return "", " ".join(answer.text.split())[:_MOST_SAID]
+        return "", " ".join(answer.text.split())[:_MESSAGE_CHARACTERS]
     error = content.get("error", content) if isinstance(content, dict) else content
     if not isinstance(error, dict):
-        return "", " ".join(str(error).split())[:_MOST_SAID]
+        return "", " ".join(str(error).split())[:_MESSAGE_CHARACTERS]
     said = str(error.get("message") or error.get("detail") or "")
-    return str(error.get("code") or ""), " ".join(said.split())[:_MOST_SAID]
+    return str(error.get("code") or ""), " ".join(said.split())[:_MESSAGE_CHARACTERS]
 
 
 def _retry_after(answer: requests.Response) -> float:

@@ -8,7 +8,7 @@ import pytest
 
 import dist_sae.index.latent_table
 import dist_sae.index.tables
-from dist_sae.browser.lists import Choice
+from dist_sae.browser.lists import ListQuery
 from dist_sae.browser.pages import Pages
 from dist_sae.config import Run
 from dist_sae.notebook.run import OpenedRun
@@ -54,8 +54,8 @@ def test_pages_read_what_they_show(run: Run, monkeypatch: pytest.MonkeyPatch) ->
         return sum(size for key, size in reads if f"/{folder}/" in key)
 
     reads.clear()
-    for choice in (Choice(), Choice("effect", effect=1.0), Choice("max", 0.1, 1.0, page=1)):
-        pages.listed(choice)
+    for query in (ListQuery(), ListQuery("effect", effect=1.0), ListQuery("max", 0.1, 1.0, page=1)):
+        pages.listed(query)
     pages.search({"kind": "token", "asked": "a"})
     pages.search({"kind": "regex", "asked": "^a"})
     assert reads == []
@@ -74,7 +74,7 @@ def test_the_list_of_a_wide_index_is_what_its_tables_say(run: Run) -> None:
     """Sorted by density over all buckets, whose latents are mixed."""
     pages, index = Pages(OpenedRun(run), None), index_of(run)
     assert index.manifest.n_buckets > 1
-    text = pages.listed(Choice(page=3))
+    text = pages.listed(ListQuery(page=3))
     order = np.argsort(-index.firings, kind="stable")[150:200]
     places = [text.index(f'href="/latent/{n}?') for n in order.tolist()]
     assert places == sorted(places)

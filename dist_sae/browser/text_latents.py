@@ -9,7 +9,7 @@ TOP = 8
 """Number of latents that are shown per token, and for the whole text."""
 
 
-class Strongest(NamedTuple):
+class PeakActivation(NamedTuple):
     """A latent's largest activation on a text."""
 
     latent: int
@@ -18,7 +18,7 @@ class Strongest(NamedTuple):
     """The token with that activation."""
 
 
-class Reading:
+class TextLatents:
     """The latents that fire on each token of a text.
 
     Args:
@@ -27,11 +27,11 @@ class Reading:
 
     def __init__(self, tokens: list[TokenLatents]) -> None:
         self.tokens = tokens
-        peaks: dict[int, Strongest] = {}
+        peaks: dict[int, PeakActivation] = {}
         for token, latents, acts in tokens:
             for latent, act in zip(latents, acts, strict=True):
                 if latent not in peaks or act > peaks[latent].act:
-                    peaks[latent] = Strongest(latent, act, token)
+                    peaks[latent] = PeakActivation(latent, act, token)
         self.strongest = sorted(peaks.values(), key=lambda each: (-each.act, each.latent))[:TOP]
         """The latents with the largest activations on the text."""
         self.n_latents = len(peaks)
