@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dist_sae.analysis.law import Fitted, Law, Width
-from dist_sae.report.charts import Line, Mark, render_lines
+from dist_sae.report.charts import Line, ReferenceLine, render_lines
 
 _BINS = 8
 """Number of equal groups of concepts whose shares a figure shows."""
@@ -15,13 +15,13 @@ def figures(widths: Sequence[Width], fitted: Fitted, law: Law | None) -> list[st
     """Draw the share of concepts that have a latent, by frequency, and f50 by width."""
     shares = [_shares(width) for width in widths]
     pairs = list(zip(widths, shares, strict=True))
-    level = Mark("half", 0.5)
+    level = ReferenceLine("half", 0.5)
     drawn = [
         render_lines(
             "Share of the concepts that have a latent",
             [Line(width.name, *share) for width, share in pairs],
             x_label="occurrences per row",
-            mark=level,
+            reference=level,
             from_zero=True,
             log_x=True,
         ),
@@ -29,7 +29,7 @@ def figures(widths: Sequence[Width], fitted: Fitted, law: Law | None) -> list[st
             "The same, by frequency times alive latents",
             [Line(w.name, [x * max(1, w.alive) for x in s[0]], s[1]) for w, s in pairs],
             x_label="occurrences per row * alive latents",
-            mark=level,
+            reference=level,
             from_zero=True,
             log_x=True,
         ),

@@ -12,7 +12,7 @@ from dist_sae.analysis.dark_matter_figures import Check, figures, overlap_table,
 from dist_sae.analysis.error_parts import ENOUGH_ROWS
 from dist_sae.analysis.seeds import Overlap
 from dist_sae.analysis.tail import LEAST_ALIVE, Span, floor, forecast
-from dist_sae.report.charts import short
+from dist_sae.report.charts import short_number
 from dist_sae.report.outcome import Findings
 
 _WIDER = (2, 4, 10)
@@ -246,9 +246,9 @@ def _law_sentences(study: Study) -> Iterator[str]:
         return
     end = law.rank_of(study.alive, tail.residual)
     yield (
-        f"{study.name}: if the law continued, the tail would end at rank {short(end.value)} "
-        f"({short(end.low)} to {short(end.high)}); this is an extrapolation, not a count of "
-        f"features."
+        f"{study.name}: if the law continued, the tail would end at rank {short_number(end.value)} "
+        f"({short_number(end.low)} to {short_number(end.high)}); this is an extrapolation, "
+        f"not a count of features."
     )
 
 
@@ -302,7 +302,7 @@ def _overlap_sentences(names: tuple[str, str], each: Overlap) -> Iterator[str]:
             "Frequent latents agree. Disagreement among rare latents is expected: of the features "
             "that are almost too rare, each dictionary learns different ones."
         )
-    yield f"{WRONG_RECAPTURE} It would give {short(each.recapture)} here."
+    yield f"{WRONG_RECAPTURE} It would give {short_number(each.recapture)} here."
 
 
 def _caveats(study: Study) -> Iterator[str]:

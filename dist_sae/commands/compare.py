@@ -92,10 +92,10 @@ def _lines(
     matched: Mapping[str, "MatchedLatents"],
 ) -> Iterator[str]:
     from dist_sae.comparison.runs import NUMBERS, caveats
-    from dist_sae.report.shown import shown
+    from dist_sae.report.formatting import format_result
 
     def cell(name: str, value: Any) -> str:
-        return "" if value is None else shown(name, value)
+        return "" if value is None else format_result(name, value)
 
     labels = [each.label for each in compared]
     numbers = [each.numbers for each in compared]
@@ -118,8 +118,10 @@ def _lines(
         yield ""
         yield f"latents of {labels[0]} with a near copy"
         for label, found in matched.items():
-            decades = [f"from 1e{d} {shown('_share', s)}" for d, s in found.by_decade.items()]
-            yield f"  in {label}: {', '.join([shown('_share', found.share), *decades])}"
+            decades = [
+                f"from 1e{d} {format_result('_share', s)}" for d, s in found.by_decade.items()
+            ]
+            yield f"  in {label}: {', '.join([format_result('_share', found.share), *decades])}"
     for line in caveats(compared):
         yield ""
         yield line

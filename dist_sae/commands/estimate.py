@@ -173,7 +173,7 @@ def _trainer_bytes() -> int:
 
 def _lines(forecast: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of the printed table: each section, then its names and values."""
-    from dist_sae.report.shown import shown
+    from dist_sae.report.formatting import format_result
 
     for section, content in forecast.items():
         yield section.replace("_", " ")
@@ -182,7 +182,7 @@ def _lines(forecast: Mapping[str, Any]) -> Iterator[str]:
             continue
         if section == "simulated":
             names = list(next(iter(content.values())))
-            rows = [[shown(name, of[name]) for name in names] for of in content.values()]
+            rows = [[format_result(name, of[name]) for name in names] for of in content.values()]
             heads = [name.replace("_seconds", "").replace("_", " ") for name in names]
             yield from shared.table(
                 [["", *heads], *map(list.__add__, ([n] for n in content), rows)]
@@ -191,13 +191,14 @@ def _lines(forecast: Mapping[str, Any]) -> Iterator[str]:
         for name, value in content.items():
             if isinstance(value, Mapping):
                 yield from (
-                    f"  {key.replace('_', ' '):42} {shown(key, x)}" for key, x in value.items()
+                    f"  {key.replace('_', ' '):42} {format_result(key, x)}"
+                    for key, x in value.items()
                 )
             elif name.endswith("_bytes") or "bytes" in name.split("_"):
                 yield f"  {name.replace('_bytes', '').replace('_', ' '):42} {_bytes(value)}"
             else:
                 unit = "rows_per_second" if name.endswith("_rows_per_second") else name
-                yield f"  {name.replace('_', ' '):42} {shown(unit, value)}"
+                yield f"  {name.replace('_', ' '):42} {format_result(unit, value)}"
 
 
 def _bytes(value: float) -> str:

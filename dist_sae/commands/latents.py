@@ -52,7 +52,7 @@ def main(options: argparse.Namespace) -> None:
     width = shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else 100
     explorer = Explorer(run, options.index, Style(width, bold=sys.stdout.isatty()))
     if options.like is not None:
-        answer = explorer.like(options.like)
+        answer = explorer.similar(options.like)
     elif options.token is not None:
         answer = explorer.with_token(options.token)
     elif options.regex is not None:

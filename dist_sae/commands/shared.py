@@ -383,7 +383,7 @@ def print_result(options: argparse.Namespace, result: Mapping[str, Any]) -> None
     if options.json:
         print_json(options, result)
         return
-    from dist_sae.report.shown import shown
+    from dist_sae.report.formatting import format_result
 
     for name, value in result.items():
         if name == "made_from":  # for programs
@@ -392,11 +392,11 @@ def print_result(options: argparse.Namespace, result: Mapping[str, Any]) -> None
             sys.stdout.write(f"{name}\n" if value else "")
             for key, item in value.items():
                 if isinstance(item, Mapping):
-                    text = ", ".join(f"{each} {shown(each, x)}" for each, x in item.items())
+                    text = ", ".join(f"{each} {format_result(each, x)}" for each, x in item.items())
                 else:
                     unit = name if name.endswith("bytes") else key
                     ends = item if isinstance(item, list) else [item]  # two are an interval
-                    text = " to ".join(shown(unit, end) for end in ends)
+                    text = " to ".join(format_result(unit, end) for end in ends)
                 sys.stdout.write(f"  {key:40} {text}\n")
         elif not isinstance(value, list):
-            sys.stdout.write(f"{name:20} {shown(name, value)}\n")
+            sys.stdout.write(f"{name:20} {format_result(name, value)}\n")

@@ -136,7 +136,7 @@ def _print(
         return
     if shared.rank():
         return
-    from dist_sae.report.shown import shown
+    from dist_sae.report.formatting import format_result
     from dist_sae.training.find_lr import lr_table
 
     found = lr_table(run, asked.lr)
@@ -148,7 +148,7 @@ def _print(
         if rate["loss"] is None:
             ends[0] = "diverged"
         names = ["loss", "l0", "dead_share", *("fvu" for _ in rate["curve"])]
-        cells = ["" if x is None else shown(n, x) for n, x in zip(names, ends, strict=True)]
+        cells = ["" if x is None else format_result(n, x) for n, x in zip(names, ends, strict=True)]
         rows.append([f"{rate['lr']:g}{own}", *cells])
     lines = [*shared.table([heads, *rows]), found["said"], f"curves: {found['compare']}"]
     shared.print_lines(options, found, lines)

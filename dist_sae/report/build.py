@@ -35,11 +35,11 @@ from dist_sae.explaining.stored import ExplanationSet, sets
 from dist_sae.index.query import Index, index_of
 from dist_sae.index.summary import left_out
 from dist_sae.index.texts import Texts
+from dist_sae.report.formatting import format_duration
 from dist_sae.report.latents import LatentView, choose_latents, view_latents
 from dist_sae.report.outcome import read_outcomes
 from dist_sae.report.page import Page, render_page
 from dist_sae.report.profile import read_profiles
-from dist_sae.report.shown import duration
 from dist_sae.storage import UNMETERED, Meter, ObjectStore, open_store
 from dist_sae.storage.records import digest
 from dist_sae.telemetry.history import read_history
@@ -97,7 +97,7 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
         ]
     )
     key = report_key(run, name_suffix)
-    if _is_there(runs, key, made_from):
+    if _is_up_to_date(runs, key, made_from):
         logger.info("the report is up to date: %s/%s", runs.url, key)
         return f"{runs.url}/{key}"
     # after the checks above, which must not compare settings that the run file leaves open
@@ -137,7 +137,7 @@ def _digest(explanations: ExplanationSet) -> str | None:
     return digest(record) if record else None
 
 
-def _is_there(runs: ObjectStore, key: str, made_from: str) -> bool:
+def _is_up_to_date(runs: ObjectStore, key: str, made_from: str) -> bool:
     """Return whether a report with the same inputs exists."""
     try:
         return made_from.encode() in runs.get(key, 0, _HEAD_BYTES)
@@ -179,7 +179,7 @@ def _facts(
     yield "Site", own.described_sites
     yield "Corpus", own.corpus.label
     yield "Documents", _documents(facts)
-    yield "Rows left out", _left_out(facts["excluded_rows"])
+    yield "Rows left out", _excluded_rows(facts["excluded_rows"])
     yield "Dictionary", _recipe(own)
     yield "Dead after", f"{own.dead_after_rows:,} rows without firing"
     if isinstance(own.sae, KSelectionConfig):
@@ -198,7 +198,7 @@ def _facts(
             rows = lineage.rows + facts["trained_rows"]
             yield "Continued from", lineage.describe()
             yield "Rows including earlier runs", f"{rows:,}"
-        yield "Training time", duration(training_seconds(history, checkpoint.step))
+        yield "Training time", format_duration(training_seconds(history, checkpoint.step))
     yield "Batch", f"{own.train.batch_rows:,} rows, peak learning rate {own.lr:.3g}"
     yield "Seeds", f"{own.train.seed} (dictionary), {own.activations.seed} (order of rows)"
     yield "Plan", facts["plan"][:16]
@@ -229,7 +229,7 @@ def _documents(facts: Mapping[str, Any]) -> str:
     return f"{facts['train_documents']:,} to train on, {heldout}{left_out}"
 
 
-def _left_out(counts: Mapping[str, int]) -> str:
+def _excluded_rows(counts: Mapping[str, int]) -> str:
     # padding is not counted, because it makes no rows
     reasons = {reason: n for reason, n in counts.items() if n and reason != "padding"}
     return ", ".join(f"{reason.replace('_', ' ')} {n:,}" for reason, n in reasons.items()) or "none"

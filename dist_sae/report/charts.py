@@ -31,7 +31,7 @@ class Line(NamedTuple):
     """Whether the line is broken before each point. If empty, the line has no gaps."""
 
 
-class Mark(NamedTuple):
+class ReferenceLine(NamedTuple):
     """A reference value to compare lines with."""
 
     name: str
@@ -51,7 +51,7 @@ def render_lines(
     lines: Sequence[Line],
     *,
     x_label: str,
-    mark: Mark | None = None,
+    reference: ReferenceLine | None = None,
     from_zero: bool = False,
     log_x: bool = False,
 ) -> str:
@@ -62,7 +62,7 @@ def render_lines(
         lines: The lines. A long line is reduced to the means of consecutive points, with a band
             from their minimum to their maximum.
         x_label: Quantity and unit of x.
-        mark: A reference value, drawn as a dashed line across the plot.
+        reference: A reference value, drawn as a dashed line across the plot.
         from_zero: Whether the y axis is linear and starts at zero.
         log_x: Whether the x axis is logarithmic. Then all x must be positive.
     """
@@ -72,7 +72,7 @@ def render_lines(
     points = [point for _, pieces in series for piece in pieces for point in piece]
     if not points:
         return ""
-    values = [v for point in points for v in point[1:]] + ([mark.y] if mark else [])
+    values = [v for point in points for v in point[1:]] + ([reference.y] if reference else [])
     last_x = max(p[0] for p in points)
     x_axis = _exponents(min(p[0] for p in points), last_x) if log_x else _linear(0.0, last_x, 5)
     wide = min(values) > 0 and max(values) / min(values) > _LOG_FROM
@@ -85,11 +85,11 @@ def render_lines(
             last = pieces[-1][-1][1]
             parts.append(_drawn_line(f"{name}: last {last:.4g}", piece, x_axis, y_axis, number))
     legend = _keys([name for name, _ in series])
-    if mark is not None:
-        y = _y(y_axis, mark.y)
+    if reference is not None:
+        y = _y(y_axis, reference.y)
         parts.append(f'<line class="mark" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(f'<circle class="dot" cx="{_WIDTH - _RIGHT}" cy="{y}" r="4"/>')
-        legend.append(f'<span class="key mark">{escape(mark.name)}</span>')
+        legend.append(f'<span class="key mark">{escape(reference.name)}</span>')
     return _figure(title, parts, legend if len(legend) > 1 else [])
 
 
@@ -198,7 +198,7 @@ def render_points(
         parts.append(f'<polyline class="frontier" points="{" ".join(ahead)}">{said}</polyline>')
     for number, (name, x, y) in enumerate(points):
         place = f'cx="{_x(x_axis, x)}" cy="{_y(y_axis, y)}" r="4"'
-        said = f"{name}: {short(x)}, {short(y)}"
+        said = f"{name}: {short_number(x)}, {short_number(y)}"
         parts.append(
             f'<circle class="dot {_colour(number)}" {place}><title>{escape(said)}</title></circle>'
         )
@@ -290,7 +290,7 @@ def render_sparkbars(counts: Sequence[int]) -> str:
     return f'<svg class="spark" viewBox="0 0 120 28" aria-hidden="true">{bars}</svg>'
 
 
-def short(value: float) -> str:
+def short_number(value: float) -> str:
     """Format a number for an axis: 3M, 250k, 0.02."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
@@ -338,10 +338,16 @@ def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, *, exponents: bool = Fals
     for tick in y_axis.ticks:
         y = _y(y_axis, tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text class="tick y" x="{_LEFT - 8}" y="{y + 4}">{short(tick)}</text>')
+        parts.append(
+            f'<text class="tick y" x="{_LEFT - 8}" y="{y + 4}">{short_number(tick)}</text>'
+        )
     for tick in x_axis.ticks:
         x = _x(x_axis, tick)
-        label = f'10<tspan dy="-4" class="power">{tick:.0f}</tspan>' if exponents else short(tick)
+        label = (
+            f'10<tspan dy="-4" class="power">{tick:.0f}</tspan>'
+            if exponents
+            else short_number(tick)
+        )
         parts.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{floor}" y2="{floor + 4}"/>')
         parts.append(f'<text class="tick x" x="{x}" y="{floor + 17}">{label}</text>')
     parts.append(

@@ -60,7 +60,7 @@ class Outcome(Record):
         return [Markup(figure) for figure in self.figures]
 
 
-def keep_findings(
+def store_findings(
     store: ObjectStore,
     run: str,
     what: str,

@@ -13,14 +13,14 @@ from markupsafe import Markup
 from dist_sae.report.charts import (
     PALETTE,
     Line,
-    Mark,
+    ReferenceLine,
     render_histogram,
     render_lines,
     render_sparkbars,
 )
+from dist_sae.report.formatting import format_duration, format_result, time_unit
 from dist_sae.report.latents import LatentView
 from dist_sae.report.profile import Profiles, render_profiles
-from dist_sae.report.shown import duration, shown, time_unit
 from dist_sae.telemetry.metric import DENSITIES, NEVER, PHASES, QUANTILES, STAGES
 from dist_sae.telemetry.metrics import TABLE, listed
 
@@ -159,9 +159,9 @@ def _templates() -> tuple[Environment, Markup]:
         undefined=StrictUndefined,
     )
     environment.filters |= {
-        "duration": duration,
+        "format_duration": format_duration,
         "marked": lambda text: Markup('<span class="nl">&#8629;</span>').join(text.split("\n")),
-        "shown": lambda value, key: shown(key, value),
+        "format_result": lambda value, key: format_result(key, value),
         "sparkbars": lambda counts: Markup(render_sparkbars(counts)),
     }
     style = files("dist_sae.report").joinpath("style.css").read_text(encoding="utf-8")
@@ -208,14 +208,16 @@ def _history_plots(page: Page) -> Iterator[str]:
         return Line(TABLE[name].title, x, column(TABLE[name].short), gaps)
 
     rows, seconds = column("rows"), column("seconds")
-    heldout = None if page.evaluation is None else Mark("Held-out FVU", page.evaluation["fvu"])
+    heldout = (
+        None if page.evaluation is None else ReferenceLine("Held-out FVU", page.evaluation["fvu"])
+    )
     x_label = "rows trained on"
     for title, names, from_zero in _CHARTS:
         yield render_lines(
             title,
             [line(name, rows) for name in names],
             x_label=x_label,
-            mark=heldout if "dist_sae_train_fvu" in names else None,
+            reference=heldout if "dist_sae_train_fvu" in names else None,
             from_zero=from_zero,
         )
     lines = [

@@ -107,7 +107,7 @@ class Explorer:
             logger.warning("texts are left out: %s", error)
             return view_latents(self.index, latents, None)
 
-    def like(self, latent: int) -> Answer:
+    def similar(self, latent: int) -> Answer:
         """List the latents nearest to one by decoder direction, and the most coactive ones.
 
         Raises:

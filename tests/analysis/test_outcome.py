@@ -15,9 +15,9 @@ from dist_sae.report.charts import Line, render_lines
 from dist_sae.report.outcome import (
     Findings,
     Outcome,
-    keep_findings,
     read_outcome_table,
     read_outcomes,
+    store_findings,
 )
 from dist_sae.storage import open_store
 from tests.index.indexed import add_checkpoint, produced
@@ -44,7 +44,7 @@ def keep(run: Run, findings: Findings = FINDINGS) -> Outcome:
     checkpoint = find_checkpoint(store, run, None)
     assert checkpoint is not None
     checkpoints = {run.name: checkpoint.digest}
-    return keep_findings(store, run.name, "coverage", "Coverage", checkpoints, {"f1": 1}, findings)
+    return store_findings(store, run.name, "coverage", "Coverage", checkpoints, {"f1": 1}, findings)
 
 
 def page(run: Run) -> str:

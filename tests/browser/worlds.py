@@ -14,7 +14,7 @@ from dist_sae.browser.server import serve
 from dist_sae.config import Run
 from dist_sae.index.query import Index
 from dist_sae.report.map_page import MapPage, render_map
-from dist_sae.report.outcome import Findings, keep_findings
+from dist_sae.report.outcome import Findings, store_findings
 from dist_sae.storage import open_store
 from tests.index.indexed import make_index
 from tests.notebook.raw import initialised, language_run, save_dictionary, save_language_model
@@ -87,7 +87,7 @@ def keep_map(run: Run, checkpoint: str | None = None) -> None:
         labels=[[]],
     )
     index = index_of(run)
-    keep_findings(
+    store_findings(
         open_store(run.store.runs),
         run.name,
         "map",

@@ -18,7 +18,7 @@ from dist_sae.dictionaries.base import Dictionary
 from dist_sae.errors import ConfigError
 from dist_sae.evaluation.evaluate import evaluate
 from dist_sae.report.charts import render_points
-from dist_sae.report.outcome import Findings, keep_findings
+from dist_sae.report.outcome import Findings, store_findings
 from dist_sae.storage import open_store
 from dist_sae.telemetry.history import History
 from tests.index.indexed import add_checkpoint, make_index, produced
@@ -66,7 +66,7 @@ def keep_joint_outcomes(first: Run, other: Run) -> None:
     }
     for title, checkpoints in cases.items():
         what = title.lower().replace(" ", "-")
-        keep_findings(store, first.name, what, title, checkpoints, {}, Findings({}, ["."]))
+        store_findings(store, first.name, what, title, checkpoints, {}, Findings({}, ["."]))
 
 
 def compare(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:

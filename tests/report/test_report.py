@@ -18,10 +18,10 @@ from dist_sae.index.query import CoactiveLatent, LatentPage, NearestLatent
 from dist_sae.index.texts import Example, Token
 from dist_sae.producing.planner import plan
 from dist_sae.report.build import report
-from dist_sae.report.charts import Line, Mark, render_lines, short
+from dist_sae.report.charts import Line, ReferenceLine, render_lines, short_number
+from dist_sae.report.formatting import format_result
 from dist_sae.report.latents import LatentView, choose_latents
 from dist_sae.report.page import Page, render_page
-from dist_sae.report.shown import shown
 from dist_sae.storage import open_store
 from dist_sae.storage.records import seal
 from dist_sae.telemetry.metric import DENSITIES
@@ -279,11 +279,13 @@ def test_an_evaluation_shows_its_intervals_and_its_machine() -> None:
     ],
 )
 def test_results_are_shown_with_units_and_separators(name: str, value: Any, text: str) -> None:
-    assert shown(name, value) == text
+    assert format_result(name, value) == text
 
 
 def test_lines_place_the_mark_at_its_value() -> None:
-    figure = render_lines("t", [Line("a", [0, 1], [0.0, 10.0])], x_label="x", mark=Mark("m", 5.0))
+    figure = render_lines(
+        "t", [Line("a", [0, 1], [0.0, 10.0])], x_label="x", reference=ReferenceLine("m", 5.0)
+    )
     svg = Elements(figure)
     points = next(a["points"] for a, _ in svg.all("polyline")) or ""
     (y_low, y_high) = (float(point.split(",")[1]) for point in points.split())
@@ -314,7 +316,7 @@ def test_lines_leave_out_values_that_are_not_finite() -> None:
     [(0, "0"), (1.5e6, "1.5M"), (250_000, "250k"), (0.02, "0.02"), (3e-5, "3e-5")],
 )
 def test_short_is_short(value: float, text: str) -> None:
-    assert short(value) == text
+    assert short_number(value) == text
 
 
 def test_chosen_latents_fire_and_span_the_densities() -> None:

@@ -53,7 +53,7 @@ def run_analysis(
     Raises:
         ConfigError: A run has no checkpoint, or a newer one was saved during the analysis.
     """
-    from dist_sae.report.outcome import keep_findings
+    from dist_sae.report.outcome import store_findings
     from dist_sae.storage import open_store
 
     store = open_store(runs[0].store.runs, runs[0].store.s3)
@@ -63,7 +63,7 @@ def run_analysis(
         raise ConfigError(
             f"{name}: a newer checkpoint was saved during the analysis; index it and rerun"
         )
-    outcome = keep_findings(store, name, options.what, title, checkpoints, settings, findings)
+    outcome = store_findings(store, name, options.what, title, checkpoints, settings, findings)
     place = f"{store.url}/{name}/analysis/{options.what}/page.html"
     lines = [*outcome.summary, *(f"note: {line}" for line in outcome.caveats), place]
     shared.print_lines(options, {**outcome.numbers, "page": place}, lines)

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from dist_sae.report.charts import short
+from dist_sae.report.charts import short_number
 
 _WHOLE_FROM = 1e4  # from here on, four significant digits would round the whole part
 
 
-def shown(name: str, value: Any) -> str:  # noqa: PLR0911 - one for each unit
+def format_result(name: str, value: Any) -> str:  # noqa: PLR0911 - one for each unit
     """Format a result.
 
     Args:
@@ -30,14 +30,14 @@ def shown(name: str, value: Any) -> str:  # noqa: PLR0911 - one for each unit
     if name.endswith("_per_second"):
         return f"{value:,.0f} {name.removesuffix('_per_second')}/s"
     if name.endswith("seconds"):
-        return duration(value)
+        return format_duration(value)
     return f"{value:,.0f}" if abs(value) >= _WHOLE_FROM else f"{value:.4g}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Format a duration in a suitable unit."""
     size, unit = time_unit(seconds)
-    return f"{short(seconds / size)} {unit}"
+    return f"{short_number(seconds / size)} {unit}"
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
