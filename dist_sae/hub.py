@@ -105,8 +105,8 @@ def upload(folder: Path, repository: str, message: str, *, public: bool, replace
             raise
         if refused.response.status_code in _NOT_ALLOWED:
             raise ConfigError(_log_in(repository)) from exc
-        said = (refused.server_message or str(refused)).splitlines()[0]
-        raise ConfigError(f"{repository}: the hub refused: {said}") from exc
+        reason = (refused.server_message or str(refused)).splitlines()[0]
+        raise ConfigError(f"{repository}: the hub refused: {reason}") from exc
 
 
 def _log_in(repository: str) -> str:

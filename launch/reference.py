@@ -261,7 +261,7 @@ def render_commands() -> str:
         given = [_value(action) for action in actions if not action.option_strings]
         lines += [f"## {' '.join([path, *given])}", "", f"{about[:1].upper()}{about[1:]}.", ""]
         own = [action for action in actions if not {*action.option_strings, action.dest} & SHARED]
-        lines += [f"- `{_usage(action)}`{_said(action)}" for action in own]
+        lines += [f"- `{_usage(action)}`{_description(action)}" for action in own]
         lines += [""] * bool(own)
     return "\n".join(lines)
 
@@ -274,9 +274,9 @@ def _commands(
     if not groups:
         yield path, about, parser
     for group in groups:
-        said = {each.dest: each.help or "" for each in group._choices_actions}
+        descriptions = {each.dest: each.help or "" for each in group._choices_actions}
         for name, command in group.choices.items():
-            yield from _commands(command, f"{path} {name}", said[name])
+            yield from _commands(command, f"{path} {name}", descriptions[name])
 
 
 def _value(action: argparse.Action) -> str:
@@ -292,12 +292,12 @@ def _usage(action: argparse.Action) -> str:
     return max(action.option_strings, key=len) + value
 
 
-def _said(action: argparse.Action) -> str:
+def _description(action: argparse.Action) -> str:
     plain = isinstance(action.default, int | float | str) and action.nargs != 0
     text = argparse.HelpFormatter("")._expand_help(action) if action.help else ""
     default = f"default {action.default}" if plain and "default" not in text else ""
-    said = "; ".join(part for part in (_text(text), default) if part)
-    return said and f": {said}"
+    description = "; ".join(part for part in (_text(text), default) if part)
+    return description and f": {description}"
 
 
 if __name__ == "__main__":

@@ -112,8 +112,8 @@ def _lines(
             for label, value in zip(labels, values, strict=True):
                 if value is not None:
                     runs_of.setdefault(str(value), []).append(label)
-            said = "; ".join(f"{value} ({', '.join(of)})" for value, of in runs_of.items())
-            yield f"  {key}: {said}"
+            text = "; ".join(f"{value} ({', '.join(of)})" for value, of in runs_of.items())
+            yield f"  {key}: {text}"
     if matched:
         yield ""
         yield f"latents of {labels[0]} with a near copy"

@@ -23,10 +23,10 @@ def main(options: argparse.Namespace) -> None:
     life.begin()
     try:
         with shared.pushed_telemetry(run, "plan") as telemetry:
-            _, told = foresee(run, telemetry)
+            _, numbers = foresee(run, telemetry)
     except (DistSaeError, KeyboardInterrupt) as exc:
         if getattr(exc, "exit_code", EXIT_RESUMABLE) == EXIT_RESUMABLE:
             ending.set()
             life.progressed()  # a preemption or an unavailable hub is not a crash
         raise
-    shared.print_result(options, told)
+    shared.print_result(options, numbers)
