@@ -221,7 +221,7 @@ class _Measuring:
 
     def _fit(self, units: range, limit: int) -> LinearPart:
         normalisers = self._trained.normalisers
-        centre = torch.cat([normalisers.of[site].mean for site in normalisers.reads])
+        centre = torch.cat([normalisers.by_site[site].mean for site in normalisers.reads])
         moments = Moments(centre, normalisers.widths.d_out)
         for batch, _, error in self._errors(units, limit, "fit the linear part"):
             moments.add(batch.inputs, error)

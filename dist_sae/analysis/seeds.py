@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from dist_sae.checkpoint.trained import Trained
 from dist_sae.comparison.matched import decoder_directions, densities_of, use_newest
 from dist_sae.config import Run
-from dist_sae.dictionaries.metrics import DUPLICATES_CHUNK_LATENTS, DUPLICATES_OF
+from dist_sae.dictionaries.metrics import DUPLICATE_SAMPLE, DUPLICATES_CHUNK_LATENTS
 from dist_sae.errors import ConfigError, NoIndexError
 
 PARTNER_COSINE = 0.7
@@ -75,7 +75,7 @@ def find_overlap(one: Run, other: Run) -> Overlap:
     if not len(alive) or not others_alive:
         raise ConfigError(f"{(one if not len(alive) else other).name}: no latent fires")
     ordered = alive[np.argsort(densities[alive], kind="stable")]
-    chosen = ordered[np.linspace(0, len(alive) - 1, min(len(alive), DUPLICATES_OF)).astype(int)]
+    chosen = ordered[np.linspace(0, len(alive) - 1, min(len(alive), DUPLICATE_SAMPLE)).astype(int)]
     latents = torch.from_numpy(chosen)
     rows = use_newest(one, lambda trained: _rows(decoder_directions(trained), latents))
     _, nearest, theirs = use_newest(other, lambda trained: _nearest(rows, trained))
@@ -129,7 +129,7 @@ def _encoder_directions(trained: Trained) -> Iterator[Float[Tensor, "some d_in"]
     normalisers = trained.normalisers
     scales = torch.cat(
         [
-            torch.full((width,), normalisers.of[site].scale)
+            torch.full((width,), normalisers.by_site[site].scale)
             for site, width in zip(normalisers.reads, normalisers.widths.reads, strict=True)
         ]
     )

@@ -86,24 +86,24 @@ class _Parts:
     def __init__(self, checkpoint: Checkpoint, name: str, memory_bytes: int) -> None:
         self._checkpoint = checkpoint
         self._name = name
-        self._room = memory_bytes
-        self._kept: dict[str, Tensor] = {}
+        self._free_bytes = memory_bytes
+        self._cache: dict[str, Tensor] = {}
 
     def read(self, rows: range) -> Tensor:
         """Return a range of rows: a view if they are all in one part, else a copy."""
-        found = self._checkpoint.pieces(self._name, rows.start, rows[-1] + 1, self._of)
+        found = self._checkpoint.pieces(self._name, rows.start, rows[-1] + 1, self._read_part)
         some = [part[(rows.start - first) % rows.step :: rows.step] for first, part in found]
         return some[0] if len(some) == 1 else torch.cat(some)
 
-    def _of(self, part: Part) -> Tensor:
-        rows = self._kept.get(part.key)
+    def _read_part(self, part: Part) -> Tensor:
+        rows = self._cache.get(part.key)
         if rows is None:
             rows = self._checkpoint.mapped(part)
             taken = 0
             if rows is None:
                 rows = self._checkpoint.rows(part)
                 taken = rows.nbytes
-            if taken <= self._room:
-                self._room -= taken
-                self._kept[part.key] = rows
+            if taken <= self._free_bytes:
+                self._free_bytes -= taken
+                self._cache[part.key] = rows
         return rows

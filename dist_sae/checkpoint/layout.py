@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dist_sae.checkpoint import older
+from dist_sae.checkpoint import legacy
 from dist_sae.errors import CorruptObjectError, StoreError
 from dist_sae.storage import ObjectStore
 from dist_sae.storage.local import LocalStore
@@ -59,7 +59,7 @@ class TensorRecord(Record):
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     older: bool = False
-    """Whether it is stored under an older name and must be converted (`checkpoint/older.py`)."""
+    """Whether it is stored under an older name and must be converted (`checkpoint/legacy.py`)."""
 
 
 class CheckpointManifest(Record):
@@ -163,7 +163,7 @@ class Checkpoint(NamedTuple):
     def _modern(self, name: str, first: int, rows: Tensor) -> Tensor:
         widths = (r.shape[0] for n, r in self.manifest.tensors.items() if n.endswith("b_dec"))
         stop = first + len(rows)
-        return older.converted(name, rows, next(widths), lambda: self.read("theta", first, stop))
+        return legacy.converted(name, rows, next(widths), lambda: self.read("theta", first, stop))
 
     def check(self, name: str) -> None:
         """Verify that a tensor's parts match their checksums and cover all rows.
@@ -376,7 +376,7 @@ class Checkpoints:
                 url=self._store.url,
                 key=key,
             )
-        tensors = older.renamed(
+        tensors = legacy.renamed(
             manifest.tensors, lambda record: record.model_copy(update={"older": True})
         )
         return Checkpoint(self._store, manifest.model_copy(update={"tensors": tensors}))

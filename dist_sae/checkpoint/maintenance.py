@@ -6,7 +6,7 @@ from typing import Any
 
 from dist_sae.checkpoint import warm_start
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
-from dist_sae.checkpoint.piecewise import safetensors_pieces, stored
+from dist_sae.checkpoint.piecewise import safetensors_pieces, stored_tensor
 from dist_sae.checkpoint.state import is_moment
 from dist_sae.checkpoint.trained import open_step, trained_run
 from dist_sae.config import Run
@@ -91,7 +91,7 @@ def convert(run: Run, output: Path, *, step: int | None, moments: bool) -> dict[
     checkpoints = _open(run)
     checkpoint = _chosen(run, checkpoints, step)
     names = [name for name in checkpoint.manifest.tensors if moments or not is_moment(name)]
-    tensors = [stored(checkpoint, name) for name in names]
+    tensors = [stored_tensor(checkpoint, name) for name in names]
     metadata = {"step": str(checkpoint.step), "scalars": json.dumps(checkpoint.scalars)}
     here = open_store(str(output.absolute().parent))
     here.put_stream(output.name, lambda: safetensors_pieces(tensors, metadata))

@@ -26,7 +26,7 @@ from dist_sae.kernels.keys import NO_ENTRY, from_keys, to_keys
 
 SLICE_ROWS = 4096
 """Maximum number of rows that a page processes at a time."""
-Coded = tuple[Dictionary, slice, Codes]
+EncodedPage = tuple[Dictionary, slice, Codes]
 """A page or a rank's shard, a slice of rows, and its codes on these rows."""
 
 
@@ -172,7 +172,7 @@ class PagedDictionary:
             yield Rows(*(part[:n] for part in joined))
 
     @torch.no_grad()
-    def coded(self, x: Float[Tensor, "batch d_in"]) -> Iterator[Coded]:
+    def encode_pages(self, x: Float[Tensor, "batch d_in"]) -> Iterator[EncodedPage]:
         """Yield every page, or this rank's shard, with its codes for a slice of rows at a time.
 
         The codes are those that the whole dictionary would compute. Pages come in order. All ranks

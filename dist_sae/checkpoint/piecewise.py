@@ -45,7 +45,7 @@ class PiecewiseTensor(NamedTuple):
     """Returns the pieces in order along dim 0. Each may be overwritten by the next."""
 
 
-def stored(checkpoint: Checkpoint, name: str) -> PiecewiseTensor:
+def stored_tensor(checkpoint: Checkpoint, name: str) -> PiecewiseTensor:
     """Return a checkpoint's tensor, with its parts as the pieces.
 
     Raises:

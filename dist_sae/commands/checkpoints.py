@@ -63,8 +63,8 @@ def _verify(options: argparse.Namespace) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     run = shared.load(options)
-    from dist_sae.checkpoint.folder import open_run
     from dist_sae.checkpoint.maintenance import convert, convert_to_run
+    from dist_sae.checkpoint.run_folder import open_run
     from dist_sae.errors import ConfigError
 
     if options.to_run and options.moments:

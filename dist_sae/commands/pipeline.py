@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from dist_sae.checkpoint.folder import run_file_key
+from dist_sae.checkpoint.run_folder import run_file_key
 from dist_sae.config import Run, jobs_of
 from dist_sae.config.base import folder_of
 from dist_sae.device import check_gpus, share_gpus

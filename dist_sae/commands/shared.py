@@ -164,7 +164,7 @@ def load_run_or_sweep(options: argparse.Namespace) -> "Run":
     Raises:
         ConfigError: `--job` does not name a job of a sweep.
     """
-    from dist_sae.checkpoint.folder import open_run
+    from dist_sae.checkpoint.run_folder import open_run
     from dist_sae.config import jobs_of
 
     run = open_run(options.run, options.set)
@@ -197,7 +197,7 @@ def load_several(options: argparse.Namespace) -> "tuple[str, list[Run]]":
     Returns:
         Name of the first run or sweep, in whose folder findings are stored; and the runs.
     """
-    from dist_sae.checkpoint.folder import open_run
+    from dist_sae.checkpoint.run_folder import open_run
     from dist_sae.config import jobs_of
 
     first = load_run_or_sweep(options)

@@ -18,7 +18,11 @@ from torch.nn.functional import normalize
 
 from dist_sae.checkpoint.trained import Trained, no_checkpoint_error, use_trained
 from dist_sae.config import Run
-from dist_sae.dictionaries.metrics import DUPLICATE_COSINE, DUPLICATES_CHUNK_LATENTS, DUPLICATES_OF
+from dist_sae.dictionaries.metrics import (
+    DUPLICATE_COSINE,
+    DUPLICATE_SAMPLE,
+    DUPLICATES_CHUNK_LATENTS,
+)
 from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.errors import ConfigError, NoIndexError
 from dist_sae.index.query import index_of
@@ -95,7 +99,7 @@ def _choose(trained: Trained) -> _Chosen:
     densities = densities_of(trained)
     n = trained.pages.n_latents
     order = np.arange(n) if densities is None else np.argsort(densities, kind="stable")
-    places = np.linspace(0, n - 1, min(n, DUPLICATES_OF)).astype(int)
+    places = np.linspace(0, n - 1, min(n, DUPLICATE_SAMPLE)).astype(int)
     latents = np.sort(order[places])
     parts, first = [], 0
     for rows in decoder_directions(trained):
@@ -125,7 +129,7 @@ def scales_of_targets(normalisers: SiteNormalisers) -> Float[Tensor, " d_out"]:
     """Return the scale of each column of the targets, by which decoder rows are divided."""
     scales = torch.empty(normalisers.widths.d_out)
     for site, columns in normalisers.columns.items():
-        scales[columns] = normalisers.of[site].scale
+        scales[columns] = normalisers.by_site[site].scale
     return scales
 
 

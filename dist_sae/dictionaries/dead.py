@@ -64,7 +64,7 @@ class DeadLatents:
         return self._read()[1]
 
     @property
-    def counts_here(self) -> list[int]:
+    def counts_by_layer(self) -> list[int]:
         """Numbers of this shard's dead latents, one per input layer."""
         return self._read()[2:]
 
@@ -85,8 +85,8 @@ class DeadLatents:
 
         Returns:
             A tensor on the device: the numbers of dead and stuck latents over all shards,
-            `counts_here`, and the sum of `extra`. A caller that syncs with the device anyway can
-            copy all but the last value and pass them to `counted`, which saves another sync.
+            `counts_by_layer`, and the sum of `extra`. A caller that syncs with the device anyway
+            can copy all but the last value and pass them to `counted`, which saves another sync.
         """
         hit = self._axis.sum_replicas(fired.int()) > 0
         self._last_rows = rows

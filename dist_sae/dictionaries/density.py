@@ -23,7 +23,7 @@ class DensityCounts(NamedTuple):
     """Number of latents with a density below the bound, including `never`."""
 
 
-class Densities:
+class DensityCounter:
     """Counter of the firings of this shard's latents over the last one to two windows.
 
     Args:

@@ -69,12 +69,12 @@ class ExpertExchange:
         The backward pass sends gradients to the experts.
         """
         if self._by_expert is not None:
-            parts = _put_back(parts, self._by_expert)
+            parts = _unpermute(parts, self._by_expert)
         returned = self._axis.exchange(parts, self._received, self._sent)
-        return _put_back(returned, self._order).view(-1, self._chosen, parts.shape[1])
+        return _unpermute(returned, self._order).view(-1, self._chosen, parts.shape[1])
 
 
-class _PutBack(torch.autograd.Function):
+class _Unpermute(torch.autograd.Function):
     """Inverse of `x[order]`. The backward pass is a gather; that of indexing would accumulate."""
 
     @staticmethod
@@ -90,6 +90,6 @@ class _PutBack(torch.autograd.Function):
         return gradient.index_select(0, ctx.order), None
 
 
-def _put_back(x: Tensor, order: Tensor) -> Tensor:
-    result: Tensor = _PutBack.apply(x, order)  # type: ignore[no-untyped-call]
+def _unpermute(x: Tensor, order: Tensor) -> Tensor:
+    result: Tensor = _Unpermute.apply(x, order)  # type: ignore[no-untyped-call]
     return result

@@ -123,7 +123,7 @@ class StepContext(NamedTuple):
     """Number of dead latents over all shards."""
     progress: float
     """Share of the run's steps that are done, from 0 to below 1."""
-    dead_here: Sequence[int] | None = None
+    n_dead_by_layer: Sequence[int] | None = None
     """Numbers of this shard's dead latents, one per input layer. Without them the host waits for
     the device."""
 

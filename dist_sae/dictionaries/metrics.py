@@ -12,7 +12,7 @@ from dist_sae.dictionaries.interface import Inferred
 
 _PIECE_ROWS = 4096
 DUPLICATE_COSINE = 0.9
-DUPLICATES_OF = 4096
+DUPLICATE_SAMPLE = 4096
 DUPLICATES_CHUNK_LATENTS = 2048
 """Number of latents that are loaded at a time to compare with the sampled ones."""
 
@@ -133,25 +133,25 @@ def duplicate_shares(
         n_latents: Number of latents over all parts.
         experts: Number of experts, each an equal part of the latents.
     """
-    looked_at = torch.linspace(0, n_latents - 1, min(n_latents, DUPLICATES_OF)).long()
+    sampled = torch.linspace(0, n_latents - 1, min(n_latents, DUPLICATE_SAMPLE)).long()
     chosen, first = [], 0
     for part in W_dec():
-        here = (looked_at >= first) & (looked_at < first + len(part))
-        chosen.append(torch.nn.functional.normalize(part[looked_at[here] - first], dim=1))
+        here = (sampled >= first) & (sampled < first + len(part))
+        chosen.append(torch.nn.functional.normalize(part[sampled[here] - first], dim=1))
         first += len(part)
     directions = torch.cat(chosen)
     width = n_latents // experts
-    found = torch.zeros(2, len(looked_at), dtype=torch.bool)
+    found = torch.zeros(2, len(sampled), dtype=torch.bool)
     first = 0
     for piece in (p for part in W_dec() for p in torch.split(part, DUPLICATES_CHUNK_LATENTS)):
         others = torch.nn.functional.normalize(piece, dim=1)
         near = directions @ others.T > DUPLICATE_COSINE
-        here = ((looked_at >= first) & (looked_at < first + len(others))).nonzero()[:, 0]
-        near[here, looked_at[here] - first] = False  # not its own duplicate
+        here = ((sampled >= first) & (sampled < first + len(others))).nonzero()[:, 0]
+        near[here, sampled[here] - first] = False  # not its own duplicate
         found[0] |= near.any(1)
         if experts > 1:
             others_in = torch.arange(first, first + len(others)) // width
-            found[1] |= (near & (others_in != looked_at[:, None] // width)).any(1)
+            found[1] |= (near & (others_in != sampled[:, None] // width)).any(1)
         first += len(others)
     anywhere, elsewhere = found.double().mean(1).tolist()
     return anywhere, elsewhere

@@ -38,7 +38,7 @@ class Normaliser(NamedTuple):
         mean = torch.tensor(scalars["mean"], dtype=torch.float64)
         return cls(scalars["scale"], mean, scalars["variance"], scalars["rows"])
 
-    def at(self, scale: float) -> "Normaliser":
+    def at_scale(self, scale: float) -> "Normaliser":
         """Return this measurement, converted to another scale."""
         change = scale / self.scale
         return Normaliser(scale, self.mean * change, self.variance * change**2, self.rows)
@@ -49,30 +49,33 @@ class SiteNormalisers(NamedTuple):
 
     reads: tuple[str, ...]
     writes: tuple[str, ...]
-    of: Mapping[str, Normaliser]
+    by_site: Mapping[str, Normaliser]
     """Normaliser of each site, by name. A site that is read and written is in it once."""
 
     @property
     def key(self) -> Hashable:
         """Identity for caching: equal keys turn the same activations into the same rows."""
-        return self.reads, self.writes, *((site, own.scale) for site, own in self.of.items())
+        return self.reads, self.writes, *((site, own.scale) for site, own in self.by_site.items())
 
     @property
     def widths(self) -> Widths:
         """Widths of the sites that are read and written."""
         return Widths(
-            *(tuple(len(self.of[s].mean) for s in sites) for sites in (self.reads, self.writes))
+            *(
+                tuple(len(self.by_site[s].mean) for s in sites)
+                for sites in (self.reads, self.writes)
+            )
         )
 
     @property
     def mean(self) -> Float[Tensor, " d_out"]:
         """Mean of the targets, fp64."""
-        return torch.cat([self.of[site].mean for site in self.writes])
+        return torch.cat([self.by_site[site].mean for site in self.writes])
 
     @property
     def variance(self) -> float:
         """Variance of the targets: the sum over the written sites."""
-        return sum(self.of[site].variance for site in self.writes)
+        return sum(self.by_site[site].variance for site in self.writes)
 
     @property
     def columns(self) -> dict[str, slice]:
@@ -110,12 +113,12 @@ class SiteNormalisers(NamedTuple):
         rows = torch.empty(n, sum(widths), dtype=torch.float32, device=device)
         for site, part in zip(sites, torch.split(rows, widths, 1), strict=True):
             here = moved(acts[site], device).to(torch.float32)
-            torch.mul(here, self.of[site].scale, out=part)
+            torch.mul(here, self.by_site[site].scale, out=part)
         return rows
 
     def to_scalars(self) -> dict[str, Any]:
         """Return the normalisers for a checkpoint. `from_scalars` restores them exactly."""
-        scalars = {site: normaliser.to_scalars() for site, normaliser in self.of.items()}
+        scalars = {site: normaliser.to_scalars() for site, normaliser in self.by_site.items()}
         return {_SEVERAL: scalars} if len(scalars) > 1 else scalars[self.reads[0]]
 
     @classmethod
@@ -124,13 +127,16 @@ class SiteNormalisers(NamedTuple):
     ) -> "SiteNormalisers":
         """Read what `to_scalars` wrote."""
         sites = dict.fromkeys((*reads, *writes))
-        of = {site: Normaliser.from_scalars(_of_site(scalars, site)) for site in sites}
-        return cls(reads, writes, of)
+        by_site = {site: Normaliser.from_scalars(_of_site(scalars, site)) for site in sites}
+        return cls(reads, writes, by_site)
 
     def at_scales(self, scalars: Mapping[str, Any]) -> "SiteNormalisers":
         """Return these measurements, converted to the scales that a checkpoint was trained with."""
-        of = {site: own.at(_of_site(scalars, site)["scale"]) for site, own in self.of.items()}
-        return self._replace(of=of)
+        by_site = {
+            site: own.at_scale(_of_site(scalars, site)["scale"])
+            for site, own in self.by_site.items()
+        }
+        return self._replace(by_site=by_site)
 
 
 def _of_site(scalars: Mapping[str, Any], site: str) -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.interface import Products, Selected
 from dist_sae.dictionaries.schedules import GROWTH
 from dist_sae.kernels import Entries, device_select, select, starts_of
-from dist_sae.kernels.keys import NO_ENTRY, from_ordered, ordered
+from dist_sae.kernels.keys import NO_ENTRY, from_ordinals, to_ordinals
 from dist_sae.kernels.select import Candidates
 
 _DIGIT = 11  # bits
@@ -205,7 +205,7 @@ class BatchTopK:
     ) -> tuple[Bool[Tensor, " _"], Float[Tensor, ""]]:
         """Return a mask of the candidates among all ranks' `count` largest, and the least value."""
         axis = self._sae.axis
-        order = ordered(found.values)
+        order = to_ordinals(found.values)
         least, before = kth_largest(axis, order, count, bits=32)
         chosen, tied = order >= least, order == least
         missing = count - before
@@ -215,7 +215,7 @@ class BatchTopK:
             position += found.rows + max_rows * axis.replica
             last, _ = kth_largest(axis, -position, missing, bits=64, among=tied)
             chosen &= ~tied | (-position >= last)
-        return chosen, from_ordered(least)
+        return chosen, from_ordinals(least)
 
 
 def _above(products: Products, sae: Dictionary, thresholds: Float[Tensor, " n_local"]) -> Selected:

@@ -78,7 +78,7 @@ def cross_entropies(
     run = as_planned(run, activations.plan)
     check_model(run, activations.plan)
     assert isinstance(run.model, HuggingFaceModel)
-    sites, writes = tuple(normalisers.of), normalisers.writes
+    sites, writes = tuple(normalisers.by_site), normalisers.writes
     (model, names), *others = run.model.by_model(sites)  # pinned to the plan's commit
     if others:
         return {"ce_left_out": "the dictionary's sites belong to two models"}
@@ -94,7 +94,7 @@ def cross_entropies(
     if not int(tokens.sum()):
         return {"ce_left_out": "no held-out context has a second token to predict"}
     exclude = run.activations.exclude
-    means = {site: of.mean.float() / of.scale for site, of in normalisers.of.items()}
+    means = {site: of.mean.float() / of.scale for site, of in normalisers.by_site.items()}
 
     site_sets = {"": writes, **{site: (site,) for site in writes if len(writes) > 1}}
     baseline_passes: _Passes = {"clean": Splice.read, **_ablations(site_sets, means)}

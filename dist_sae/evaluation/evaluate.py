@@ -176,7 +176,7 @@ def _measure(
         inferred = pages.infer(rows.inputs)
         fit = fit.add(rows.targets, inferred, mean)
         if scaling:
-            scaling.add(rows.targets, inferred.x_hat, pages.coded(rows.inputs))
+            scaling.add(rows.targets, inferred.x_hat, pages.encode_pages(rows.inputs))
         progress(fit.rows, max(there, fit.rows))
     progress.end(fit.rows)
     fit = fit.on_cpu()

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dist_sae.checkpoint.pages import Coded
+from dist_sae.checkpoint.pages import EncodedPage
 from dist_sae.config.crosscoder import CrosscoderBaseConfig
 from dist_sae.config.sae import SaeConfig
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
@@ -59,7 +59,7 @@ class LatentScaling:
         self,
         targets: Float[Tensor, "batch d_out"],
         x_hat: Float[Tensor, "batch d_out"],
-        coded: Iterable[Coded],
+        coded: Iterable[EncodedPage],
     ) -> None:
         """Add a batch.
 

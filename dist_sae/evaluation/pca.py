@@ -41,7 +41,7 @@ def pca_fvu(
     of = {
         "plan": plan.hash,
         "sites": targets.sites,
-        "scales": [normalisers.of[site].scale for site in targets.sites],
+        "scales": [normalisers.by_site[site].scale for site in targets.sites],
         "mean": fingerprint(normalisers.mean.tolist()),
         "rows": limit,
         "training_rows": _PCA_ROWS,

@@ -59,7 +59,7 @@ class Splice:
                 self._plain[site] = acts
             return acts
 
-        return _edits(self._normalisers.of, note)
+        return _edits(self._normalisers.by_site, note)
 
     def replace(self, sites: Iterable[str], values: Values) -> Edits:
         """Return edits that replace the rows of some sites."""
@@ -103,14 +103,14 @@ class Splice:
             if site not in normalisers.writes:
                 return acts
             unread = {
-                other: rows.new_zeros(len(rows), len(normalisers.of[other].mean))
+                other: rows.new_zeros(len(rows), len(normalisers.by_site[other].mean))
                 for other in normalisers.reads
             }
             edited = acts.clone()
             edited[usual] = self._reconstruct(unread | read)[site].to(acts.dtype)
             return edited
 
-        return _edits(normalisers.of, change)
+        return _edits(normalisers.by_site, change)
 
     def _rows(self, acts: Tensor) -> Bool[Tensor, "batch seq"]:
         """Return a mask of the rows to change at a site with these activations."""
@@ -130,7 +130,7 @@ class Splice:
         device = next(iter(rows.values())).device
         x_hat = self._sae.infer(normalisers.inputs(rows, device)).x_hat.to(device)
         return {
-            site: x_hat[:, columns] / normalisers.of[site].scale
+            site: x_hat[:, columns] / normalisers.by_site[site].scale
             for site, columns in normalisers.columns.items()
         }
 

@@ -134,7 +134,7 @@ def _manifest(
         checkpoint=checkpoint.digest,
         plan=plan.hash,
         site=own.site,
-        scale=normalisers_of(own, checkpoint).of[own.site].scale,
+        scale=normalisers_of(own, checkpoint).by_site[own.site].scale,
         writes=own.writes if len(own.writes) > 1 else (),
         compared=own.sae.has_latent_rows,
         n_latents=own.sae.n_latents,

@@ -78,7 +78,7 @@ class Encoder:
         self._activations = activations.until(self._closed)
         self._normalisers = normalisers
         self._height = math.lcm(select.ROW_ALIGNMENT, sae.axis.shards)
-        readers = min(len(normalisers.of), _MOST_READERS)
+        readers = min(len(normalisers.by_site), _MOST_READERS)
         # one more thread than readers, since `_begin` may wait in one until a unit is produced
         self._pool = ThreadPoolExecutor(1 + readers, "blocks")
         self._begun: dict[int, Future[_Begun]] = {}
@@ -172,7 +172,10 @@ class Encoder:
         """Compute the sum of |y - mean|^2 over a unit's targets from the sums in its manifest."""
         total = 0.0
         for site in self._normalisers.writes:
-            scale, mean = self._normalisers.of[site].scale, self._normalisers.of[site].mean
+            scale, mean = (
+                self._normalisers.by_site[site].scale,
+                self._normalisers.by_site[site].mean,
+            )
             along = float(torch.tensor(shards[site].sum, dtype=torch.float64) @ mean)
             squares = scale**2 * shards[site].sum_squares
             total += squares - 2 * scale * along + rows * float(mean.square().sum())

@@ -129,7 +129,7 @@ def _load(
         return "", ()
     from dist_sae.models.head import load_head, reaching  # takes 3 s
 
-    of, columns = normalisers.of, normalisers.columns
+    of, columns = normalisers.by_site, normalisers.columns
     model, sites = model.by_model(normalisers.writes)[0]
     names = reaching(tuple(sites))
     try:

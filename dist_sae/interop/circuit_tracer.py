@@ -155,8 +155,8 @@ def _encoder(run: Run, checkpoint: "Checkpoint", layer: int) -> "Iterator[Piecew
 
     normalisers, layers = normalisers_of(run, checkpoint), len(run.reads)
     paged = _paged(run, checkpoint)
-    scale, site = normalisers.of[run.reads[layer]].scale, run.writes[layer]
-    out = normalisers.of[site].scale
+    scale, site = normalisers.by_site[run.reads[layer]].scale, run.writes[layer]
+    out = normalisers.by_site[site].scale
     biases, thresholds, b_dec = [], [], torch.empty(0)
     for page in paged.pages(leave_out={"W_enc", "W_dec"}):
         above = page.inference_thresholds(torch.float64)
@@ -185,7 +185,7 @@ def _decoder(run: Run, checkpoint: "Checkpoint", layer: int) -> "Iterator[Piecew
 
     normalisers, layers = normalisers_of(run, checkpoint), len(run.reads)
     paged = _paged(run, checkpoint)
-    scales = torch.tensor([normalisers.of[site].scale for site in run.writes[layer:]])
+    scales = torch.tensor([normalisers.by_site[site].scale for site in run.writes[layer:]])
     width = normalisers.widths.writes[layer]
     n_latents = run.sae.n_latents // layers
 

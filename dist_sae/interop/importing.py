@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_sae.checkpoint.folder import run_file_key
 from dist_sae.checkpoint.layout import Checkpoints, Piece
+from dist_sae.checkpoint.run_folder import run_file_key
 from dist_sae.checkpoint.state import IDLE_ROWS
 from dist_sae.config import Run, dump_run
 from dist_sae.config.fingerprint import run_fingerprint
@@ -75,12 +75,12 @@ def import_dictionary(source: Path, run: Run) -> dict[str, Any]:
         ("writes", run.writes, columns),
     ):
         for site in sites:
-            if len(normalisers.of[site].mean) != width:
+            if len(normalisers.by_site[site].mean) != width:
                 raise ConfigError(
                     f"{source}: {verb} vectors of width {width}, but {site} has width "
-                    f"{len(normalisers.of[site].mean)}; name another site or model"
+                    f"{len(normalisers.by_site[site].mean)}; name another site or model"
                 )
-    scales = ([normalisers.of[s].scale for s in sites] for sites in (run.reads, run.writes))
+    scales = ([normalisers.by_site[s].scale for s in sites] for sites in (run.reads, run.writes))
     dictionary = convert(resolved, imported, *scales)
     tensors = {name: tensor.detach() for name, tensor in dictionary.tensors()}
     tensors[IDLE_ROWS] = torch.zeros(dictionary.n_latents, dtype=torch.int64)

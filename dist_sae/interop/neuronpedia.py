@@ -149,7 +149,7 @@ def _write_pages(
             f"{index.place}: was built from another checkpoint; set a new index.name"
         )
     own = trained_run(checkpoint, run)
-    scale = normalisers_of(own, checkpoint).of[own.writes[0]].scale
+    scale = normalisers_of(own, checkpoint).by_site[own.writes[0]].scale
     _delete_batches(runs, prefix, ("features", "activations"))
     for name, row in (
         ("release", _release(own, names)),

@@ -59,7 +59,7 @@ class RawDictionary:
         normalisers = normalisers_of(run, checkpoint)
         (self.d_in,), (self.d_out,) = normalisers.widths
         self.n_latents = run.sae.n_latents
-        self._scale, self._out = (normalisers.of[s].scale for s in (*run.reads, *run.writes))
+        self._scale, self._out = (normalisers.by_site[s].scale for s in (*run.reads, *run.writes))
         self._paged = PagedDictionary(run.sae, normalisers.widths, checkpoint, MEMORY_BYTES)
         vectors: dict[str, list[Tensor]] = {}
         self.shared: dict[str, Tensor] = {}
@@ -146,7 +146,7 @@ def model_name(run: Run) -> str:
 
 def origin(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the origin of an export, for a key of its config that the other library ignores."""
-    scales = {s: own.scale for s, own in normalisers_of(run, checkpoint).of.items()}
+    scales = {s: own.scale for s, own in normalisers_of(run, checkpoint).by_site.items()}
     return {
         "version": __version__,
         "run": run.name,

@@ -157,7 +157,7 @@ def _config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
             "model_from_pretrained_kwargs": {},
             "dist_sae_version": __version__,
             "site": run.site,
-            "activation_scale": normalisers.of[run.site].scale,
+            "activation_scale": normalisers.by_site[run.site].scale,
             "trained_rows": checkpoint.step * run.train.batch_rows,
             "checkpoint": checkpoint.digest,
             **nested,

@@ -14,9 +14,9 @@ from dist_sae.kernels import select
 from dist_sae.kernels.select import Block, Candidates
 
 _SLACK = 4  # room for candidates, divided by the expected number
-LEAST_ROOM = 4096
+MIN_ROOM = 4096
 """Minimum room for a block's candidates."""
-_LOOKED_AT = 1 / 8  # share of the entries to examine before counts are first read
+_FIRST_LOOK_SHARE = 1 / 8  # share of the entries to examine before counts are first read
 
 
 class _CandidateBuffer:
@@ -50,7 +50,9 @@ class _CandidateBuffer:
         count = chosen.sum()
         # entries past `count` are padding, which the next block overwrites
         into = self._count.clamp(max=self._room) + torch.arange(max_count, device=places.device)
-        self._values[into], self._rows[into], self._latents[into] = _at(places, block, pre_acts)
+        self._values[into], self._rows[into], self._latents[into] = _entries_at(
+            places, block, pre_acts
+        )
         self._count += count
         self._counts.append(count)
         self._too_many |= (count > max_count) | (self._count > self._room)
@@ -59,7 +61,7 @@ class _CandidateBuffer:
         """Drop all but the `count` largest and ties of the smallest kept. Return the smallest."""
         is_there = torch.arange(len(self._values), device=self._values.device) < self._count
         values = self._values.where(is_there, -torch.inf)
-        bound = select.kth(values, count)
+        bound = select.kth_largest(values, count)
         kept = is_there & (values >= bound)
         places = kept.nonzero_static(size=len(values), fill_value=0)[:, 0]
         self._values, self._rows, self._latents = (
@@ -108,11 +110,11 @@ def above(
     """
     found, of_block = None, 0
     if share is None:
-        counts = _counted(_over(blocks(), b_enc, bound), size, limit)
+        counts = _count_chosen(_above_bound(blocks(), b_enc, bound), size, limit)
     else:
-        for block, pre_acts, chosen in _over(blocks(), b_enc, bound):
+        for block, pre_acts, chosen in _above_bound(blocks(), b_enc, bound):
             if found is None:  # later blocks are no larger than the first
-                of_block = int(_SLACK * share * pre_acts.numel()) + LEAST_ROOM
+                of_block = int(_SLACK * share * pre_acts.numel()) + MIN_ROOM
                 found = _CandidateBuffer(b_enc, limit, of_block)
             found.add(block, pre_acts, chosen, of_block)
         counts = found.counts() if found else []
@@ -121,13 +123,15 @@ def above(
     if found and max(counts) <= of_block:
         return select.by_row(found.first(sum(counts)))
     parts = [select.no_candidates(b_enc)]
-    for (block, pre_acts, chosen), count in zip(_over(blocks(), b_enc, bound), counts, strict=True):
+    for (block, pre_acts, chosen), count in zip(
+        _above_bound(blocks(), b_enc, bound), counts, strict=True
+    ):
         places = select.true_indices(chosen.flatten(), count)
-        parts.append(_at(places, block, pre_acts))
+        parts.append(_entries_at(places, block, pre_acts))
     return select.by_row(Candidates(*map(torch.cat, zip(*parts, strict=True))))
 
 
-def _over(
+def _above_bound(
     blocks: Iterable[Block], b_enc: Tensor, bound: Tensor
 ) -> Iterator[tuple[Block, Tensor, Tensor]]:
     """Yield each block with its pre-activations and the mask of those that exceed their bound."""
@@ -136,19 +140,19 @@ def _over(
         yield block, pre_acts, pre_acts > bound[block.latents]
 
 
-def _at(places: Tensor, block: Block, pre_acts: Tensor) -> Candidates:
+def _entries_at(places: Tensor, block: Block, pre_acts: Tensor) -> Candidates:
     """Return a block's entries at indices into its flattened matrix."""
     rows, columns = places // pre_acts.shape[1], places % pre_acts.shape[1]
     return Candidates(pre_acts.flatten()[places], rows + block.rows.start, block.latents[columns])
 
 
-def _counted(over: Iterable[tuple[Block, Tensor, Tensor]], size: int, limit: int) -> list[int]:
+def _count_chosen(over: Iterable[tuple[Block, Tensor, Tensor]], size: int, limit: int) -> list[int]:
     """Count each block's chosen entries. Stop early if the first blocks already have too many."""
     counts, seen, looked = list[Tensor](), 0, False
     for _, pre_acts, chosen in over:
         counts.append(chosen.sum())
         seen += pre_acts.numel()
-        if not looked and seen >= _LOOKED_AT * size:
+        if not looked and seen >= _FIRST_LOOK_SHARE * size:
             looked = True
             if sum(so_far := _read(counts)) > limit:
                 return so_far
@@ -173,10 +177,10 @@ def largest(
         b_enc: Encoder bias.
         count: Number of entries to select, at least 1.
     """
-    room = _SLACK * count + LEAST_ROOM
+    room = _SLACK * count + MIN_ROOM
     found = _CandidateBuffer(b_enc, room, room)
     bound = least = b_enc.new_zeros(())
-    risen_at = 0
+    raised_at = 0
     for number, block in enumerate(blocks, 1):
         if block.starts_new_range:  # see `select.largest`
             least = bound
@@ -184,9 +188,11 @@ def largest(
         chosen = (pre_acts > least) & (pre_acts >= bound)
         if number == 1 and pre_acts.numel() > count:
             reached = select.kth_lower_bound(pre_acts, count)
-            chosen &= pre_acts >= (select.kth(pre_acts, count) if reached is None else reached)
-        found.add(block, pre_acts, chosen, _SLACK * count // max(1, risen_at) + LEAST_ROOM)
-        if number >= 2 * risen_at:
-            bound, risen_at = torch.maximum(bound, found.keep_largest(count)), number
+            chosen &= pre_acts >= (
+                select.kth_largest(pre_acts, count) if reached is None else reached
+            )
+        found.add(block, pre_acts, chosen, _SLACK * count // max(1, raised_at) + MIN_ROOM)
+        if number >= 2 * raised_at:
+            bound, raised_at = torch.maximum(bound, found.keep_largest(count)), number
     found.keep_largest(count)
     return found.read()

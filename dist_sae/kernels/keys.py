@@ -18,23 +18,23 @@ def to_keys(
     pre_acts: Float[Tensor, "*#shape"], latents: Int[Tensor, "*#shape"]
 ) -> Int[Tensor, "*shape"]:
     """Return the keys of pre-activations (rounded to fp32) and latents (below 2^32)."""
-    return (ordered(pre_acts) << 32) | (_LOW - latents)
+    return (to_ordinals(pre_acts) << 32) | (_LOW - latents)
 
 
 def from_keys(
     keys: Int[Tensor, "*shape"],
 ) -> tuple[Float[Tensor, "*shape"], Int[Tensor, "*shape"]]:
     """Return the pre-activations (fp32) and the latents of keys."""
-    return from_ordered(keys >> 32), _LOW - (keys & _LOW)
+    return from_ordinals(keys >> 32), _LOW - (keys & _LOW)
 
 
-def ordered(values: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+def to_ordinals(values: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     """Map values (rounded to fp32) to 32-bit integers in the same order. -0 counts as 0."""
     bits = (values.float() + 0.0).view(torch.int32)
     return (bits ^ ((bits >> 31) & _SIGN)).long()
 
 
-def from_ordered(numbers: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Return the values that `ordered` mapped to these integers."""
+def from_ordinals(numbers: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return the values that `to_ordinals` mapped to these integers."""
     bits = numbers.int()
     return (bits ^ ((bits >> 31) & _SIGN)).view(torch.float32)

@@ -43,7 +43,7 @@ _WEIGHTS = 2  # gradients whose memory is reused: W_enc's and W_dec's
 
 def kernels() -> Kernels:
     """Create kernels for one dictionary, which reuse the memory of its gradients."""
-    memory = Memory()
+    memory = GradientMemory()
     return plain.KERNELS._replace(
         name="native",
         keep_largest=keep_largest,
@@ -139,7 +139,7 @@ def update(
     _call("update_fp32", tensors, sizes, numbers)
 
 
-class Memory:
+class GradientMemory:
     """Allocator that reuses the memory of freed gradients."""
 
     def __init__(self) -> None:

@@ -295,7 +295,7 @@ def kth_lower_bound(pre_acts: Float[Tensor, "rows chunk"], count: int) -> Float[
     """
     peaks = pre_acts[:, : pre_acts.shape[1] // _GROUP * _GROUP]
     peaks = peaks.reshape(len(peaks), _GROUP, -1).amax(1)
-    return kth(peaks, count) if peaks.numel() >= count else None
+    return kth_largest(peaks, count) if peaks.numel() >= count else None
 
 
 def by_row(found: Candidates) -> Candidates:
@@ -312,11 +312,11 @@ def no_candidates(like: Tensor) -> Candidates:
 
 def _cut(found: Candidates, count: int) -> tuple[Candidates, Tensor]:
     """Return the `count` largest, with ties of the smallest, and the smallest value."""
-    bound = kth(found.values, count)
+    bound = kth_largest(found.values, count)
     reach = found.values >= bound
     return Candidates(*(part[reach] for part in found)), bound
 
 
-def kth(values: Float[Tensor, "*shape"], k: int) -> Float[Tensor, ""]:
+def kth_largest(values: Float[Tensor, "*shape"], k: int) -> Float[Tensor, ""]:
     """Return the k-th largest value."""
     return values.flatten().topk(k, sorted=False).values.min()

@@ -4,8 +4,8 @@ import threading
 from functools import cached_property
 from typing import Any
 
-from dist_sae.checkpoint.folder import started_run
 from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.run_folder import started_run
 from dist_sae.config import Run, jobs_of
 from dist_sae.config.fingerprint import PLAN_SECTIONS, as_begun, changes, run_fingerprint
 from dist_sae.data.consumers import Consumers

@@ -78,7 +78,7 @@ class RawDictionary(nn.Module):
         """
         super().__init__()
         self.sae = sae.requires_grad_(requires_grad=False).eval()
-        self.scales = {site: of.scale for site, of in normalisers.of.items()}
+        self.scales = {site: of.scale for site, of in normalisers.by_site.items()}
         self.reads, self.writes = normalisers.reads, normalisers.writes
         self.step = step
         dtype = sae.b_dec.dtype

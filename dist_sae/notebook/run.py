@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from dist_sae.checkpoint import folder
+from dist_sae.checkpoint import run_folder
 from dist_sae.checkpoint.encoder import StoredEncoder
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.trained import (
@@ -52,7 +52,7 @@ def open_run(place: str | os.PathLike[str], overrides: Sequence[str] = ()) -> "O
     argument = os.fspath(place)
     if "://" not in argument:
         argument = os.path.expanduser(argument)
-    run = folder.open_run(argument, overrides)
+    run = run_folder.open_run(argument, overrides)
     if run.sweep:
         names = ", ".join(job.name for job in jobs_of(run))
         raise ConfigError(f"{argument}: is a sweep; open the folder of one of its runs: {names}")

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from dist_sae.checkpoint.folder import started_run
 from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.checkpoint.lineage import Lineage
+from dist_sae.checkpoint.run_folder import started_run
 from dist_sae.checkpoint.trained import (
     check_plan,
     check_same_settings,

@@ -57,7 +57,7 @@ def training_step(
     Raises:
         NonFiniteError: The gradient is not finite. The weights are unchanged.
     """
-    context = StepContext(variance, dead.mask, dead.count, progress, dead.counts_here)
+    context = StepContext(variance, dead.mask, dead.count, progress, dead.counts_by_layer)
     output = engine.objective(rows, context)
     end_phase("forward")
     engine.backward(output.terms.total)

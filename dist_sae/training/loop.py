@@ -4,7 +4,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from dist_sae.checkpoint.folder import check_kind, run_file_key
+from dist_sae.checkpoint.run_folder import check_kind, run_file_key
 from dist_sae.config import Run, dump_run, groups_of, with_absolute_paths
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.distributed.watch import Watch

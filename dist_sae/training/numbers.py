@@ -69,7 +69,7 @@ def site_fvus(
     """
     local = torch.stack(
         [
-            error[:, columns].square().sum() / normalisers.of[site].variance
+            error[:, columns].square().sum() / normalisers.by_site[site].variance
             for site, columns in normalisers.columns.items()
         ]
     )

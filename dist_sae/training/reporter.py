@@ -20,7 +20,7 @@ from dist_sae.checkpoint.saver import Saved
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run
 from dist_sae.dictionaries.axis import LatentAxis
-from dist_sae.dictionaries.density import Densities
+from dist_sae.dictionaries.density import DensityCounter
 from dist_sae.dictionaries.interface import Output, Routing, Rows
 from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.distributed.mesh import Mesh
@@ -74,7 +74,7 @@ class TrainingReporter:
         run, telemetry, device = self.run, self.telemetry, self.mesh.device
         self._mean = self.normalisers.mean.to(device)
         self._product = ProductSamples(self.state.sae, self.times.clock)
-        self._densities = Densities(
+        self._densities = DensityCounter(
             len(self.state.sae.W_enc), run.dead_after_rows, self.mesh.axis, device
         )
         self._experts = ExpertLoads()

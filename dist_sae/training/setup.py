@@ -10,8 +10,8 @@ from itertools import chain
 from typing import NamedTuple
 
 from dist_sae.checkpoint import warm_start
-from dist_sae.checkpoint.folder import run_file_key
 from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.run_folder import run_file_key
 from dist_sae.checkpoint.saver import Saved, Saver, saver_thread
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.checkpoint.trained import normalisers_of

@@ -10,8 +10,8 @@ import torch
 from dist_sae import logs
 from dist_sae.analysis.dark_matter import study
 from dist_sae.analysis.dark_matter_findings import WRONG_RECAPTURE, findings, is_at_chance
-from dist_sae.checkpoint.folder import run_file_key
 from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.run_folder import run_file_key
 from dist_sae.commands import cli
 from dist_sae.config import Run, dump_run
 from dist_sae.data.plan import load_plan

@@ -67,7 +67,7 @@ def dense(codes: Codes) -> Tensor:
 def coded(some: PagedDictionary, x: Tensor) -> Tensor:
     """Codes of each row, [rows, n_latents], from all pages."""
     matrix = torch.zeros(len(x), N_LATENTS, dtype=x.dtype)
-    for page, here, codes in some.coded(x):
+    for page, here, codes in some.encode_pages(x):
         found = dense(codes)
         latents = page.axis.latents(N_LATENTS)
         matrix[here, latents.start : latents.stop] = found[:, : len(latents)]

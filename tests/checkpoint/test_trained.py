@@ -62,7 +62,7 @@ def test_the_newest_is_read_whole(run: Run, store: ObjectStore) -> None:
     W_dec = save(run, store, 2)
     trained = read_trained(store, run)
     assert trained is not None
-    assert (trained.step, trained.normalisers.of[run.site].scale) == (2, 2.0)
+    assert (trained.step, trained.normalisers.by_site[run.site].scale) == (2, 2.0)
     assert torch.equal(trained.normalisers.mean, torch.full((D_IN,), 0.5, dtype=torch.float64))
     assert trained.idle_rows.shape == (N_LATENTS,)
     torch.testing.assert_close(trained.sae.W_dec.detach(), W_dec)

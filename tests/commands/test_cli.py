@@ -317,7 +317,7 @@ def test_interrupt_is_resumable_and_no_traceback(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dist_sae.checkpoint.folder.open_run", interrupt)
+    monkeypatch.setattr("dist_sae.checkpoint.run_folder.open_run", interrupt)
     assert main(["config", "show", str(write_run(tmp_path, TINY))]) == 75
     assert capsys.readouterr().err == "stopped: interrupted; start the same command again\n"
 

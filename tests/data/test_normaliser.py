@@ -112,6 +112,6 @@ def test_each_site_has_its_own_normaliser_of_the_same_rows(tmp_path: Path) -> No
 
 def test_the_same_measurement_at_another_scale() -> None:
     one = Normaliser(0.5, torch.tensor([1.0, -2.0], dtype=torch.float64), 3.0, 7)
-    other = one.at(1.5)
+    other = one.at_scale(1.5)
     assert (other.scale, other.variance, other.rows) == (1.5, 27.0, 7)
     assert other.mean.tolist() == [3.0, -6.0]

@@ -2,13 +2,13 @@
 
 import torch
 
-from dist_sae.dictionaries.density import Densities
+from dist_sae.dictionaries.density import DensityCounter
 
 EDGES = [-3.0, -2.0, -1.0]
 
 
 def test_latents_are_counted_by_the_share_of_rows_that_they_fire_on() -> None:
-    densities = Densities(6, window_rows=10_000)
+    densities = DensityCounter(6, window_rows=10_000)
     for _ in range(10):
         densities.add(torch.tensor([100, 10, 9, 1, 0, 0]), rows=100)
     # of 1,000 rows: 1, .1, .09, .01 and never; an edge belongs to what is above it
@@ -19,7 +19,7 @@ def test_latents_are_counted_by_the_share_of_rows_that_they_fire_on() -> None:
 
 
 def test_what_is_longer_ago_than_two_windows_does_not_count() -> None:
-    densities = Densities(2, window_rows=100)
+    densities = DensityCounter(2, window_rows=100)
     densities.add(torch.tensor([100, 0]), rows=100)
     densities.add(torch.tensor([0, 50]), rows=100)
     assert densities.counts(EDGES, 0.1) == (200, 0, [0, 0, 2], 0)

@@ -110,7 +110,7 @@ def test_memory_that_something_still_has_is_left_alone(kernels: Kernels) -> None
 
 
 def test_no_more_is_kept_than_two_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = native.Memory()
+    memory = native.GradientMemory()
     held = [memory.empty(N_LATENTS, width) for width in (20, 30, 40, 50)]
     places = [tensor.data_ptr() for tensor in held]
     held.clear()

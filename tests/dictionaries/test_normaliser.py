@@ -54,13 +54,13 @@ def test_several_sites_are_stored_and_read_exactly() -> None:
     stored = {**json.loads(json.dumps(normalisers.to_scalars(), sort_keys=True)), "plan": "p"}
     again = SiteNormalisers.from_scalars(stored, ("b", "a"), ("c",))
     assert again.to_scalars() == normalisers.to_scalars()
-    assert list(again.of) == ["b", "a", "c"]
+    assert list(again.by_site) == ["b", "a", "c"]
 
 
 def test_a_child_keeps_the_scale_of_each_of_its_parents_sites() -> None:
     parent = SiteNormalisers(("a",), ("b",), {"a": A, "b": B})
     own = SiteNormalisers(("a",), ("b",), {"a": of_mean(1.0, 3.0, 9.0), "b": of_mean(4.0, 8.0)})
     child = own.at_scales(scales_of({**parent.to_scalars(), "plan": "p"}))
-    assert [child.of[site].scale for site in "ab"] == [0.5, 2.0]
-    assert child.of["a"].mean.tolist() == [1.5, 4.5]
-    assert child.of["b"].mean.tolist() == [4.0]
+    assert [child.by_site[site].scale for site in "ab"] == [0.5, 2.0]
+    assert child.by_site["a"].mean.tolist() == [1.5, 4.5]
+    assert child.by_site["b"].mean.tolist() == [4.0]

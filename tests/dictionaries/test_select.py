@@ -17,7 +17,7 @@ from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.recipes.topk import TopK
 from dist_sae.dictionaries.selection import kth_largest
 from dist_sae.kernels import Kernels, device_select, native, select
-from dist_sae.kernels.keys import NO_ENTRY, from_keys, ordered, to_keys
+from dist_sae.kernels.keys import NO_ENTRY, from_keys, to_keys, to_ordinals
 from dist_sae.kernels.select import Block, Candidates
 from dist_sae.kernels.torch import KERNELS as TORCH
 from tests.dictionaries.ranks import ThreadAxis, on_ranks
@@ -250,7 +250,7 @@ def test_the_queued_selection_of_all_above_their_bound_is_the_other(
 ) -> None:
     monkeypatch.setattr(select, "CHUNK_LATENTS", 48)
     monkeypatch.setattr(select, "CHUNK_BYTES", 4 * 48 * 3)
-    monkeypatch.setattr(device_select, "LEAST_ROOM", 0)
+    monkeypatch.setattr(device_select, "MIN_ROOM", 0)
     for make in CASES.values():
         W_enc, bound = make(340).T.contiguous(), torch.linspace(-1, 1, 340)
         given = torch.zeros(340), bound
@@ -353,7 +353,7 @@ NUMBERS: dict[str, Callable[[torch.Generator], Tensor]] = {
     "equal": lambda _: torch.full((500,), -7),
     "low digits only": lambda g: torch.randint(0, 2**16, (500,), generator=g) + 2**31 * 5,
     "ends": lambda _: torch.tensor([2**63 - 1, -(2**63) + 1, 0, -1, 1, 2**16, -(2**16)]),
-    "of values": lambda g: ordered(torch.randn(500, generator=g)),
+    "of values": lambda g: to_ordinals(torch.randn(500, generator=g)),
 }
 
 

@@ -82,7 +82,7 @@ def planted(config: SaeConfig) -> Planted:
 def measured(dictionary: PagedDictionary, x: Tensor) -> LatentScaling:
     scaling = LatentScaling(LATENTS)
     for some in torch.split(x, 1500):
-        scaling.add(some, dictionary.infer(some).x_hat, dictionary.coded(some))
+        scaling.add(some, dictionary.infer(some).x_hat, dictionary.encode_pages(some))
     return scaling
 
 

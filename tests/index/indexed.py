@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from dist_sae.checkpoint.folder import run_file_key
 from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.run_folder import run_file_key
 from dist_sae.config import Run, dump_run
 from dist_sae.data.consumers import kept_units
 from dist_sae.data.plan import load_plan

@@ -174,7 +174,7 @@ def trained(folder: Path, sae: dict[str, Any]) -> tuple[Run, Dictionary, SiteNor
 
 def infer(sae: Dictionary, normalisers: SiteNormalisers, x: Rows) -> tuple[Rows, Rows]:
     """Codes and raw reconstructions of raw rows."""
-    of = normalisers.of
+    of = normalisers.by_site
     read = torch.tensor([of[site].scale for site in normalisers.reads], dtype=torch.float64)
     write = torch.tensor([of[site].scale for site in normalisers.writes], dtype=torch.float64)
     rows = torch.from_numpy(x) * read.repeat_interleave(D)

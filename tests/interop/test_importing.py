@@ -228,7 +228,7 @@ def test_an_imported_dictionary_is_a_run(
     assert trained
     assert (trained.step, trained.run.sae.n_latents) == (0, N)
     x = raw_rows()
-    scale = trained.normalisers.of[run.site].scale
+    scale = trained.normalisers.by_site[run.site].scale
     rows = scale * torch.from_numpy(x).float()
     x_hat = trained.sae.decode(trained.sae.encode(rows), rows).detach().numpy() / scale
     np.testing.assert_allclose(x_hat, forward(folder, x)[1], rtol=1e-3, atol=1e-3)
@@ -251,7 +251,7 @@ def test_rows_of_several_lengths_are_those_of_the_checkpoint(tmp_path: Path, run
     import_dictionary(folder, run)
     trained = read_trained(open_store(run.store.runs), load_run(f"{run.store.runs}/tiny/run.yaml"))
     assert trained
-    x, scale = raw_rows(), trained.normalisers.of[run.site].scale
+    x, scale = raw_rows(), trained.normalisers.by_site[run.site].scale
     rows = scale * torch.from_numpy(x)
     sae = trained.sae.double()
     x_hat = sae.decode(sae.encode(rows), rows).detach().numpy() / scale

@@ -16,7 +16,7 @@ from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import WHOLE
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.dead import DeadLatents
-from dist_sae.dictionaries.density import Densities
+from dist_sae.dictionaries.density import DensityCounter
 from dist_sae.dictionaries.ema import WeightAverage
 from dist_sae.dictionaries.init import initialise_from_data
 from dist_sae.dictionaries.interface import Output
@@ -123,7 +123,7 @@ class Life:
     def numbers(self, output: Output) -> list[Any]:
         """The numbers that the reporter and an evaluation compute."""
         sae, x = self.sae, self.rows.targets
-        densities = Densities(N_LATENTS, 1000, device=self.device)
+        densities = DensityCounter(N_LATENTS, 1000, device=self.device)
         densities.add(output.firings, BATCH)
         second_moment = self.engine.moment(sae.W_enc, "exp_avg_sq")
         found: list[Any] = [
@@ -233,7 +233,7 @@ def test_dense_and_first_steps_wait_a_little_more_often(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And keep the entries that a CPU keeps; so do steps in which a block has no room for all."""
-    monkeypatch.setattr(device_select, "LEAST_ROOM", 0)
+    monkeypatch.setattr(device_select, "MIN_ROOM", 0)
     with pretend_device() as waits:
         found, n_entries, tensors = sparser_steps(tmp_path, kind, DEVICE, waits)
     steady = BUDGET[kind][0]

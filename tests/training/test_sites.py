@@ -156,7 +156,7 @@ def test_the_held_out_fvu_is_that_of_the_written_sites(calm: dict[str, Path], ki
     blocks = list(open_activation_set(run).heldout_rows(100))
     of_site = {
         site: torch.cat([block[site] for block in blocks]) * normaliser.scale
-        for site, normaliser in normalisers.of.items()
+        for site, normaliser in normalisers.by_site.items()
     }
     for x in of_site.values():  # of other rows than were measured
         assert float(x.square().sum(1).mean()) == pytest.approx(x.shape[1], rel=0.2)
@@ -165,7 +165,7 @@ def test_the_held_out_fvu_is_that_of_the_written_sites(calm: dict[str, Path], ki
     with torch.no_grad():
         x_hat = sae.infer(torch.cat([of_site[site] for site in run.reads], 1)).x_hat
     target = torch.cat([of_site[site] for site in run.writes], 1)
-    mean = torch.cat([normalisers.of[site].mean for site in run.writes])
+    mean = torch.cat([normalisers.by_site[site].mean for site in run.writes])
     fvu = (target - x_hat).double().square().sum() / (target - mean).square().sum()
     assert checkpoint.scalars["heldout_fvu"] == pytest.approx(float(fvu), rel=1e-5)
 
@@ -173,7 +173,7 @@ def test_the_held_out_fvu_is_that_of_the_written_sites(calm: dict[str, Path], ki
 def test_the_fvu_of_each_written_site_is_recorded(calm: dict[str, Path]) -> None:
     """Together they are the FVU of all; a dictionary that writes one site has no others."""
     run, checkpoint = load_run(calm["crosscoder"] / "run.yaml"), final(calm["crosscoder"])
-    variances = {s: n.variance for s, n in normalisers_of(run, checkpoint).of.items()}
+    variances = {s: n.variance for s, n in normalisers_of(run, checkpoint).by_site.items()}
     for record in history(calm["crosscoder"]):
         if "fvu" in record:
             assert list(record["site_fvu"]) == list(run.writes)

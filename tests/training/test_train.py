@@ -76,7 +76,7 @@ def test_directions_from_data_take_as_many_batches_as_they_need(
     assert [batch.step for batch in read] == [0, 1, 2, 3, 4]
     assert torch.equal(sae.W_dec, again.W_dec)
     acts = torch.cat([only(batch.acts) for batch in read])[:64]
-    rows = acts * normalisers.of[settings.site].scale
+    rows = acts * normalisers.by_site[settings.site].scale
     expected = build_sae(settings.sae, 16)
     expected.initialise(sae_rows(rows[:24]), settings.train.seed)
     initialise_from_data(expected, [sae_rows(rows)])

@@ -106,7 +106,7 @@ def _words(options: argparse.Namespace, runs: "Sequence[Run]") -> "Iterator[Cove
     indexed_runs = [open_indexed_run(run) for run in runs]
     control = None
     if options.control is not None:
-        from dist_sae.checkpoint.folder import open_run
+        from dist_sae.checkpoint.run_folder import open_run
 
         control = open_indexed_run(open_run(options.control))
     for indexed in [*indexed_runs, *([control] if control else [])]:

@@ -38,8 +38,8 @@ class Matryoshka(TopK):
         self, config: MatryoshkaConfig, widths: Widths | int, *place: Any, **precision: Any
     ) -> None:
         super().__init__(config, widths, *place, **precision)
-        self.weights = config.weights
-        self.main = len(self.weights) - 1
+        self.loss_weights = config.weights
+        self.main_index = len(self.loss_weights) - 1
 
     def groups(self, products: Products, k: int) -> list[Selected]:
         values, entries = self.selection.select(products, k)

@@ -45,9 +45,9 @@ class TopK(WithAuxK):
     """A dictionary with the k largest pre-activations per row, in each row or over the batch."""
 
     selection: RowTopK | BatchTopK
-    weights: Sequence[float] = (1.0,)
+    loss_weights: Sequence[float] = (1.0,)
     """Loss weights of the nested reconstructions; see `groups`."""
-    main: int = 0
+    main_index: int = 0
     """Index of the nested reconstruction that is x_hat."""
     _factors: Sequence[int] = (1,)  # latents per row in each nested reconstruction, over k
 
@@ -65,7 +65,7 @@ class TopK(WithAuxK):
             self.selection = BatchTopK(self, config.threshold_decay)
         elif isinstance(config, TopKConfig) and config.multi_factor:
             self._factors = (1, config.multi_factor)
-            self.weights = (1.0, config.multi_weight)
+            self.loss_weights = (1.0, config.multi_weight)
 
     def groups(self, products: Products, k: int) -> list[Selected]:
         """Select in groups. The n-th nested reconstruction is the sum of the first n groups."""
@@ -81,24 +81,24 @@ class TopK(WithAuxK):
         groups = self.groups(self.products(centred, self.product_dtype), k)
         selected = list(groups)
         if config.auxk and context.n_dead:
-            selected.append(self.select_among(context.dead, centred, context.dead_here))
+            selected.append(self.select_among(context.dead, centred, context.n_dead_by_layer))
         found = self.reconstruct(selected, centred, centre)
         x_hat, errors = offset, []
         for _, parts in found[: len(groups)]:
             x_hat = x_hat + self.axis.scatter_sum(parts)
             errors.append(rows.targets - x_hat)
         losses = [e.square().sum() / (len(centred) * context.variance) for e in errors]
-        fvu, error = losses[self.main], errors[self.main].detach()
+        fvu, error = losses[self.main_index], errors[self.main_index].detach()
         auxk = fvu.new_zeros(())
         for _, parts in found[len(groups) :]:
             e_hat = self.axis.scatter_sum(parts)
             auxk = auxk_loss(self.axis, rows.targets, error, e_hat)
         total = config.auxk_coefficient * auxk
-        for weight, loss in zip(self.weights, losses, strict=True):
+        for weight, loss in zip(self.loss_weights, losses, strict=True):
             total = total + weight * loss
         terms = LossTerms(fvu, auxk, fvu.new_zeros(()), total)
-        acts = torch.cat([acts for acts, _ in found[: self.main + 1]])
-        entries = Entries.stacked([entries for _, entries in groups[: self.main + 1]])
+        acts = torch.cat([acts for acts, _ in found[: self.main_index + 1]])
+        entries = Entries.stacked([entries for _, entries in groups[: self.main_index + 1]])
         fired, active = firings(acts, entries), (acts > 0).sum()
         return Output(
             terms, fired, active, error, prefix_fvu=losses if config.prefix_widths else ()
