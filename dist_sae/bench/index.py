@@ -23,7 +23,7 @@ from dist_sae.config import Run
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.device import own_device
 from dist_sae.dictionaries.axis import WHOLE
-from dist_sae.distributed.mesh import alone
+from dist_sae.distributed.mesh import single_process
 from dist_sae.index.cells import load_or_compute_cells
 from dist_sae.index.coactive import Sample
 from dist_sae.index.context import IndexContext, open_index
@@ -108,7 +108,7 @@ def _stage_1(
     normalisers = context.normalisers
     activations = ActivationSet(context.activations, context.plan, normalisers.reads)
     following = iter(manifest.units[1:])
-    with UnitWriter(store, folder, manifest, alone(), records.append) as writer:
+    with UnitWriter(store, folder, manifest, single_process(), records.append) as writer:
         for unit in manifest.units:
             acts = torch.cat(list(map(normalisers.inputs, activations.rows([unit], 2**62))))
             bare, _ = _timed(partial(_encode, encoder, acts))

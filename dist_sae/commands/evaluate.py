@@ -31,7 +31,7 @@ def main(options: argparse.Namespace) -> int | None:
         arguments = ["evaluate", *step, *as_json]
         stopping = signals.stop_event()
         return shared.run_local_ranks(options, whole, arguments, environments, stopping)
-    from dist_sae.distributed.mesh import alone
+    from dist_sae.distributed.mesh import single_process
     from dist_sae.evaluation.distributed import evaluate_on_ranks
     from dist_sae.evaluation.evaluate import evaluate
 
@@ -50,7 +50,7 @@ def main(options: argparse.Namespace) -> int | None:
             signals.install_handlers()
         with shared.pushed_telemetry(run, "evaluate") as telemetry:
             if world == 1:
-                return evaluate(run, telemetry, options.step, alone())
+                return evaluate(run, telemetry, options.step, single_process())
             result = evaluate_on_ranks(run, world, telemetry, options.step)
         return result if shared.rank() == 0 else None
 

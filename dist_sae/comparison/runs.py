@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from dist_sae.checkpoint.trained import find_checkpoint, trained_run
 from dist_sae.config import Run
 from dist_sae.config.fingerprint import PLAN_SECTIONS, run_fingerprint
-from dist_sae.evaluation.subject import evaluation_key, read_evaluation, training_seconds
+from dist_sae.evaluation.facts import evaluation_key, read_evaluation, training_seconds
 from dist_sae.report.outcome import Outcome, read_outcomes
 from dist_sae.storage import open_store
 from dist_sae.telemetry.history import read_history

@@ -23,7 +23,7 @@ from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.kernels import Entries, Kernels
 
 _INT32 = 4
-AT_MOST = 0.25
+MAX_BYTES_SHARE = 0.25
 """Rows and entries are exchanged if they take less than this share of the gradients' bytes."""
 
 
@@ -52,7 +52,7 @@ class Exchange(NamedTuple):
     @property
     def is_by_entry(self) -> bool:
         """Whether rows and entries take few enough bytes."""
-        return self.by_entry < AT_MOST * self.dense
+        return self.by_entry < MAX_BYTES_SHARE * self.dense
 
 
 def is_summed_by_entry(config: DictionaryConfig) -> bool:

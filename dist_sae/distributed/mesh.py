@@ -142,13 +142,13 @@ class _Message:
             ) from exc
 
 
-ALONE = Mesh(0, 1, torch.device("cpu"), WHOLE)
+SINGLE_PROCESS = Mesh(0, 1, torch.device("cpu"), WHOLE)
 """The mesh of a single process that uses no GPU."""
 
 
-def alone() -> Mesh:
+def single_process() -> Mesh:
     """Return the mesh of a single process on its own device (`own_device`)."""
-    return ALONE._replace(device=own_device())
+    return SINGLE_PROCESS._replace(device=own_device())
 
 
 @contextmanager

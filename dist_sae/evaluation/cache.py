@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from dist_sae import __version__
-from dist_sae.distributed.mesh import ALONE, Mesh
+from dist_sae.distributed.mesh import SINGLE_PROCESS, Mesh
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError, StoreError
 from dist_sae.storage import ObjectStore
 from dist_sae.storage.records import Record, read_record, seal
@@ -32,7 +32,7 @@ def cached(
     kind: str,
     of: Mapping[str, Any],
     compute: Callable[[], Mapping[str, Any]],
-    mesh: Mesh = ALONE,
+    mesh: Mesh = SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Read a result from the store, or compute and store it.
 

@@ -24,7 +24,7 @@ from dist_sae.device import own_device
 from dist_sae.dictionaries.interface import Inference
 from dist_sae.dictionaries.metrics import ce_recovered
 from dist_sae.dictionaries.normaliser import SiteNormalisers
-from dist_sae.distributed.mesh import ALONE, Mesh
+from dist_sae.distributed.mesh import SINGLE_PROCESS, Mesh
 from dist_sae.environment import versions
 from dist_sae.errors import HeadlessError, NonFiniteError
 from dist_sae.evaluation.cache import cached, fingerprint
@@ -46,7 +46,7 @@ def cross_entropies(
     run: Run,
     sae: Inference,
     normalisers: SiteNormalisers,
-    mesh: Mesh = ALONE,
+    mesh: Mesh = SINGLE_PROCESS,
     *,
     causal: bool = False,
 ) -> dict[str, Any]:

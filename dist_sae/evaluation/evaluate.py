@@ -27,19 +27,19 @@ from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.dictionaries.metrics import Fit, duplicate_shares
 from dist_sae.dictionaries.normaliser import SiteNormalisers
-from dist_sae.distributed.mesh import ALONE, Mesh
+from dist_sae.distributed.mesh import SINGLE_PROCESS, Mesh
 from dist_sae.environment import hardware, versions
 from dist_sae.errors import ConfigError, NonFiniteError
 from dist_sae.evaluation.cross_entropy import cross_entropies
-from dist_sae.evaluation.latent_scaling import LatentScaling, applies
-from dist_sae.evaluation.pca import WIDEST, pca_fvu
-from dist_sae.evaluation.subject import (
+from dist_sae.evaluation.facts import (
     evaluation_key,
-    produced,
     read_evaluation,
-    subject,
+    run_facts,
     training_seconds,
+    unit_totals,
 )
+from dist_sae.evaluation.latent_scaling import LatentScaling, is_applicable
+from dist_sae.evaluation.pca import WIDEST, pca_fvu
 from dist_sae.storage import UNMETERED, Meter, ObjectStore, open_store
 from dist_sae.telemetry.history import read_history
 from dist_sae.telemetry.metrics import gauges
@@ -50,7 +50,7 @@ _DENSITY_EDGES = [-7 + 0.25 * i for i in range(29)]  # log10 of density, up to 0
 
 
 def evaluate(
-    run: Run, meter: Meter = UNMETERED, step: int | None = None, mesh: Mesh = ALONE
+    run: Run, meter: Meter = UNMETERED, step: int | None = None, mesh: Mesh = SINGLE_PROCESS
 ) -> dict[str, Any]:
     """Measure a checkpoint and write the result to `<run>/evaluation.json`. Collective.
 
@@ -64,7 +64,7 @@ def evaluate(
         mesh: Ranks that share the dictionary, and the language model if it is split.
 
     Returns:
-        The subject (`evaluation.subject`), `hardware`, `versions` and `evaluate_seconds`, and:
+        The subject (`evaluation.facts`), `hardware`, `versions` and `evaluate_seconds`, and:
 
         - `dead_share`, for routed dictionaries also by expert.
         - `fvu`, `l0` and densities on `rows` held-out rows.
@@ -142,7 +142,9 @@ def _known(
     found = read_evaluation(runs, key)
     if found is None:
         return None
-    if found.get("made_from") != _made_from(run, checkpoint, plan, produced(store, plan)["units"]):
+    if found.get("made_from") != _made_from(
+        run, checkpoint, plan, unit_totals(store, plan)["units"]
+    ):
         return None
     logger.info("reusing the evaluation of step %d: %s/%s", checkpoint.step, runs.url, key)
     return found
@@ -167,7 +169,7 @@ def _measure(
     plan, columns, device = activations.plan, normalisers.columns, pages.device
     mean = normalisers.mean.float().to(device)
     fit = Fit.empty(own.sae.n_latents, columns.values(), device)
-    scaled = applies(own.sae, normalisers.widths)
+    scaled = is_applicable(own.sae, normalisers.widths)
     scaling = LatentScaling(own.sae.n_latents, device) if scaled else None
     progress = logs.RateLimitedProgress("evaluate", enabled=mesh.is_first)
     there = min(run.evaluate.rows, sum(plan.rows_of_units[unit] for unit in plan.heldout_units))
@@ -181,9 +183,9 @@ def _measure(
     progress.end(fit.rows)
     fit = fit.on_cpu()
     by_site = dict(zip(columns, fit.fvu_by_site, strict=True)) if len(columns) > 1 else None
-    made = mesh.on_first_rank(lambda: produced(activations.store, plan))
+    made = mesh.on_first_rank(lambda: unit_totals(activations.store, plan))
     result = {
-        **subject(own, plan, made, trained.checkpoint),
+        **run_facts(own, plan, made, trained.checkpoint),
         "training_seconds": training_seconds(read_history(runs, run.name), trained.step),
         "rows": fit.rows,
         "fvu": fit.fvu,

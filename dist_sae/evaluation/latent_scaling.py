@@ -35,7 +35,7 @@ NU_ERROR, NU_RECONSTRUCTION = 0.2, 0.5
 """The paper's thresholds: from these values of nu on, the other site has the feature as well."""
 
 
-def applies(config: SaeConfig, widths: Widths) -> bool:
+def is_applicable(config: SaeConfig, widths: Widths) -> bool:
     """Return True for crosscoders of two sites of the same width."""
     return isinstance(config, CrosscoderBaseConfig) and widths.writes == widths.writes[:1] * 2
 

@@ -17,7 +17,7 @@ from dist_sae import logs
 from dist_sae.config import Run
 from dist_sae.data.consumers import retired_below
 from dist_sae.data.work_queue import QueueMetrics, Work, Worker, WorkQueue
-from dist_sae.distributed.mesh import Mesh, alone, join_mesh
+from dist_sae.distributed.mesh import Mesh, join_mesh, single_process
 from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.distributed.watch import Watch
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError, Stopped
@@ -99,7 +99,7 @@ def _join(run: Run, stopping: threading.Event) -> Iterator[tuple[Mesh, Watch | N
     """Join the ranks of this worker; yield their mesh and watch (None for a single rank)."""
     shards = run.index.latent_shards
     if shards == 1:
-        yield alone(), None
+        yield single_process(), None
         return
     timeouts = run.timeouts
     with (

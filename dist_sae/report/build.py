@@ -24,12 +24,12 @@ from dist_sae.data.plan import Plan, load_plan
 from dist_sae.environment import hardware, versions
 from dist_sae.errors import CorpusError, ModelError, NoIndexError, ObjectNotFoundError
 from dist_sae.evaluation.cache import fingerprint
-from dist_sae.evaluation.subject import (
+from dist_sae.evaluation.facts import (
     evaluation_key,
-    produced,
     read_evaluation,
-    subject,
+    run_facts,
     training_seconds,
+    unit_totals,
 )
 from dist_sae.explaining.stored import ExplanationSet, sets
 from dist_sae.index.query import Index, index_of
@@ -80,7 +80,7 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
     name_suffix = "" if checkpoint is None else suffix(runs, run, checkpoint.step)
     evaluation = read_evaluation(runs, evaluation_key(run.name, name_suffix))
     history = read_history(runs, run.name)
-    made = produced(activations, plan)
+    made = unit_totals(activations, plan)
     index = _open_index(runs, run, checkpoint)
     outcomes = [
         outcome
@@ -109,7 +109,7 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
     views, no_texts = _latents(resolved, index, plan)
     page = Page(
         title=run.name,
-        facts=list(_facts(own, checkpoint, history, subject(own, plan, made, checkpoint))),
+        facts=list(_facts(own, checkpoint, history, run_facts(own, plan, made, checkpoint))),
         run_file=_RUN_FILE,
         made_from=made_from,
         evaluation=evaluation,

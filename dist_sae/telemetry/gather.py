@@ -10,9 +10,9 @@ from urllib.error import HTTPError
 from dist_sae.telemetry.metrics import TABLE
 from dist_sae.telemetry.server import SCRAPE_HEADER, PageServer
 
-PATIENCE_SECONDS = 0.04
+SCRAPE_TIMEOUT_SECONDS = 0.04
 """Maximum wait for all ranks together, so that a scrape of a pod takes at most 50 ms."""
-ANSWER_SECONDS = 10.0
+RESPONSE_TIMEOUT_SECONDS = 10.0
 """A rank that takes longer to respond is down."""
 _PROBE_SECONDS = 5.0  # below the probe's own timeout, so that the response can name the rank
 
@@ -51,7 +51,7 @@ class GatheredTelemetry:
 
     def _render(self, scraped: bool) -> bytes:  # noqa: FBT001 - PageServer gives it no name
         answers = [rank.request_page(self._pool, scraped=scraped) for rank in self._ranks]
-        wait(answers, timeout=PATIENCE_SECONDS)
+        wait(answers, timeout=SCRAPE_TIMEOUT_SECONDS)
         up = "".join(
             f'{_UP.name}{{rank="{rank.number}",{self._labels}}} {float(bool(rank.page))}\n'
             for rank in self._ranks
@@ -105,7 +105,7 @@ class Rank:
     def _fetch(self, headers: Mapping[str, str]) -> None:
         request = urllib.request.Request(f"{self._url}/metrics", headers=dict(headers))
         try:
-            with _DIRECT.open(request, timeout=ANSWER_SECONDS) as answer:
+            with _DIRECT.open(request, timeout=RESPONSE_TIMEOUT_SECONDS) as answer:
                 self.page, self._served = answer.read().decode(), False
         except (OSError, HTTPException):  # no process or no response: rank_up reports it
             if self._served:  # else keep the rank's last page, which came too late for a scrape

@@ -39,7 +39,7 @@ class PageServer:
     ) -> None:
         self._render = render
         self._probe_failure = probe_failure
-        self._sent: float | None = None
+        self._last_scrape: float | None = None
         self._interval: float | None = None
         self._ending = float("inf")
         self._scraped_again = threading.Event()
@@ -64,20 +64,20 @@ class PageServer:
     def await_last_scrape(self) -> None:
         """Wait for one more scrape, for at most one interval, if there have been any scrapes."""
         self._ending = time.monotonic()
-        if self._sent is None:
+        if self._last_scrape is None:
             return
         rest = LAST_SCRAPE_SECONDS  # one scrape so far: the interval is unknown
         if self._interval is not None:  # negative if scrapes have ended
-            rest = self._sent + 1.5 * self._interval + _LATE_SECONDS - self._ending
+            rest = self._last_scrape + 1.5 * self._interval + _LATE_SECONDS - self._ending
         self._scraped_again.wait(min(max(rest, 0.0), LAST_SCRAPE_SECONDS))
 
-    def _note_scrape(self, asked: float) -> None:
-        if self._sent is not None:
-            self._interval = asked - self._sent
-        self._sent = asked
+    def _note_scrape(self, requested_at: float) -> None:
+        if self._last_scrape is not None:
+            self._interval = requested_at - self._last_scrape
+        self._last_scrape = requested_at
 
-    def _note_response(self, asked: float) -> None:
-        if asked >= self._ending:
+    def _note_response(self, requested_at: float) -> None:
+        if requested_at >= self._ending:
             self._scraped_again.set()
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
@@ -92,7 +92,7 @@ class PageServer:
                     why = probe_failure(self.path)
                     self._answer(200 if why is None else 503, f"{why or 'ok'}\n".encode())
                     return
-                asked, scraped = time.monotonic(), SCRAPE_HEADER in self.headers
+                requested_at, scraped = time.monotonic(), SCRAPE_HEADER in self.headers
                 try:
                     page = render(scraped)
                 except Exception:
@@ -100,10 +100,11 @@ class PageServer:
                     self.send_error(500)
                     return
                 if scraped:
-                    note_scrape(asked)  # before responding: an ending process waits for this client
+                    # before responding: an ending process waits for this client
+                    note_scrape(requested_at)
                 self._answer(200, page)
                 if scraped:
-                    note_response(asked)
+                    note_response(requested_at)
 
             def _answer(self, status: int, page: bytes) -> None:
                 self.send_response(status)

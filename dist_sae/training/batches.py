@@ -297,7 +297,7 @@ def next_batch(
             all wait while one waits for its data. If they do not, every rank must have a batch
             ready.
     """
-    batch = loader.next(times.waiting)
+    batch = loader.next(times.report_wait)
     waited = batch.waited_seconds if batch else 0.0
     times.count_wait(waited)
     times.end("wait")

@@ -63,7 +63,7 @@ class Times:
         for telemetry in self._telemetry.values():
             telemetry.add("dist_sae_train_wait_seconds_total", seconds - since)
 
-    def waiting(self, seconds: float) -> None:
+    def report_wait(self, seconds: float) -> None:
         """Report `seconds` of an ongoing wait for data. The next regular report may be far away."""
         self._phases.end("wait")
         self.count_wait(seconds)

@@ -11,7 +11,7 @@ from dist_sae.telemetry.history import read_history
 _FACTORS = tuple(2.0**power for power in range(-4, 5))
 _RECORDS = 20  # points of each curve
 _WARMUP_SHARE = 0.1  # maximum share of the steps
-_SAYS = "train.lr is unchanged; set it in the run file"
+_ADVICE = "train.lr is unchanged; set it in the run file"
 
 
 def lr_sweep(run: Run, steps: int) -> Run:
@@ -65,7 +65,7 @@ def lr_table(sweep: Run, own: float) -> dict[str, Any]:
         "own": own,
         "rates": rates,
         "best": best and best["lr"],
-        "said": f"{said}; {_SAYS}",
+        "said": f"{said}; {_ADVICE}",
         "compare": f"dist-sae compare {sweep.store.runs}/{sweep.name} --html FILE",
     }
 

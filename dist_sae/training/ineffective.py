@@ -30,8 +30,8 @@ def ineffective_settings(run: Run, plan: Plan) -> list[str]:
 def _dictionary(run: Run) -> Iterator[tuple[str, str]]:
     sae, window = run.sae, run.dead_after_rows
     # a child with its parent's state also continues the counts of rows
-    begun = run.train.parent is not None and run.train.parent.state
-    if window >= run.rows and not begun:
+    continued = run.train.parent is not None and run.train.parent.state
+    if window >= run.rows and not continued:
         auxk = ", so AuxK has no effect" if isinstance(sae, KSelectionConfig) and sae.auxk else ""
         yield (
             "sae.dead_after_rows",

@@ -10,12 +10,12 @@ import torch
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.telemetry.metric import OTHERS
 
-MOST_MARKS = 256
+MAX_MARKS = 256
 """Number of stored marks above which the oldest is read, if this needs no wait for the GPU."""
 _SAMPLE_LATENTS = (1024, 2048)  # minimum and maximum of a sample; fewer are slower per latent
 _SAMPLE_ROWS = 4096
 _SAMPLED_SHARE = 1 / 32
-MOST_SAMPLE_SHARE = 0.002
+MAX_SAMPLE_SHARE = 0.002
 """Maximum share of the total time that samples may take."""
 
 
@@ -79,7 +79,7 @@ class Phases:
             in_ranks: Marks before and after each part of the phase that counts as `ranks`.
         """
         self._marks.append(_Mark(phase, job, within or {}, in_ranks, self._clock.mark()))
-        if len(self._marks) > MOST_MARKS and self._clock.is_past(self._marks[1].end):
+        if len(self._marks) > MAX_MARKS and self._clock.is_past(self._marks[1].end):
             self._fold()
 
     def take(self, job: str) -> dict[str, float]:
@@ -122,7 +122,7 @@ class ProductSamples:
 
     Now and then, a small part of the product is timed and scaled up. The fastest sample counts,
     because slower ones shared the machine with other work. Samples take a bounded share of the
-    time (`MOST_SAMPLE_SHARE`).
+    time (`MAX_SAMPLE_SHARE`).
     """
 
     def __init__(self, sae: Dictionary, clock: Clock) -> None:
@@ -147,7 +147,7 @@ class ProductSamples:
     def sample(self, x: torch.Tensor) -> None:
         """Time a part of the product on this rank's rows `x`, unless samples took too long."""
         self._read()
-        if self._spent > MOST_SAMPLE_SHARE * (time.monotonic() - self._since):
+        if self._spent > MAX_SAMPLE_SHARE * (time.monotonic() - self._since):
             return
         sae, dtype = self._sae, self._sae.product_dtype
         least, most = _SAMPLE_LATENTS

@@ -140,23 +140,23 @@ class _Role:
         self.waiting: dict[str, float] = {}
         """Seconds that processes have waited for data, by process."""
         self._of_each: dict[str, Mapping[str, Any]] = {}
-        self._there = done
-        self._at_hand: dict[str, float] = {}
+        self._finished = done
+        self._in_progress: dict[str, float] = {}
         self._began = done, time.monotonic()
-        self._heard = self._began[1]
-        self._said = float("-inf")
+        self._updated_at = self._began[1]
+        self._printed_at = float("-inf")
 
     def take(self, process: str, record: Mapping[str, Any]) -> None:
         """Update from a record of one of the processes."""
-        self._at_hand[process] = record.get("at_hand", 0)
+        self._in_progress[process] = record.get("at_hand", 0)
         if self.done == self._began[0]:  # rates are measured from the record before any progress
-            self._began = self.done, self._heard
-        self._heard = time.monotonic()
+            self._began = self.done, self._updated_at
+        self._updated_at = time.monotonic()
         # producers see each other's finished units with a delay, so their records can disagree:
         # let the count only grow
-        there = max(self._there, record["done"])
-        self._there = there
-        self.done = min(max(self.done, there + sum(self._at_hand.values())), record["total"])
+        finished = max(self._finished, record["done"])
+        self._finished = finished
+        self.done = min(max(self.done, finished + sum(self._in_progress.values())), record["total"])
         self.total = record["total"]
         if (seconds := record.get("waiting_seconds")) is not None:
             self.waiting.pop(process, None)
@@ -183,10 +183,10 @@ class _Role:
 
     def is_due(self) -> bool:
         """Return whether a line is due. If so, count it as printed."""
-        over = self.done == self.total and self._said < float("inf")
-        if not over and time.monotonic() - self._said < PLAIN_EVERY_SECONDS:
+        over = self.done == self.total and self._printed_at < float("inf")
+        if not over and time.monotonic() - self._printed_at < PLAIN_EVERY_SECONDS:
             return False
-        self._said = float("inf") if self.done == self.total else time.monotonic()
+        self._printed_at = float("inf") if self.done == self.total else time.monotonic()
         return True
 
     def amount(self) -> str:
@@ -205,19 +205,19 @@ class _Role:
         merging = [
             r["entries_per_second"] for r in self._of_each.values() if "entries_per_second" in r
         ]
-        said = [
+        parts = [
             metric.text.format(self.numbers[metric.short])
             for metric in listed("progress")
             if metric.text and metric.short in self.numbers and metric.unit != "rows/second"
         ]
         if "fvu" in self.numbers and "dead_share" not in self.numbers:
-            said.append("dead ?")  # not known before dead_after_rows rows
+            parts.append("dead ?")  # not known before dead_after_rows rows
         if self.waiting:
-            said.insert(0, f"waits for data, {max(self.waiting.values()):.0f} s")
+            parts.insert(0, f"waits for data, {max(self.waiting.values()):.0f} s")
         elif rates:
-            said.insert(0, f"{sum(rates):,.0f} rows/s")
+            parts.insert(0, f"{sum(rates):,.0f} rows/s")
         elif merging:
-            said.insert(0, f"{sum(merging):,.0f} entries/s")
+            parts.insert(0, f"{sum(merging):,.0f} entries/s")
         elif doing := self.numbers.get("doing"):
-            said.insert(0, doing)
-        return "  ".join(said)
+            parts.insert(0, doing)
+        return "  ".join(parts)

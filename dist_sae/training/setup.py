@@ -325,7 +325,7 @@ def _normalisers(
         if not measured:
             times.end("begin")
             assert run.train.normaliser_rows is not None, "the plan resolves it"
-            measured = measure(activation_set, run.train.normaliser_rows, times.waiting)
+            measured = measure(activation_set, run.train.normaliser_rows, times.report_wait)
             times.end("wait")
         of = {site: measured[site] for site in run.sites}
         own = SiteNormalisers(run.reads, run.writes, of)

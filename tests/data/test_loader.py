@@ -14,7 +14,7 @@ import dist_sae.data.loader
 from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.data.shard import manifest_key
 from dist_sae.data.streams import Stream
-from dist_sae.distributed.mesh import ALONE
+from dist_sae.distributed.mesh import SINGLE_PROCESS
 from dist_sae.training.batches import open_loader as open_loader_of_rank
 from tests.data.numbered import LateUnits, World
 from tests.forks import HANG_SECONDS
@@ -166,7 +166,7 @@ def test_batches_for_a_gpu_are_assembled_in_pinned_memory(
         return empty(*size, **others)
 
     monkeypatch.setattr(torch, "empty", note)
-    mesh = ALONE._replace(device=torch.device(device))
+    mesh = SINGLE_PROCESS._replace(device=torch.device(device))
     activation_set = open_activation_set(world.run)
     with open_loader_of_rank(world.run, mesh, activation_set, range(1), Lineage(), None) as loader:
         batch = loader.next()

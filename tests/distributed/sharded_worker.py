@@ -77,7 +77,7 @@ def train_rank(spec: dict[str, Any], env: dict[str, str], log: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     results = {}
-    gradients.AT_MOST = 1.0  # so that even these small batches exchange gradients by entry
+    gradients.MAX_BYTES_SHARE = 1.0  # so that even these small batches exchange gradients by entry
     with rendezvous(spec["world"]) as ranks, join_mesh(ranks, spec["shards"]) as mesh:
         path = write_run(
             Path(spec["out"]).parent / f"rank-{mesh.rank}",

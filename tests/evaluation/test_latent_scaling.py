@@ -16,7 +16,7 @@ from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.interface import Widths
-from dist_sae.evaluation.latent_scaling import LatentScaling, applies
+from dist_sae.evaluation.latent_scaling import LatentScaling, is_applicable
 from dist_sae.storage import open_store
 from tests.world import save
 
@@ -188,7 +188,7 @@ def dense_nu(sae: Dictionary, x: Tensor, of_one: Tensor) -> Tensor:
 
 def test_it_is_of_crosscoders_of_two_sites_of_one_width() -> None:
     config = CONFIGS["row"]
-    assert applies(config, Widths((4, 4), (4, 4)))
-    assert not applies(config, Widths((4, 4, 4), (4, 4, 4)))
-    assert not applies(config, Widths((4, 6), (4, 6)))
-    assert not applies(config, Widths((4,), (4,)))
+    assert is_applicable(config, Widths((4, 4), (4, 4)))
+    assert not is_applicable(config, Widths((4, 4, 4), (4, 4, 4)))
+    assert not is_applicable(config, Widths((4, 6), (4, 6)))
+    assert not is_applicable(config, Widths((4,), (4,)))

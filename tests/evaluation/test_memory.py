@@ -16,7 +16,7 @@ from dist_sae.data.plan import load_plan
 from dist_sae.data.work_queue import Worker
 from dist_sae.dictionaries import build_sae
 from dist_sae.evaluation.evaluate import evaluate
-from dist_sae.evaluation.subject import evaluation_key, read_evaluation
+from dist_sae.evaluation.facts import evaluation_key, read_evaluation
 from dist_sae.producing.loop import produce
 from dist_sae.producing.planner import plan
 from dist_sae.report.build import report

@@ -87,7 +87,7 @@ def test_a_busy_rank_holds_nobody_up_and_is_shown_as_it_was(
         free.set()
         settled(gathered, up=1)
         free.clear()
-        monkeypatch.setattr(gather, "ANSWER_SECONDS", 0.05)
+        monkeypatch.setattr(gather, "RESPONSE_TIMEOUT_SECONDS", 0.05)
         page = settled(gathered, up=0)  # it took too long
         assert of_rank(page, "one") == {}
         free.set()
@@ -113,7 +113,7 @@ def test_last_words_that_come_too_late_for_a_page_are_in_the_next(
         return answers[-1]
 
     monkeypatch.setattr(Rank, "request_page", kept)
-    monkeypatch.setattr(gather, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(gather, "SCRAPE_TIMEOUT_SECONDS", 0.0)
     slow = PageServer(0, render, lambda _: None)
     with GatheredTelemetry("run", "train", {1: slow.port}, 0) as gathered:
         assert of_rank(scrape(gathered.port), "one") == {}
@@ -121,7 +121,7 @@ def test_last_words_that_come_too_late_for_a_page_are_in_the_next(
         free.set()
         answers[0].result(20)
         slow.close()
-        monkeypatch.setattr(gather, "PATIENCE_SECONDS", 20.0)
+        monkeypatch.setattr(gather, "SCRAPE_TIMEOUT_SECONDS", 20.0)
         assert of_rank(scrape(gathered.port), "one") == {"1": 1.0}
         assert of_rank(scrape(gathered.port), "one") == {}
 

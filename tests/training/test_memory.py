@@ -14,7 +14,7 @@ from dist_sae.config.sae import SaeConfig
 from dist_sae.data.work_queue import Worker
 from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.dictionaries.interface import Widths
-from dist_sae.distributed.mesh import ALONE
+from dist_sae.distributed.mesh import SINGLE_PROCESS
 from dist_sae.distributed.rendezvous import Ranks
 from dist_sae.distributed.watch import Watch
 from dist_sae.errors import ConfigError
@@ -70,7 +70,7 @@ def test_what_no_machine_holds_is_refused_before_it_is_built(tmp_path: Path) -> 
     produce(run, Worker("p"), stopping, Telemetry(run.name, "produce", None))
     watch = Watch(Ranks(0, 1, 0, ("here",)), stopping, lost_seconds=60, hung_seconds=60)
     with pytest.raises(ConfigError) as raised:
-        train(run, ALONE, watch, stopping, telemetry)
+        train(run, SINGLE_PROCESS, watch, stopping, telemetry)
     assert re.fullmatch(
         r"sae\.n_latents: 1,000,000,000,000 latents that read 8 and write 8 numbers take "
         r"288,000\.0 GB on .* with gradients and Adam's moments, but it has only [\d,.]+ GB; "
@@ -81,9 +81,9 @@ def test_what_no_machine_holds_is_refused_before_it_is_built(tmp_path: Path) -> 
 
 def test_what_a_run_takes_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        job = run_of(tmp_path, kind="relu", n_latents=1000), Widths.of(16), ALONE
-        check_memory([job], ALONE)
-        check_memory([job, job], ALONE)
+        job = run_of(tmp_path, kind="relu", n_latents=1000), Widths.of(16), SINGLE_PROCESS
+        check_memory([job], SINGLE_PROCESS)
+        check_memory([job, job], SINGLE_PROCESS)
     alone, both = caplog.messages[-2:]
     assert re.fullmatch(r"the dictionary takes 0\.000528 of \S+ GB on .*", alone)
     assert re.fullmatch(r"2 dictionaries take 0\.00106 of \S+ GB on .*", both)

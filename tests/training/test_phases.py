@@ -73,7 +73,7 @@ def test_a_gpu_is_waited_for_only_when_its_times_are_asked_for(
         watch.end("forward")
         watch.end("rest")
     assert Event.waits == 0
-    assert len(Event.alive) <= phases.MOST_MARKS + 1  # those that are past are not kept
+    assert len(Event.alive) <= phases.MAX_MARKS + 1  # those that are past are not kept
     assert watch.take(JOB) == {"forward": 1000.0, "rest": 1000.0}
     assert Event.waits == 1
 
@@ -133,7 +133,7 @@ def test_waiting_is_counted_while_it_lasts() -> None:
 
     def wait(*seconds: float) -> None:
         for so_far in seconds:
-            times.waiting(so_far)
+            times.report_wait(so_far)
         page = values(telemetry.render().decode())
         counted.append(page["dist_sae_train_wait_seconds_total",])
 
@@ -152,7 +152,7 @@ def test_the_product_is_scaled_up_from_its_sample(monkeypatch: pytest.MonkeyPatc
     """128 rows x 1,024 latents of 65,536, or of the 2 experts of 16 that a row meets."""
     seconds = iter([0.25, 0.5, 1.0])
     monkeypatch.setattr(Clock, "seconds", lambda *_: next(seconds))
-    monkeypatch.setattr(phases, "MOST_SAMPLE_SHARE", 1e9)
+    monkeypatch.setattr(phases, "MAX_SAMPLE_SHARE", 1e9)
     x = torch.randn(128, 4)
     topk = ProductSamples(build_sae(TopKConfig(n_latents=32_768, k=4, auxk=4), 4), Clock(CPU))
     topk.cap(3.0)

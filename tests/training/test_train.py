@@ -24,7 +24,7 @@ from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.errors import ConfigError, PlanMismatchError
 from dist_sae.evaluation.evaluate import evaluate
-from dist_sae.evaluation.subject import produced, subject
+from dist_sae.evaluation.facts import run_facts, unit_totals
 from dist_sae.precision import is_emulated
 from dist_sae.producing.planner import plan
 from dist_sae.report.build import report
@@ -331,7 +331,9 @@ def test_a_run_gets_the_rows_that_its_plan_promised(tmp_path: Path) -> None:
     rows = [sum(read_manifest(store, u).rows for u in made.stream_units(v)) for v in range(4)]
     again = sum(1440 - n for n in rows)
     assert 0 < again < 0.05 * sum(rows)
-    assert subject(run_, made, produced(store, made), final(tmp_path))["repeated_rows"] == again
+    assert (
+        run_facts(run_, made, unit_totals(store, made), final(tmp_path))["repeated_rows"] == again
+    )
     assert f"{again} were reread" in Path(report(run_)).read_text()
     train(path)  # nothing is left to do
     Checkpoints(open_store(run_.store.runs), "world", 2).delete(36)

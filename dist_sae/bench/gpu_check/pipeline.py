@@ -27,7 +27,7 @@ from dist_sae.config import Run, load_run
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.plan import load_plan
 from dist_sae.data.work_queue import Worker
-from dist_sae.distributed.mesh import alone
+from dist_sae.distributed.mesh import single_process
 from dist_sae.errors import EXIT_RESUMABLE
 from dist_sae.evaluation.evaluate import evaluate
 from dist_sae.logs import SUPERVISED
@@ -75,7 +75,7 @@ def pipeline(context: StageContext) -> Iterator[Record]:
         "other programs exit with 0", sum(code != 0 for code in (*ends[:2], ends[3])), 0
     )
     yield _same_weights(run)
-    found = evaluate(load_run(path, ["name=straight"]), mesh=alone())
+    found = evaluate(load_run(path, ["name=straight"]), mesh=single_process())
     kept = ("fvu", "pca_fvu", "l0", "ce_clean", "ce_spliced", "evaluate_seconds")
     yield measurement("evaluated", **{name: found[name] for name in kept if name in found})
 

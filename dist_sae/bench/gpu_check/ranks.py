@@ -21,7 +21,7 @@ from dist_sae.bench.gpu_check.stage import Record, StageContext, comparison, mea
 from dist_sae.bench.step import StepShape, TrainingStep, random_batches
 from dist_sae.dictionaries.interface import Rows
 from dist_sae.distributed.local_ranks import rank_environments
-from dist_sae.distributed.mesh import ALONE, Mesh, join_mesh
+from dist_sae.distributed.mesh import SINGLE_PROCESS, Mesh, join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
 
 _BOUND = 1e-3
@@ -35,7 +35,7 @@ last because DeepSpeed keeps the process groups of its first mesh."""
 def ranks(context: StageContext) -> Iterator[Record]:
     """Compare the FVUs of two ranks with the FVUs of one rank that has all rows."""
     steps = _steps(context)
-    alone = ALONE._replace(device=context.device)
+    alone = SINGLE_PROCESS._replace(device=context.device)
     expected = {
         name: train(shape_of(kind, dry=context.is_dry), alone, steps)
         for name, (kind, _) in LAYOUTS.items()
@@ -85,7 +85,9 @@ def _train(shape: StepShape, mesh: Mesh, steps: int) -> list[float]:
     """Make the steps of `recipes.train` on this rank's half of the rows. Returns their FVUs."""
     kind = PlainStep if mesh.axis.replicas == 1 else TrainingStep
     step = kind(shape, mesh)
-    batches = [_half(to_device(rows, mesh), mesh) for rows in random_batches(shape, ALONE, 2)]
+    batches = [
+        _half(to_device(rows, mesh), mesh) for rows in random_batches(shape, SINGLE_PROCESS, 2)
+    ]
     step.initialise(batches[0])
     fvus = []
     for number in range(steps):

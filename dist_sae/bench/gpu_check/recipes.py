@@ -12,7 +12,7 @@ from dist_sae.config import Run
 from dist_sae.config.messages import sections_by_kind
 from dist_sae.dictionaries.interface import Rows
 from dist_sae.distributed.engine import Engine
-from dist_sae.distributed.mesh import ALONE, Mesh
+from dist_sae.distributed.mesh import SINGLE_PROCESS, Mesh
 
 _LOSS_BOUND = 1e-3
 """Largest relative difference of the FVU. The device sums products in another order, so near ties
@@ -44,10 +44,10 @@ class Trained(NamedTuple):
 def recipes(context: StageContext) -> Iterator[Record]:
     """Compare every step's FVU with the CPU's. A second run must give bitwise equal weights."""
     steps = 3 if context.is_dry else 20
-    here = ALONE._replace(device=context.device)
+    here = SINGLE_PROCESS._replace(device=context.device)
     for kind in sections_by_kind(Run.model_fields["sae"].annotation):
         shape = shape_of(kind, dry=context.is_dry)
-        on_cpu, first, second = (train(shape, mesh, steps) for mesh in (ALONE, here, here))
+        on_cpu, first, second = (train(shape, mesh, steps) for mesh in (SINGLE_PROCESS, here, here))
         error = difference(first, on_cpu)
         yield comparison(
             f"{kind}: {steps} steps compared with the CPU", error, _LOSS_BOUND, fvu=first.fvus[-1]
@@ -78,8 +78,8 @@ def shape_of(kind: str, *, dry: bool) -> StepShape:
 
 def train(shape: StepShape, mesh: Mesh, steps: int) -> Trained:
     """Train for some steps, from weights initialized on the CPU."""
-    batches = random_batches(shape, ALONE, 2)
-    start = PlainStep(shape, ALONE)
+    batches = random_batches(shape, SINGLE_PROCESS, 2)
+    start = PlainStep(shape, SINGLE_PROCESS)
     start.initialise(batches[0])
     step = PlainStep(shape, mesh)
     here = [to_device(rows, mesh) for rows in batches]

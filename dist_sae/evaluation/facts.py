@@ -21,7 +21,7 @@ _READERS = 16
 _OF_DATA = ("train_documents", "heldout_documents", "refused_documents", "excluded_rows")
 
 
-def produced(store: ObjectStore, plan: Plan) -> dict[str, Any]:
+def unit_totals(store: ObjectStore, plan: Plan) -> dict[str, Any]:
     """Add up the manifests of the existing units.
 
     Returns:
@@ -53,15 +53,15 @@ def produced(store: ObjectStore, plan: Plan) -> dict[str, Any]:
     return cached(store, "produced", {"plan": plan.hash}, add_up)
 
 
-def subject(
-    run: Run, plan: Plan, made: Mapping[str, Any], checkpoint: Checkpoint | None
+def run_facts(
+    run: Run, plan: Plan, totals: Mapping[str, Any], checkpoint: Checkpoint | None
 ) -> dict[str, Any]:
     """Describe a run, its data and its progress, as JSON types.
 
     Args:
         run: The run, with the settings it was trained with.
         plan: Plan of its activation set.
-        made: The result of `produced`.
+        totals: The result of `unit_totals`.
         checkpoint: Checkpoint with the run's progress, and the number of rows read again because
             streams had ended (unless the checkpoint is from an older version).
     """
@@ -79,14 +79,14 @@ def subject(
         "batch_rows": train.batch_rows,
         "ema_decay": train.ema_decay,
         "plan": plan.hash,
-        **{name: made[name] for name in _OF_DATA},
+        **{name: totals[name] for name in _OF_DATA},
     }
     if checkpoint is not None:
         trained = checkpoint.step * train.batch_rows
         facts |= {"step": checkpoint.step, "trained_rows": trained}
         facts["repeated_rows"] = checkpoint.scalars.get("repeated_rows")
-        if made["train_rows"]:
-            facts["passes"] = trained / made["train_rows"]
+        if totals["train_rows"]:
+            facts["passes"] = trained / totals["train_rows"]
     return {name: value for name, value in facts.items() if value is not None}
 
 
