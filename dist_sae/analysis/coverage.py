@@ -301,9 +301,9 @@ def _caveats(covered: Sequence[Covered], fitted: Fitted, law: Law | None) -> lis
     if rare:
         absent = first.table.get("occurrences", []).count(0)
         lines.append(
-            f"{rare} of {len(first.width.judged)} concepts are left out because they occur less "
-            f"than {LEAST_OCCURRENCES} times in a half of the index ({absent} never), so the "
-            f"rarest concepts are missing here"
+            f"{rare} of {len(first.width.judged)} concepts are left out because they occur fewer "
+            f"than {LEAST_OCCURRENCES} times in at least one half of the index ({absent} never), "
+            f"so the rarest concepts are missing here"
         )
     if law is None and len(covered) >= LEAST_WIDTHS:
         lines.append(

@@ -235,8 +235,8 @@ def _law_sentences(study: Study) -> Iterator[str]:
         f"{study.name}: firing frequencies fall as rank^-{_shown(frequencies.exponent, 2)}, "
         f"energies as rank^-{_shown(law.exponent, 2)}. Of the energy of the weaker half of "
         f"the latents, {_percent(tail.unique.value)} is unique: the other half cannot describe it. "
-        f"If this continues, the tail of a dictionary with more alive latents, the floor of its "
-        f"FVU, is at least {floors}."
+        f"If this continues, the tail of a dictionary with more alive latents (the floor of its "
+        f"FVU) is at least {floors}."
     )
     if not _has_distinct_latents(study):
         yield (
@@ -274,7 +274,7 @@ def _check_sentences(check: Check) -> Iterator[str]:
         "below": "it gained more, so the law does not hold here",
     }[check.verdict]
     yield (
-        f"Held out: {names} predict{'s' if what == 'floor' else ''} a {what} of "
+        f"Held out: {names} give{'s' if what == 'floor' else ''} a {what} of "
         f"{_shown(check.predicted)} for the tail of {check.wider.name}; measured: "
         f"{_shown(check.measured)}, {check.verdict}: {meaning}."
     )

@@ -153,7 +153,7 @@ def _summary(
     if not rings:
         best = numbers["best_strength"]
         score = f"; the best strength is {best:.2f}" if best is not None else ""
-        yield f"Nothing found: none of them is a multidimensional feature, a ring{score}."
+        yield f"Nothing found: none of them is a ring{score}."
         return
     yield f"{numbers['rings']:,} of them are rings by all criteria; the best:"
     for shape in rings:
