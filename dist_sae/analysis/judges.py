@@ -74,7 +74,7 @@ def open_judge(text: str) -> Judge:
         from dist_sae.models.classifier import Classifier  # loads transformers
 
         folder, _, label = rest.partition("#")
-        chances = Classifier(folder, label or None).chances
+        chances = Classifier(folder, label or None).probabilities
         return Judge(text, lambda texts: [quarter(chance) for chance in chances(texts)])
     else:
         raise ArgumentError(

@@ -127,11 +127,11 @@ def _load(
     """
     if not manifest.settings["output_tokens"] or not isinstance(model, HuggingFaceModel):
         return "", ()
-    from dist_sae.models.head import load_head, reaching  # takes 3 s
+    from dist_sae.models.head import final_contributions, load_head  # takes 3 s
 
     of, columns = normalisers.by_site, normalisers.columns
     model, sites = model.by_model(normalisers.writes)[0]
-    names = reaching(tuple(sites))
+    names = final_contributions(tuple(sites))
     try:
         head = load_head(model, names[0])
     except ModelError as error:

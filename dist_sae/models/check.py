@@ -40,7 +40,7 @@ def check(config: HuggingFaceModel, activations: ActivationsConfig) -> dict[str,
     parameters = sum(p.numel() for p in description.skeleton.parameters())
     if parameters > _MOST_COMPARED:
         logger.info(
-            "%s: %.1f billion parameters: sites are checked, but the model is not run here",
+            "%s has %.1f billion parameters: its sites are checked, but it is not run here",
             config.path,
             parameters / 1e9,
         )
@@ -60,7 +60,8 @@ def check_same_tokens(config: HuggingFaceModel) -> None:
         differing = {*here.items()} ^ {*there.items()}
         raise ModelError(
             f"model.other.path {other.path}: {len(differing)} tokens differ from those of "
-            f"{config.path}, but both read the same tokens; compare models of one tokenizer"
+            f"{config.path}, but both models read the same tokens; use models with the same "
+            f"tokenizer"
         )
 
 
@@ -117,7 +118,7 @@ def _check_vocabulary(config: HuggingFaceModel, description: Description) -> Ten
     if largest >= description.vocabulary:
         raise ModelError(
             f"model.path {config.path}: the tokenizer gives tokens up to {largest}, but the model "
-            f"has embeddings for 0 to {description.vocabulary - 1}; the two do not belong together"
+            f"has embeddings for 0 to {description.vocabulary - 1}; use the model's own tokenizer"
         )
     return torch.tensor(ids, dtype=torch.int32)
 

@@ -34,40 +34,40 @@ class Classifier:
             )
         if missing := sorted(found["missing_keys"]):
             raise ModelError(
-                f"{path}: is no trained classifier: {missing[0]} is missing; name a model with a "
+                f"{path}: is not a trained classifier: {missing[0]} is missing; use a model with a "
                 f"head for sequence classification"
             )
         self._model = model.eval()
         names = {str(name): int(n) for n, name in model.config.id2label.items()}
-        self._several = model.config.problem_type == "multi_label_classification"
+        self._is_multi_label = model.config.problem_type == "multi_label_classification"
         if label is None and len(names) <= 2:  # noqa: PLR2004 - no and yes
             self._label = len(names) - 1
         elif label in names:
             self._label = names[label]
         else:
-            asked = f"has no label {label}" if label else "name one of its labels as FOLDER#LABEL"
-            raise ModelError(f"{path}: {asked}; it has {', '.join(names)}")
+            problem = f"has no label {label}" if label else "name one of its labels as FOLDER#LABEL"
+            raise ModelError(f"{path}: {problem}; it has {', '.join(names)}")
 
     @torch.no_grad()
-    def chances(self, texts: Sequence[str]) -> list[float]:
+    def probabilities(self, texts: Sequence[str]) -> list[float]:
         """Return the label's probability for each text. Texts beyond the model's limit are cut."""
         found = []
         for start in range(0, len(texts), _BATCH):
             batch = self._tokenizer(
                 list(texts[start : start + _BATCH]),
                 truncation=True,
-                max_length=self._most_tokens,
+                max_length=self._max_tokens,
                 padding=True,
                 return_tensors="pt",
             )
             logits = self._model(**batch).logits.double()
-            one_each = self._several or logits.shape[1] == 1
+            one_each = self._is_multi_label or logits.shape[1] == 1
             shares = logits.sigmoid() if one_each else logits.softmax(1)
             found += shares[:, self._label].tolist()
         return found
 
     @property
-    def _most_tokens(self) -> int | None:
+    def _max_tokens(self) -> int | None:
         limits = [self._tokenizer.model_max_length]
         limits += [getattr(self._model.config, "max_position_embeddings", None) or limits[0]]
         least = min(limits)

@@ -130,7 +130,7 @@ class Forward:
         return RowTransfer(copies, copied)
 
 
-def in_step(run: Work) -> Work:
+def without_retries(run: Work) -> Work:
     """Wrap the `run` of a model on several ranks, where one rank must not retry alone.
 
     The wrapped function raises `ModelError` when memory runs out, so that nothing is retried.
@@ -154,6 +154,6 @@ def _is_out_of_memory(exc: BaseException) -> bool:
 
     Often only the text of torch's exceptions shows this.
     """
-    said = str(exc)
+    text = str(exc)
     signs = ("can't allocate", "out of memory", "ALLOC_FAILED")
-    return isinstance(exc, torch.OutOfMemoryError | MemoryError) or any(s in said for s in signs)
+    return isinstance(exc, torch.OutOfMemoryError | MemoryError) or any(s in text for s in signs)

@@ -35,7 +35,7 @@ class Head(NamedTuple):
     """True if the norm subtracts the mean over channels (LayerNorm), False if not (RMSNorm)."""
 
 
-def reaching(sites: Sequence[str]) -> tuple[str, ...]:
+def final_contributions(sites: Sequence[str]) -> tuple[str, ...]:
     """Select the sites that together are a dictionary's contribution to the final residual stream.
 
     Returns:
@@ -76,15 +76,15 @@ def load_head(config: HuggingFaceModel, site: str) -> Head:
                 model = load(without_layers(with_layers, above=-1), config, description)
                 return _head(model, config.path)
         except MissingWeightsError as exc:
-            reason = f"its files have no head that predicts tokens (no {exc.names[0]})"
+            reason = f"its files contain no head that predicts tokens (no {exc.names[0]})"
     raise HeadlessError(f"model.path {config.path}: {reason}")
 
 
 @torch.no_grad()
 def _head(model: Any, path: str) -> Head:
     stack = blocks(model)
-    beside = next(m for m in model.modules() if any(child is stack for child in m.children()))
-    norm = next((n for name in _FINAL_NORM if (n := getattr(beside, name, None))), None)
+    parent = next(m for m in model.modules() if any(child is stack for child in m.children()))
+    norm = next((n for name in _FINAL_NORM if (n := getattr(parent, name, None))), None)
     unembedding = getattr(model.get_output_embeddings(), "weight", None)
     if norm is None or unembedding is None:
         lacking = "final norm" if norm is None else "linear head"
@@ -92,7 +92,7 @@ def _head(model: Any, path: str) -> Head:
     unembedding = unembedding.detach()
     digest = _digest([*norm.state_dict().values(), unembedding])  # before float() changes the norm
     gain, centres = _measure(norm.float(), unembedding.shape[1], unembedding.device)
-    del model, beside, stack
+    del model, parent, stack
     # models contain reference cycles, and the input embedding is as large as the head
     gc.collect()
     mean = unembedding.mean(0, dtype=torch.float32)

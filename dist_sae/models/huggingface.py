@@ -25,7 +25,7 @@ from dist_sae.models.sites import Edit, attach, blocks, place
 logger = logging.getLogger(__name__)
 
 
-class _Reached(Exception):  # noqa: N818 - no error: all sites have been seen
+class _AllSitesSeen(Exception):  # noqa: N818 - no error: all sites have been seen
     """Raised to end a forward pass early."""
 
 
@@ -50,16 +50,16 @@ class HuggingFaceSource:
             divider = (
                 choose_divider(config, description.config) if config.tensor_parallel > 1 else None
             )
-            kind = type(description.skeleton)
+            model_class = type(description.skeleton)
             if not whole:
-                kind = without_layers(kind, above=max(map(layer_of, sites)))
-            self.model = load(kind, config, description, divider)
+                model_class = without_layers(model_class, above=max(map(layer_of, sites)))
+            self.model = load(model_class, config, description, divider)
             """The language model, without weights above the deepest site."""
             self._widths = {}
             """Full widths of sites whose activations can be divided over ranks."""
             if divider is not None:
                 logger.info(
-                    "%s: held by %d ranks (%s)", config.path, config.tensor_parallel, divider
+                    "%s: divided over %d ranks (%s)", config.path, config.tensor_parallel, divider
                 )
                 for site in sites:
                     if site.startswith(("attn_z.", "mlp_inner.")):
@@ -70,7 +70,7 @@ class HuggingFaceSource:
                 blocks(self.model)[layer] = nn.Module()  # else DeepSpeed divides missing weights
             buffers = buffers_of(self.model, description.config, DTYPES[config.dtype])
             self.model = divide(self.model, DTYPES[config.dtype], buffers)
-        self._fresh = _States(self.model)
+        self._initial_states = _States(self.model)
         self._seen: dict[str, Tensor] = {}
         for site in sites:
             attach(self.model, site, self._record(site))
@@ -82,9 +82,9 @@ class HuggingFaceSource:
         self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
     ) -> dict[str, Float[Tensor, "batch seq d_in"]]:
         check_tokens(tokens, self._vocabulary, self._name)
-        self._fresh.restore()
+        self._initial_states.restore()
         self._seen = {}  # a batch that ran out of memory may have left entries
-        with contextlib.suppress(_Reached):
+        with contextlib.suppress(_AllSitesSeen):
             self.model(**inputs(self.model, tokens, mask))
         for site in self._sites:
             self._check_shape(site, tokens.shape)
@@ -102,7 +102,7 @@ class HuggingFaceSource:
                 )
             self._seen[site] = acts.detach()
             if not self._whole and len(self._seen) == len(self._sites):
-                raise _Reached
+                raise _AllSitesSeen
             return acts
 
         return record
@@ -116,7 +116,7 @@ class HuggingFaceSource:
         found = tuple(self._seen[site].shape)
         if len(found) != len(shape) + 1 or found[:2] != shape:
             raise ModelError(
-                f"activations.sites: {site}: {self._name} gives activations of shape {found} "
+                f"activations.sites: {site}: {self._name} returns activations of shape {found} "
                 f"for tokens of shape {tuple(shape)}, not one row per token; use another site"
             )
 

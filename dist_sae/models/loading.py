@@ -29,13 +29,13 @@ from dist_sae.storage.model_files import place_of
 
 logger = logging.getLogger(__name__)
 
-_PART = "\ufffd"  # an incomplete character decodes to this
-_MOST_TOGETHER = 6  # maximum number of tokens that together form one character
-_KEPT_PIECES = 2**17  # size of the cache of decoded texts; decoding again takes 20 times as long
+_INCOMPLETE = "\ufffd"  # an incomplete character decodes to this
+_MAX_TOKENS_OF_CHARACTER = 6  # maximum number of tokens that together form one character
+_CACHED_TEXTS = 2**17  # size of the cache of decoded texts; decoding again takes 20 times as long
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-_THEIRS = (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError)
+_ERRORS = (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError)
 """Exceptions that transformers raises for a model that it cannot load or run."""
 HEADS = (
     (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, False),
@@ -45,7 +45,7 @@ HEADS = (
 """Mappings from configurations to models with a token head. True if these predict masked tokens."""
 _NO_SAFETENSORS = "file named model.safetensors"  # in transformers' errors, for folders and the hub
 _POST_NORM = re.compile(r"post_(feedforward|mlp)_.*norm")  # Gemma 2 and 3, OLMo 2, GLM 4
-_OF_RANKS = re.compile(r"gloo|nccl|connection closed by peer|connection reset", re.IGNORECASE)
+_LOST_RANK = re.compile(r"gloo|nccl|connection closed by peer|connection reset", re.IGNORECASE)
 
 # transformers would warn of unused weights, which are expected: upper layers are left out
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -62,7 +62,7 @@ class _HuggingFaceTokenizer:
         self.mask: int | None = tokenizer.mask_token_id
         """Id of the mask token of an encoder, or None."""
         self.special = frozenset(tokenizer.all_special_ids)
-        self._decode = lru_cache(_KEPT_PIECES)(lambda *ids: str(tokenizer.decode(list(ids))))
+        self._decode = lru_cache(_CACHED_TEXTS)(lambda *ids: str(tokenizer.decode(list(ids))))
 
     @property
     def ordinary(self) -> list[int]:
@@ -81,10 +81,10 @@ class _HuggingFaceTokenizer:
         texts: list[str] = []
         while (at := len(texts)) < len(tokens):
             piece, n = self._decode(tokens[at]), 1
-            if _PART in piece:
-                most = min(_MOST_TOGETHER, len(tokens) - at)
+            if _INCOMPLETE in piece:
+                most = min(_MAX_TOKENS_OF_CHARACTER, len(tokens) - at)
                 starts = (tokens[at : at + n] for n in range(2, most + 1))
-                whole = (start for start in starts if _PART not in self._decode(*start))
+                whole = (start for start in starts if _INCOMPLETE not in self._decode(*start))
                 together = next(whole, tokens[at : at + 1])
                 piece, n = self._decode(*together), len(together)
             texts += [piece, *(n - 1) * [""]]
@@ -165,7 +165,7 @@ def check_tokens(tokens: Int[Tensor, "batch seq"], vocabulary: int, name: str) -
     if int(tokens.max()) >= vocabulary:
         raise ModelError(
             f"model.path {name}: the tokenizer gives token {int(tokens.max())}, but the model has "
-            f"embeddings for 0 to {vocabulary - 1}; the two do not belong together"
+            f"embeddings for 0 to {vocabulary - 1}; use the model's own tokenizer"
         )
 
 
@@ -176,7 +176,10 @@ def inputs(model: Any, tokens: Tensor, mask: Tensor) -> dict[str, Tensor | None]
 
 
 def load(
-    kind: Any, config: HuggingFaceModel, description: Description, divider: Divider | None = None
+    model_class: Any,
+    config: HuggingFaceModel,
+    description: Description,
+    divider: Divider | None = None,
 ) -> Any:
     """Load a model onto its device. For DeepSpeed, map it from its files in their precision.
 
@@ -195,7 +198,7 @@ def load(
         }
     elif divider == "deepspeed":
         how = {"dtype": "auto"}
-    model, loading = kind.from_pretrained(
+    model, loading = model_class.from_pretrained(
         place_of(config, weights=True),
         revision=config.revision,
         config=description.config,
@@ -210,14 +213,14 @@ def load(
     return model.eval().to(device) if divider is None else model.eval()
 
 
-def without_layers(kind: type[Any], *, above: int) -> type[Any]:
+def without_layers(model_class: type[Any], *, above: int) -> type[Any]:
     """Derive a model class whose layers above `above` have no weights, so that none are read.
 
     Everything else follows the unchanged configuration, so the remaining layers compute the same.
     """
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        kind.__init__(self, *args, **kwargs)
+        model_class.__init__(self, *args, **kwargs)
         left_out: Any = blocks(self)[above + 1 :]
         for module in (m for layer in left_out for m in layer.modules()):
             module._is_hf_initialized = True  # noqa: SLF001 - else it is initialised at random
@@ -229,11 +232,15 @@ def without_layers(kind: type[Any], *, above: int) -> type[Any]:
         }
 
     # transformers uses the names of classes and modules
-    return type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})
+    return type(
+        model_class.__name__,
+        (model_class,),
+        {"__init__": init, "__module__": model_class.__module__},
+    )
 
 
 def buffers_of(
-    model: nn.Module, own: Any, dtype: torch.dtype, kind: Any = None
+    model: nn.Module, own: Any, dtype: torch.dtype, model_class: Any = None
 ) -> dict[str, Tensor]:
     """Return a model's buffers as if it was built in `dtype`. Buffers from files are unchanged.
 
@@ -241,17 +248,18 @@ def buffers_of(
         model: The model.
         own: The model's configuration.
         dtype: The precision.
-        kind: The model's class, if it has a head.
+        model_class: The model's class, if it has a head.
     """
     with accelerate.init_empty_weights(include_buffers=False):
-        if kind is None:
+        if model_class is None:
             made: Any = transformers.AutoModel.from_config(own, dtype=dtype)  # type: ignore[no-untyped-call]
         else:
-            made = kind._from_config(own, dtype=dtype)  # noqa: SLF001 - as AutoModel does
-    anew = dict(made.named_buffers())
+            made = model_class._from_config(own, dtype=dtype)  # noqa: SLF001 - as AutoModel does
+    rebuilt = dict(made.named_buffers())
     persistent = model.state_dict().keys()
     return {
-        name: buffer if name in persistent else anew[name] for name, buffer in model.named_buffers()
+        name: buffer if name in persistent else rebuilt[name]
+        for name, buffer in model.named_buffers()
     }
 
 
@@ -260,19 +268,19 @@ def errors_of(config: HuggingFaceModel, what: str = "cannot be loaded") -> Itera
     """Raise third-party exceptions about a model as ours, with a message of one line."""
     try:
         yield
-    except (*_THEIRS, SafetensorError) as exc:
-        if isinstance(exc, dist.DistError) or _OF_RANKS.search(str(exc)):
+    except (*_ERRORS, SafetensorError) as exc:
+        if isinstance(exc, dist.DistError) or _LOST_RANK.search(str(exc)):
             raise  # a rank was lost; the model is fine
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
-        kind = HubUnavailableError if is_unavailable(exc) else ModelError
-        if kind is ModelError and _NO_SAFETENSORS in reason:
+        error = HubUnavailableError if is_unavailable(exc) else ModelError
+        if error is ModelError and _NO_SAFETENSORS in reason:
             raise ModelError(
-                f"model.path {config.path}: has no weights in safetensors, and pickled ones can "
-                f"run any code; convert them (from_pretrained, then save_pretrained) where you "
-                f"trust them"
+                f"model.path {config.path}: has no safetensors weights, and loading pickled ones "
+                f"can run any code; if you trust them, convert them (from_pretrained, then "
+                f"save_pretrained)"
             ) from exc
         if not (
             config.is_stored or Path(config.place).is_dir()
         ):  # transformers mentions only the hub
-            reason = f"is not a folder here, and as a name on the model hub: {reason}"
-        raise kind(f"model.path {config.path}: {what}: {reason}") from exc
+            reason = f"no such folder here, and on the model hub: {reason}"
+        raise error(f"model.path {config.path}: {what}: {reason}") from exc

@@ -64,8 +64,8 @@ def choose_divider(config: HuggingFaceModel, description: Any) -> Divider:
         )
     fitting = sorted({1, *able["transformers"], *able["deepspeed"]})
     raise ModelError(
-        f"model.tensor_parallel: {config.tensor_parallel} ranks cannot hold {config.path} "
-        f"together ({name} with {heads} heads and {kv_heads} key-value heads); "
+        f"model.tensor_parallel: {config.path} cannot be divided over {config.tensor_parallel} "
+        f"ranks ({name} with {heads} heads and {kv_heads} key-value heads); "
         f"use one of {', '.join(map(str, fitting))}"
     )
 

@@ -39,7 +39,7 @@ _SITES: dict[str, tuple[tuple[str, ...], bool]] = {  # in the order of computati
     "resid_post": ((), False),
 }
 
-_OF_SEVERAL = 4  # number of dimensions of activations with several residual streams
+_MULTI_STREAM_DIMS = 4  # number of dimensions of activations with several residual streams
 
 Edit = Callable[[Float[Tensor, "batch seq d_in"]], Float[Tensor, "batch seq d_in"]]
 
@@ -48,7 +48,7 @@ class Place(NamedTuple):
     """Where a site is: the input or the output of a module."""
 
     module: nn.Module
-    goes_in: bool
+    is_input: bool
 
 
 def depth(site: str) -> tuple[int, int]:
@@ -93,8 +93,8 @@ def place(model: nn.Module, site: str) -> Place:
     if layer_of(site) >= len(layers):
         raise ModelError(f"activations.sites: {site}: the model has layers 0 to {len(layers) - 1}")
     layer = layers[layer_of(site)]
-    paths, goes_in = _SITES[name]
-    return Place(_part(layer, paths, site) if paths else layer, goes_in)
+    paths, is_input = _SITES[name]
+    return Place(_part(layer, paths, site) if paths else layer, is_input)
 
 
 def width(model: nn.Module, site: str) -> int:
@@ -116,7 +116,7 @@ def attach(model: nn.Module, site: str, edit: Edit) -> RemovableHandle:
     Returns:
         Handle that removes the hook.
     """
-    module, goes_in = place(model, site)
+    module, is_input = place(model, site)
     text = model.config.get_text_config()  # type: ignore[operator, union-attr]
     streams = 0 if hasattr(text, "altup_num_inputs") else 2  # dimension of the streams
 
@@ -126,25 +126,25 @@ def attach(model: nn.Module, site: str, edit: Edit) -> RemovableHandle:
                 f"activations.sites: {site}: {type(module).__name__} has a {type(acts).__name__} "
                 f"there instead of activations; use another site"
             )
-        if acts.dim() != _OF_SEVERAL:
+        if acts.dim() != _MULTI_STREAM_DIMS:
             return edit(acts)
-        beside = acts.movedim(streams, 2)
-        flat = edit(beside.flatten(2))
-        return flat.reshape(beside.shape).movedim(2, streams)
+        rows = acts.movedim(streams, 2)
+        flat = edit(rows.flatten(2))
+        return flat.reshape(rows.shape).movedim(2, streams)
 
-    def hook_in(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def hook_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if args:
             return (edited(args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": edited(kwargs.get("hidden_states"))}
 
-    def hook_out(_: nn.Module, __: Any, output: Any) -> Any:
+    def hook_output(_: nn.Module, __: Any, output: Any) -> Any:
         if isinstance(output, tuple | list):
             return type(output)([edited(output[0]), *output[1:]])
         return edited(output)
 
-    if goes_in:
-        return module.register_forward_pre_hook(hook_in, with_kwargs=True)
-    return module.register_forward_hook(hook_out)
+    if is_input:
+        return module.register_forward_pre_hook(hook_input, with_kwargs=True)
+    return module.register_forward_hook(hook_output)
 
 
 def _part(layer: nn.Module, paths: tuple[str, ...], site: str) -> nn.Module:
@@ -153,6 +153,6 @@ def _part(layer: nn.Module, paths: tuple[str, ...], site: str) -> nn.Module:
             return layer.get_submodule(path)
     found = ", ".join(name for name, _ in layer.named_children())
     raise ModelError(
-        f"activations.sites: {site}: {type(layer).__name__} has no such part under a known name "
+        f"activations.sites: {site}: {type(layer).__name__} has no such module under a known name "
         f"(it has {found}); use resid_pre or resid_post"
     )

@@ -29,10 +29,10 @@ from dist_sae.models.sites import Edit, attach, width
 
 logger = logging.getLogger(__name__)
 
-_EVERY = 7  # one in 7 tokens is masked, close to the 15 % of BERT's training
-_CHANGES = {torch.float32: 1e-4}
+_MASK_EVERY = 7  # one in 7 tokens is masked, close to the 15 % of BERT's training
+_ROUNDING = {torch.float32: 1e-4}
 """Largest relative change of the first token's logits that counts as rounding (with experts)."""
-_CHANGES_OF_HALF = 0.03
+_HALF_ROUNDING = 0.03
 
 
 class SplicedModel:
@@ -63,7 +63,9 @@ class SplicedModel:
         divider = None
         if divided and config.tensor_parallel > 1:
             divider = choose_divider(config, description.config)
-            logger.info("%s: held by %d ranks (%s)", config.path, config.tensor_parallel, divider)
+            logger.info(
+                "%s: divided over %d ranks (%s)", config.path, config.tensor_parallel, divider
+            )
         self._model, self.masked = load_with_head(config, description, divider)
         self._divided = divider is not None
         self._mask_token = load_tokenizer(config).mask if self.masked else None
@@ -86,7 +88,7 @@ class SplicedModel:
         if self._mask_token is None:
             return mask[:, 1:]
         places = torch.arange(1, tokens.shape[1]) + (tokens * mask).sum(1, keepdim=True)
-        every = (mask.sum(1, keepdim=True) - 1).clamp(1, _EVERY)
+        every = (mask.sum(1, keepdim=True) - 1).clamp(1, _MASK_EVERY)
         return (places % every == 0) & mask[:, 1:]
 
     @torch.inference_mode()
@@ -144,17 +146,17 @@ def load_with_head(
     for heads, masked in HEADS:
         if type(description.config) not in heads:
             continue
-        kind: Any = heads[type(description.config)]
+        model_class: Any = heads[type(description.config)]
         try:
             with errors_of(config):
-                model = load(kind, config, description, divider)
+                model = load(model_class, config, description, divider)
         except MissingWeightsError as exc:
-            if any(name.startswith(f"{kind.base_model_prefix}.") for name in exc.names):
+            if any(name.startswith(f"{model_class.base_model_prefix}.") for name in exc.names):
                 raise
-            reason = f"its files have no head that predicts tokens (no {exc.names[0]})"
+            reason = f"its files contain no head that predicts tokens (no {exc.names[0]})"
             continue
         if divider == "deepspeed":
-            buffers = buffers_of(model, description.config, DTYPES[config.dtype], kind)
+            buffers = buffers_of(model, description.config, DTYPES[config.dtype], model_class)
             model = divide(model, DTYPES[config.dtype], buffers)
         if masked or not _looks_ahead(model, description.vocabulary):
             return model, masked
@@ -170,5 +172,5 @@ def _looks_ahead(model: Any, vocabulary: int) -> bool:
     other = torch.cat([one[:, :1], one[:, 1:].flip(1)], dim=1)
     mask = torch.ones_like(one, dtype=torch.bool)
     first, second = (model(**inputs(model, t, mask)).logits[0, 0].float() for t in (one, other))
-    least = _CHANGES.get(model.dtype, _CHANGES_OF_HALF)
+    least = _ROUNDING.get(model.dtype, _HALF_ROUNDING)
     return bool((first - second).norm() > least * first.norm())

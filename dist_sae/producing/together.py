@@ -10,7 +10,7 @@ from dist_sae.distributed.mesh import join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.distributed.watch import Watch
 from dist_sae.models import build_source
-from dist_sae.models.forward import in_step
+from dist_sae.models.forward import without_retries
 from dist_sae.producing.loop import produce
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
@@ -43,7 +43,7 @@ def produce_together(
         telemetry.device = mesh.device
 
         def open_work() -> Work:
-            return in_step(build_source(run.model, run.activations.sites).run)
+            return without_retries(build_source(run.model, run.activations.sites).run)
 
         if not mesh.is_first:
             telemetry.liveness.idle()  # ready; from here on, the watch detects whether it hangs

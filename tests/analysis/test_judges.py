@@ -90,7 +90,9 @@ def test_a_label_is_named_where_there_are_several(tmp_path: Path) -> None:
 def test_a_model_without_that_head_is_no_classifier(tmp_path: Path) -> None:
     model = save_classifier(tmp_path, 2)
     model.bert.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"is no trained classifier: classifier\.bias is missing"):
+    with pytest.raises(
+        ModelError, match=r"is not a trained classifier: classifier\.bias is missing"
+    ):
         open_judge(f"model:{tmp_path}")
     with pytest.raises(ModelError, match="nowhere"):
         open_judge(f"model:{tmp_path / 'nowhere'}")

@@ -100,7 +100,7 @@ def test_two_ranks_measure_what_one_does(tmp_path: Path, case: str) -> None:
     )
     assert (code, other_code) == (0, 0), err[-2000:] + other_err[-2000:]
     assert nothing == ""
-    assert ("held by 2 ranks" in err) == (CASES[case][3] == 2)
+    assert ("divided over 2 ranks" in err) == (CASES[case][3] == 2)
     found = json.loads(out.splitlines()[-1])
     assert found == json.loads(kept.read_text())
     assert found.keys() == expected.keys()

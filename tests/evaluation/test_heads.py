@@ -78,7 +78,7 @@ def test_they_are_left_out_of_a_model_without_a_head(
 ) -> None:
     found, model = measured(tmp_path, save_model(tmp_path / "m", "bert"))
     assert found.keys() == {"ce_left_out"}
-    assert found["ce_left_out"].startswith(f"model.path {model.path}: its files have no head")
+    assert found["ce_left_out"].startswith(f"model.path {model.path}: its files contain no head")
     assert f"cross-entropies are left out: {found['ce_left_out']}" in caplog.messages
 
 

@@ -266,7 +266,7 @@ def test_pickled_weights_are_refused_unread(tmp_path: Path) -> None:
     (path / "model.safetensors").unlink()
     torch.save({"weight": Touch(tmp_path / "reached")}, path / "pytorch_model.bin")
     with pytest.raises(
-        ModelError, match="has no weights in safetensors, and pickled ones"
+        ModelError, match="has no safetensors weights, and loading pickled ones"
     ) as error:
         check_sites(
             HuggingFaceModel(path=str(path)),
@@ -280,7 +280,7 @@ def test_a_hub_without_safetensors_is_told_in_the_same_way() -> None:
     """As transformers 5.23 words it, for `use_safetensors=True`."""
     config = HuggingFaceModel(path="org/name")
     with (
-        pytest.raises(ModelError, match="org/name: has no weights in safetensors"),
+        pytest.raises(ModelError, match="org/name: has no safetensors weights"),
         errors_of(config),
     ):
         raise OSError(

@@ -86,7 +86,7 @@ def test_no_layer_is_read(tmp_path: Path) -> None:
         ("llama", "mlp_in.1", "mlp_in.1 is not written to the residual stream"),
         ("llama", "attn_z.0", "attn_z.0 is not written to the residual stream"),
         ("gemma2", "mlp_out.1", "mlp_out.1 goes through a norm before it joins"),
-        ("bert", "resid_post.1", "its files have no head that predicts tokens"),
+        ("bert", "resid_post.1", "its files contain no head that predicts tokens"),
     ],
 )
 def test_a_site_or_model_without_a_direct_way_to_the_logits_is_refused(

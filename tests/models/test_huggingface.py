@@ -408,7 +408,7 @@ def test_a_path_without_a_model_is_one_line(
         with pytest.raises(ModelError) as caught:
             load(HuggingFaceModel(path=str(path)))
         assert message(caught).startswith(f"model.path {path}: cannot be loaded: ")
-        assert ("is not a folder here" in message(caught)) == (path != tmp_path)
+        assert ("no such folder here" in message(caught)) == (path != tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "shape"])

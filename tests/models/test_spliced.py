@@ -152,7 +152,9 @@ def test_what_sees_ahead_is_told_by_what_it_does(
 def test_models_that_predict_no_tokens_say_why(tmp_path: Path) -> None:
     """A bare encoder, one whose tokenizer has no mask token, a decoder without its head."""
     bare = HuggingFaceModel(path=str(save_model(tmp_path / "bare", "bert")))
-    with pytest.raises(HeadlessError, match=r"its files have no head that predicts tokens \(no "):
+    with pytest.raises(
+        HeadlessError, match=r"its files contain no head that predicts tokens \(no "
+    ):
         SplicedModel(bare, ("resid_post.0",))
     config = CONFIGS["bert"]()
     maskless = save_model(tmp_path / "maskless", "llama", config, kind=hf.AutoModelForMaskedLM)

@@ -395,7 +395,7 @@ def test_a_model_that_is_gone_is_named(language: Run) -> None:
     away = model.rename(model.with_name("away"))
     try:
         assert next(opened.rows(0)).acts.shape[1] == 24
-        gone = rf"^model\.path {model}: cannot be loaded: is not a folder here, and as a name on "
+        gone = rf"^model\.path {model}: cannot be loaded: no such folder here, and on "
         for load in (opened.model, opened.tokenizer, lambda: opened.dictionary().active_on("x")):
             with pytest.raises(DistSaeError, match=gone):
                 load()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dist_sae.config import Run
 from dist_sae.errors import ModelError
-from dist_sae.models.forward import Forward, in_step
+from dist_sae.models.forward import Forward, without_retries
 from dist_sae.storage import ObjectStore, open_store
 from tests.producing.producers import (
     SITES,
@@ -100,7 +100,7 @@ def test_what_no_smaller_batch_mends_is_an_error(
 @pytest.mark.parametrize("rank", ["leads", "follows"])
 def test_ranks_that_share_a_model_do_not_try_again(rank: str) -> None:
     source = SmallMemory(room=10)
-    run = in_step(source.run)
+    run = without_retries(source.run)
     tokens = torch.ones(8, 5, dtype=torch.int32)
     everything = torch.ones(8, 5, dtype=torch.bool)
     forward = Forward(SimpleNamespace(run=run), None)
