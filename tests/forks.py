@@ -13,7 +13,7 @@ import torch
 HANG_SECONDS = 900.0
 """Time after which a process counts as hanging. No test takes this long, even on a busy machine."""
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tests.forked"])
+processes.set_forkserver_preload(["tests.forks_preload"])
 
 
 class Program:

@@ -1,10 +1,10 @@
 """Programs `python` and `dist-sae` that start fast, because they fork from preloaded modules.
 
-Importing torch and DeepSpeed takes seconds at every start. The program (`stand_in.py`) sends its
-arguments, environment, working directory and open files to a server, which forks. The program
-forwards signals, exits as its fork does, and if it is killed, the fork is killed too. The fork runs
-`dist_sae.__main__.main` or a script in the namespaces, below the root and as the user of the
-program, so this also works in containers.
+Importing torch and DeepSpeed takes seconds at every start. The program (`preloaded_client.py`)
+sends its arguments, environment, working directory and open files to a server, which forks. The
+program forwards signals, exits as its fork does, and if it is killed, the fork is killed too. The
+fork runs `dist_sae.__main__.main` or a script in the namespaces, below the root and as the user of
+the program, so this also works in containers.
 
 Forks cannot show that modules are imported fast enough, without missing packages, and in a
 container's environment. So some tests must start real interpreters.
@@ -45,7 +45,7 @@ _LONGEST = 2**20
 @contextmanager
 def preloaded_programs(folder: Path) -> Iterator[dict[str, Path]]:
     """Write the programs to a folder, and serve them until the end of the `with` block."""
-    source = Path(__file__).with_name("stand_in.py").read_text()
+    source = Path(__file__).with_name("preloaded_client.py").read_text()
     programs = {}
     for name in NAMES:
         programs[name] = path = folder / name

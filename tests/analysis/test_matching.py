@@ -8,7 +8,7 @@ from dist_sae.analysis.coverage import cover_words, coverage, frequencies
 from dist_sae.analysis.matching import match_words
 from dist_sae.analysis.words import Concept, WordRows, find_words
 from dist_sae.errors import ArgumentError
-from tests.analysis.pretended import PretendedIndex, Vocabulary
+from tests.analysis.in_memory import InMemoryIndex, Vocabulary
 
 UNITS, UNIT_ROWS = 8, 2000
 WORDS = [f" w{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(30)]
@@ -44,8 +44,8 @@ def detector(
     return rows, acts[rows]
 
 
-def made(codes: Codes, tokens: NDArray[np.int32], n_latents: int) -> PretendedIndex:
-    return PretendedIndex(tokens, UNIT_ROWS, codes, n_latents, piece_entries=97)
+def made(codes: Codes, tokens: NDArray[np.int32], n_latents: int) -> InMemoryIndex:
+    return InMemoryIndex(tokens, UNIT_ROWS, codes, n_latents, piece_entries=97)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_other_tokens_of_a_word_are_neither_hits_nor_false_alarms() -> None:
     texts = [" hel", "ium", " the"]
     tokens = np.tile(np.array([0, 1, 2, 2, 2], np.int32), 100)
     rows = np.flatnonzero(tokens < 2)
-    index = PretendedIndex(tokens, 50, {0: (rows, np.ones(len(rows), np.float32))})
+    index = InMemoryIndex(tokens, 50, {0: (rows, np.ones(len(rows), np.float32))})
     concepts = [Concept("helium", "elements")]
     found = match_words(index, find_words(index, Vocabulary(texts), concepts), 1)
     assert found.matches[0].f1 == 1

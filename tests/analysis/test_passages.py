@@ -13,7 +13,7 @@ from dist_sae.analysis.words import TokenTexts
 from dist_sae.commands.cli import main
 from dist_sae.config import Run
 from dist_sae.errors import ArgumentError
-from tests.analysis.pretended import PretendedIndex, Vocabulary
+from tests.analysis.in_memory import InMemoryIndex, Vocabulary
 from tests.index.indexed import add_checkpoint, make_index, produced
 
 TEXTS = [" the", " gold", "en", " Gold", "."]
@@ -23,11 +23,11 @@ def tokens() -> TokenTexts:
     return TokenTexts(Vocabulary(TEXTS), [])
 
 
-def index_of(rows: list[int], latents: dict[int, tuple[list[int], list[float]]]) -> PretendedIndex:
+def index_of(rows: list[int], latents: dict[int, tuple[list[int], list[float]]]) -> InMemoryIndex:
     codes = {
         latent: (np.array(at), np.array(acts, np.float32)) for latent, (at, acts) in latents.items()
     }
-    return PretendedIndex(np.array(rows, np.int32), 6, codes, 2)
+    return InMemoryIndex(np.array(rows, np.int32), 6, codes, 2)
 
 
 def test_a_passage_is_a_piece_of_a_document_with_its_largest_activation() -> None:
@@ -85,7 +85,7 @@ def test_other_latents_are_measured_on_the_same_passages_with_their_weights() ->
     assert one.peers.tolist() == pytest.approx(expected)
 
 
-def drawn(tmp_path: Path, index: PretendedIndex, sampling: Sampling) -> list[dict[str, Any]]:
+def drawn(tmp_path: Path, index: InMemoryIndex, sampling: Sampling) -> list[dict[str, Any]]:
     write_sample(str(tmp_path / "sample"), draw_passages(index, tokens(), sampling))
     return [json.loads(line) for line in (tmp_path / "sample").read_text().splitlines()]
 

@@ -7,7 +7,7 @@ import pytest
 
 from dist_sae.analysis.words import LISTS, Concept, corpus_words, find_words, read_lists
 from dist_sae.errors import ArgumentError
-from tests.analysis.pretended import VOCABULARY, PretendedIndex, Vocabulary
+from tests.analysis.in_memory import VOCABULARY, InMemoryIndex, Vocabulary
 
 CONCEPTS = [Concept("gold", "elements"), Concept("helium", "elements"), Concept("Paris", "cities")]
 
@@ -20,7 +20,7 @@ def test_a_word_stands_at_its_last_token() -> None:
     # gold; helium of two tokens; golds, golden and paris are other words; gold-en holds gold
     texts = [" gold", ".", " hel", "ium", " gold", "s", " gold", "en", " paris", " Paris"]
     texts += [" gold", "-", "en"]
-    index = PretendedIndex(np.array(tokens_of(texts)), 100, {})
+    index = InMemoryIndex(np.array(tokens_of(texts)), 100, {})
     found = find_words(index, Vocabulary(), [*CONCEPTS, Concept("en", "x")])
     assert found.rows.tolist() == [0, 2, 3, 9, 10, 12]
     assert found.concept.tolist() == [0, 1, 1, 2, 0, 3]
@@ -33,7 +33,7 @@ def test_words_end_with_their_document_and_need_all_their_tokens() -> None:
     texts = ["ium", " hel", "ium", " hel", " gold", "s"]
     documents = np.array([0, 0, 1, 2, 3, 4])
     positions = np.array([1, 0, 5, 9, 7, 0], np.int32)
-    index = PretendedIndex(
+    index = InMemoryIndex(
         np.array(tokens_of(texts)), 100, {}, documents=documents, positions=positions
     )
     found = find_words(index, Vocabulary(), [*CONCEPTS, Concept("ium", "x"), Concept("s", "x")])
@@ -51,7 +51,7 @@ def test_words_of_the_corpus_are_chosen_evenly_over_log_frequency() -> None:
     times = [1600 // (n + 1) for n in range(80)]
     times[79] = 19  # too rare
     tokens = np.repeat(np.arange(80, dtype=np.int32), times)
-    index = PretendedIndex(np.random.default_rng(0).permutation(tokens), 1000, {})
+    index = InMemoryIndex(np.random.default_rng(0).permutation(tokens), 1000, {})
     chosen = corpus_words(index, Vocabulary(texts), 10, 20)
     numbers = [texts.index(f" {concept.word}") for concept in chosen]
     assert len(set(numbers)) == 10
@@ -63,13 +63,13 @@ def test_words_of_the_corpus_are_chosen_evenly_over_log_frequency() -> None:
 
 
 def test_rows_are_counted_over_units() -> None:
-    index = PretendedIndex(np.array(tokens_of([".", " the", " gold", " the"])), 2, {})
+    index = InMemoryIndex(np.array(tokens_of([".", " the", " gold", " the"])), 2, {})
     found = find_words(index, Vocabulary(), CONCEPTS)
     assert (found.rows.tolist(), found.starts.tolist()) == ([2], [0, 2, 4])
 
 
 def test_a_tokenizer_that_shows_no_spaces_is_refused() -> None:
-    index = PretendedIndex(np.arange(100, dtype=np.int32) % 3, 100, {})
+    index = InMemoryIndex(np.arange(100, dtype=np.int32) % 3, 100, {})
     with pytest.raises(ArgumentError, match="show no spaces"):
         find_words(index, Vocabulary(["gold", "silver", "en"]), CONCEPTS)
 

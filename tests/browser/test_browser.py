@@ -22,7 +22,15 @@ from dist_sae.explaining.scoring import Verdict
 from dist_sae.explaining.stored import ExplanationSet, LatentExplanation
 from dist_sae.index.query import Index
 from dist_sae.notebook.run import OpenedRun
-from tests.browser.worlds import CLUSTERS, beside, index_of, indexed_run, keep_map, place, served
+from tests.browser.served_runs import (
+    CLUSTERS,
+    index_of,
+    indexed_run,
+    keep_map,
+    place,
+    served,
+    sibling_run,
+)
 from tests.notebook.raw import initialised, save_dictionary
 
 pytestmark = pytest.mark.system
@@ -57,7 +65,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def other(run: Run) -> Run:
-    return beside(run, "other")
+    return sibling_run(run, "other")
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +360,7 @@ def test_runs_that_cannot_be_browsed_or_compared_get_one_line(
     save_dictionary(bare, initialised(bare, 24, 3), 7)
     wider = indexed_run(tmp_path, d_in=32)
     site = {"train": run.train.model_copy(update={"site": "attn_out.0"})}
-    elsewhere = beside(run.model_copy(update=site), "elsewhere")
+    elsewhere = sibling_run(run.model_copy(update=site), "elsewhere")
     for arguments, message in (
         ([place(bare)], "bare: has no latent index yet; run `dist-sae index`"),
         ([place(run), "--compare", place(bare)], "bare: has no latent index yet"),

@@ -15,7 +15,7 @@ from dist_sae.commands.cli import main
 from dist_sae.config import Run
 from dist_sae.index.query import Index
 from dist_sae.notebook.run import OpenedRun
-from tests.browser.worlds import beside, index_of, indexed_run, keep_map, place, served
+from tests.browser.served_runs import index_of, indexed_run, keep_map, place, served, sibling_run
 
 pytestmark = pytest.mark.system
 TEXT = "so it was\nsaid"
@@ -35,7 +35,7 @@ def index(run: Run) -> Index:
 
 @pytest.fixture(scope="module")
 def other(run: Run) -> Run:
-    return beside(run, "other")
+    return sibling_run(run, "other")
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from dist_sae.browser.pages import Pages
 from dist_sae.config import Run
 from dist_sae.notebook.run import OpenedRun
 from dist_sae.storage import open_store
+from tests.browser.served_runs import index_of
 from tests.browser.wide import make_wide
-from tests.browser.worlds import index_of
 
 pytestmark = pytest.mark.system
 

@@ -33,7 +33,7 @@ from dist_sae.index.units import unit_record, write_unit
 from dist_sae.notebook.run import OpenedRun, open_run
 from dist_sae.storage.records import seal
 from dist_sae.telemetry.exporter import Telemetry
-from tests.browser.worlds import served
+from tests.browser.served_runs import served
 from tests.index.indexed import make_index
 from tests.notebook.raw import fill, initialised, save_dictionary, save_language_model
 from tests.world import open_activation_set

@@ -76,7 +76,9 @@ def train_rank(settings: dict[str, Any], target: Path, seen: Path, env: dict[str
         os._exit(error.exit_code)
 
 
-def train_held(settings: dict[str, Any], target: Path, seen: Path, env: dict[str, str]) -> None:
+def train_with_stalled_save(
+    settings: dict[str, Any], target: Path, seen: Path, env: dict[str, str]
+) -> None:
     """Run one rank whose first checkpoint waits, half written, for a file `go` next to `seen`."""
     put = S3Store.put
 

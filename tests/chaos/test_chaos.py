@@ -26,7 +26,7 @@ from dist_sae.distributed.local_ranks import rank_environments
 from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
 from dist_sae.telemetry.history import read_history
-from tests.chaos.job import produce_units, train_held, train_rank
+from tests.chaos.job import produce_units, train_rank, train_with_stalled_save
 from tests.chaos.scraper import Scraper
 from tests.faults import KINDS, FaultProxy
 from tests.forks import processes
@@ -251,7 +251,7 @@ def test_a_stop_during_a_save_keeps_both(
     plan(run)
     pipeline = Pipeline(run, tmp_path, None)
     produced = pipeline.producers()
-    ranks = pipeline.ranks(2, 2, train_held)
+    ranks = pipeline.ranks(2, 2, train_with_stalled_save)
     pipeline.wait(lambda: len(list(tmp_path.glob("held-*"))) == len(ranks))
     os.kill(ranks[1].pid, signal.SIGTERM)
     ranks[0].join(2.0)

@@ -13,7 +13,7 @@ from dist_sae.dictionaries.axis import LatentAxis
 T = TypeVar("T")
 
 
-class Meeting:
+class Exchange:
     """Place where `n` ranks exchange values."""
 
     def __init__(self, n: int) -> None:
@@ -34,14 +34,14 @@ class Meeting:
 class ThreadAxis(LatentAxis):
     """A rank's `LatentAxis`."""
 
-    def __init__(self, meeting: Meeting, rank: int, shards: int, replicas: int) -> None:
+    def __init__(self, exchange: Exchange, rank: int, shards: int, replicas: int) -> None:
         self.replica, self.shard = divmod(rank, shards)
         self.shards, self.replicas = shards, replicas
-        self._meeting, self._rank = meeting, rank
+        self._exchange, self._rank = exchange, rank
 
     def _within(self, value: T) -> list[T]:
         first = self.replica * self.shards
-        return self._meeting.swap(self._rank, value)[first : first + self.shards]
+        return self._exchange.swap(self._rank, value)[first : first + self.shards]
 
     def gather(self, x: Tensor) -> Tensor:
         return torch.cat(self._within(x))
@@ -65,28 +65,30 @@ class ThreadAxis(LatentAxis):
         return torch.stack([of_rank[self.shard] for of_rank in self._within(counts)])
 
     def sum_replicas(self, tensor: Tensor) -> Tensor:
-        return torch.stack(self._meeting.swap(self._rank, tensor)[self.shard :: self.shards]).sum(0)
+        return torch.stack(self._exchange.swap(self._rank, tensor)[self.shard :: self.shards]).sum(
+            0
+        )
 
     def sum_replicas_(self, tensor: Tensor) -> None:
         tensor.copy_(self.sum_replicas(tensor.clone()))  # clone: other ranks may still read it
 
     def gather_replicas(self, tensor: Tensor) -> Tensor:
-        return torch.cat(self._meeting.swap(self._rank, tensor)[self.shard :: self.shards])
+        return torch.cat(self._exchange.swap(self._rank, tensor)[self.shard :: self.shards])
 
     def total(self, tensor: Tensor) -> Tensor:
-        return torch.stack(self._meeting.swap(self._rank, tensor)).sum(0)
+        return torch.stack(self._exchange.swap(self._rank, tensor)).sum(0)
 
 
 def on_ranks(replicas: int, shards: int, work: Callable[[ThreadAxis], T]) -> list[T]:
     """Run `work` on each rank, and return the results in the order of ranks."""
     n = replicas * shards
-    meeting = Meeting(n)
+    exchange = Exchange(n)
 
     def run(rank: int) -> T:
         try:
-            return work(ThreadAxis(meeting, rank, shards, replicas))
+            return work(ThreadAxis(exchange, rank, shards, replicas))
         except BaseException:
-            meeting.give_up()
+            exchange.give_up()
             raise
 
     with ThreadPoolExecutor(n) as pool:

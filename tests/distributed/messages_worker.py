@@ -20,7 +20,7 @@ class Part(Record):
     bytes: int
 
 
-class Told(NamedTuple):
+class Message(NamedTuple):
     parts: dict[int, Part]
     none: Part | None
     steps: set[int]
@@ -37,14 +37,14 @@ class Command:
         return Path.touch, (self.file,)
 
 
-def told(rank: int) -> Told:
-    return Told({rank: Part(key="x" * 9 * rank, bytes=2**60)}, None, {rank, 7}, 0.1 + rank / 3)
+def message(rank: int) -> Message:
+    return Message({rank: Part(key="x" * 9 * rank, bytes=2**60)}, None, {rank, 7}, 0.1 + rank / 3)
 
 
 def talk(mesh: Mesh) -> Any:
-    everyone = mesh.all_gather_objects(told(mesh.rank), Told)
+    everyone = mesh.all_gather_objects(message(mesh.rank), Message)
     first = mesh.on_first_rank(lambda: {"fvu": float("inf"), "site": ["a", None, mesh.rank]})
-    return [everyone == [told(0), told(1)], repr(first)]
+    return [everyone == [message(0), message(1)], repr(first)]
 
 
 def attacked(mesh: Mesh, folder: Path) -> Any:

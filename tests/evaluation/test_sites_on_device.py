@@ -22,8 +22,8 @@ from dist_sae.index.neighbours import neighbours
 from dist_sae.kernels.torch import KERNELS
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
+from tests.fake_device import DEVICE, fake_device
 from tests.notebook.raw import language_run, save_dictionary, save_language_model
-from tests.pretend import DEVICE, pretend_device
 from tests.world import same
 
 SITES = ("attn_out.0", "resid_post.1")
@@ -74,7 +74,7 @@ def test_evaluation_and_index_are_those_on_a_cpu(world: Run, kind: str) -> None:
     Path(run.store.runs, run.name, "evaluation.json").unlink()
     stopping, telemetry = threading.Event(), Telemetry(run.name, "index", None)
     opened = open_index(run, "w", stopping, telemetry, None)
-    with pretend_device() as waits:
+    with fake_device() as waits:
         found = evaluate(run, mesh=Mesh(0, 1, DEVICE, WHOLE))
         assert waits
         with open_encoder(opened, WHOLE, DEVICE, stopping) as encoder:
@@ -99,7 +99,7 @@ def test_nearest_latents_are_those_on_a_cpu(world: Run, search: str) -> None:
         cells = compute_cells(checkpoint, device) if search == "in cells" else None
         return *(cells or ()), *neighbours(checkpoint, range(64), 4, cells, device)
 
-    with pretend_device() as waits:
+    with fake_device() as waits:
         there = found(DEVICE)
         assert waits
     assert same(there, found(torch.device("cpu")))

@@ -61,7 +61,7 @@ def prometheus(
     pushed["static_configs"] = [{"targets": [gateway], "labels": {"namespace": "research"}}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     (folder / "rules.yaml").write_text((MONITORING / "rules.yaml").read_text())
-    (folder / "alerts.yaml").write_text(_hasty((MONITORING / "alerts.yaml").read_text()))
+    (folder / "alerts.yaml").write_text(_with_short_delay((MONITORING / "alerts.yaml").read_text()))
     port = free_ports(1)
     command = [
         _installed("prometheus"),
@@ -131,7 +131,7 @@ def webhook() -> Iterator[tuple[str, "queue.Queue[dict[str, Any]]"]]:
         server.server_close()
 
 
-def _hasty(rules: str) -> str:
+def _with_short_delay(rules: str) -> str:
     """Shorten the delay of the tested alert, but not so far that a missed scrape fires it."""
     groups = yaml.safe_load(rules)
     for group in groups["groups"]:

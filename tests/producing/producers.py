@@ -57,7 +57,7 @@ def rows_of(store: ObjectStore, unit: int, site: str = "synthetic") -> SiteRows:
     return SiteRows(*map(torch.cat, zip(*blocks, strict=True)))
 
 
-def made(store: ObjectStore) -> list[int]:
+def complete_units(store: ObjectStore) -> list[int]:
     """Return the existing units, and check that each is complete."""
     units = [int(key[6:14]) for key in store.keys("units/")]
     for unit in units:
@@ -114,5 +114,5 @@ def letters_run(
 TEXTS = ["abcdefgh" + "xyz"[n % 3] * (n % 6) for n in range(60)]
 
 
-def made_letters(store: ObjectStore) -> list[int]:
+def stored_units(store: ObjectStore) -> list[int]:
     return [int(key[6:14]) for key in store.keys("units/")]

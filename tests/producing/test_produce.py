@@ -20,10 +20,10 @@ from dist_sae.telemetry.metric import STAGES
 from tests.producing.producers import (
     UNITS,
     Hooked,
-    made,
-    made_letters,
+    complete_units,
     rows_of,
     start,
+    stored_units,
     with_source,
     with_store,
 )
@@ -59,7 +59,7 @@ def test_every_row_is_stored_once_with_where_it_comes_from(
     run = make_run(tmp_path)
     fill(run, RowNumbers(), monkeypatch)
     store = open_store(run.store.activations)
-    assert made(store) == list(range(UNITS))
+    assert complete_units(store) == list(range(UNITS))
     seen = []
     for unit in range(UNITS):
         rows = rows_of(store, unit)
@@ -86,7 +86,7 @@ def test_two_producers_share_the_units(
     with ThreadPoolExecutor(2) as pool:
         for done in [pool.submit(start, run, worker) for worker in ("a", "b")]:
             done.result(timeout=120)
-    assert made(store) == list(range(UNITS))
+    assert complete_units(store) == list(range(UNITS))
     assert len(list(store.keys("shards/"))) == UNITS
     assert {read_manifest(store, unit).producer for unit in range(UNITS)} == {"a", "b"}
     assert list(store.keys("claims/")) == []
@@ -145,7 +145,7 @@ def test_claims_live_while_the_model_is_loaded(
     with_store(monkeypatch, Watched(store))
     monkeypatch.setattr(dist_sae.producing.loop, "build_source", build)
     start(run, "slow")
-    assert made(store) == list(range(UNITS))
+    assert complete_units(store) == list(range(UNITS))
     assert list(store.keys("claims/")) == []
 
 
@@ -153,7 +153,7 @@ def test_metrics_count_rows_and_units(letters: tuple[Run, ObjectStore]) -> None:
     run, store = letters
     telemetry = Telemetry("world", "produce", None)
     produce(run, Worker("a"), threading.Event(), telemetry)
-    manifests = [read_manifest(store, unit) for unit in made_letters(store)]
+    manifests = [read_manifest(store, unit) for unit in stored_units(store)]
     found = values(telemetry.render().decode())
     assert found["dist_sae_produce_units_total",] == len(manifests)
     assert found["dist_sae_produce_ready_units",] == len(manifests)

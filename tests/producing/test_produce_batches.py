@@ -17,9 +17,9 @@ from tests.producing.producers import (
     TEXTS,
     LetterSource,
     letters_run,
-    made_letters,
     rows_of,
     start,
+    stored_units,
     with_source,
 )
 from tests.world import same
@@ -27,7 +27,7 @@ from tests.world import same
 
 def check_same_units(store: ObjectStore, other: Run) -> None:
     there = open_store(other.store.activations)
-    for unit in made_letters(store):
+    for unit in stored_units(store):
         assert same(rows_of(store, unit, SITES[1]), rows_of(there, unit, SITES[1]))
 
 
@@ -94,7 +94,7 @@ def test_what_no_smaller_batch_mends_is_an_error(
     with_source(monkeypatch, SmallMemory(room, error))
     with pytest.raises(expected, match=words):
         start(run, "a")
-    assert made_letters(store) == []
+    assert stored_units(store) == []
 
 
 @pytest.mark.parametrize("rank", ["leads", "follows"])

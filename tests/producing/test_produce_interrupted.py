@@ -19,8 +19,8 @@ from tests.producing.producers import (
     UNITS,
     Hooked,
     LetterSource,
+    complete_units,
     letters_run,
-    made,
     start,
     with_source,
     with_store,
@@ -38,7 +38,7 @@ def test_a_dead_producers_unit_is_taken_over(
     assert (dead.take(), dead.take()) == (0, 1)
     with_source(monkeypatch, RowNumbers())
     start(run, "b")
-    assert made(store) == list(range(UNITS))
+    assert complete_units(store) == list(range(UNITS))
 
 
 def test_a_zombie_that_finishes_late_changes_nothing(
@@ -61,7 +61,7 @@ def test_a_zombie_that_finishes_late_changes_nothing(
     start(run, "zombie")
     assert len(before) == UNITS
     assert {key: store.get(key) for key in store.keys("units/")} == before
-    assert {read_manifest(store, unit).producer for unit in made(store)} == {"fast"}
+    assert {read_manifest(store, unit).producer for unit in complete_units(store)} == {"fast"}
 
 
 @pytest.mark.parametrize("at", [0, 1, 5, UNITS - 1])
@@ -76,10 +76,10 @@ def test_a_stop_leaves_whole_units_only_and_no_claim(
     else:  # the last one is complete: nothing is left to stop
         start(run, "a", stopping)
     assert list(store.keys("claims/")) == []
-    assert len(made(store)) == at + 1
+    assert len(complete_units(store)) == at + 1
     with_source(monkeypatch, RowNumbers())
     start(run, "b")
-    assert made(store) == list(range(UNITS))
+    assert complete_units(store) == list(range(UNITS))
 
 
 def test_a_stop_within_a_unit_leaves_nothing_of_it(
@@ -147,7 +147,7 @@ def test_a_kill_between_shard_and_manifest_leaves_no_unit(
         with pytest.raises(StoreFullError):
             start(run, "a")
     assert store.size(seen["key"]) == seen["bytes"]
-    assert made(store) == [0, 1]
+    assert complete_units(store) == [0, 1]
     assert list(store.keys("claims/")) == []
     start(run, "a")
-    assert made(store) == list(range(UNITS))
+    assert complete_units(store) == list(range(UNITS))

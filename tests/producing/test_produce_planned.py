@@ -16,9 +16,9 @@ from tests.producing.producers import (
     TEXTS,
     LetterSource,
     letters_run,
-    made_letters,
     rows_of,
     start,
+    stored_units,
     with_source,
 )
 from tests.world import changed
@@ -41,7 +41,7 @@ def test_text_that_changes_while_producing_gives_no_rows(
     with pytest.raises(CorpusError, match=r"corpus\.jsonl: changed since the plan was made"):
         start(run, "a")
     store = open_store(run.store.activations)
-    stored = [rows_of(store, unit, SITES[0]).tokens for unit in made_letters(store)]
+    stored = [rows_of(store, unit, SITES[0]).tokens for unit in stored_units(store)]
     assert all(int(tokens.min()) >= ord("a") for tokens in stored)
 
 
@@ -57,7 +57,7 @@ def test_another_model_under_the_same_path_gives_no_rows(
     weights.write_text("as trained on")
     with pytest.raises(PlanMismatchError, match=r"^model\.path none: is not the model that the pl"):
         start(run, "a")
-    assert made_letters(open_store(run.store.activations)) == []
+    assert stored_units(open_store(run.store.activations)) == []
 
 
 def test_a_plan_without_checksums_of_documents_is_said(
@@ -72,7 +72,7 @@ def test_a_plan_without_checksums_of_documents_is_said(
     store.put(PLAN_KEY, changed(json.dumps(content).encode()))
     start(run, "a")
     assert sum("no checksums of documents" in message for message in caplog.messages) == 1
-    assert len(made_letters(store)) == len(load_plan(store, run).units)
+    assert len(stored_units(store)) == len(load_plan(store, run).units)
 
 
 def test_a_producer_whose_run_needs_one_site_makes_them_all(

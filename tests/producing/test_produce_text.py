@@ -18,9 +18,9 @@ from tests.producing.producers import (
     TEXTS,
     LetterSource,
     letters_run,
-    made_letters,
     rows_of,
     start,
+    stored_units,
     with_source,
 )
 from tests.world import Letters
@@ -35,7 +35,7 @@ def test_what_is_left_out_is_counted_and_adds_up(letters: tuple[Run, ObjectStore
     counts: Counter[str] = Counter()
     stored = ""
     slots = 0
-    for unit in made_letters(store):
+    for unit in stored_units(store):
         manifest = read_manifest(store, unit)
         counts.update(manifest.excluded)
         stored += "".join(map(chr, rows_of(store, unit, SITES[0]).tokens.tolist()))
@@ -53,7 +53,7 @@ def test_what_is_left_out_is_counted_and_adds_up(letters: tuple[Run, ObjectStore
 def test_all_sites_hold_the_same_rows_in_the_same_order(letters: tuple[Run, ObjectStore]) -> None:
     run, store = letters
     start(run, "a")
-    for unit in made_letters(store):
+    for unit in stored_units(store):
         one, other = (rows_of(store, unit, site) for site in SITES)
         assert torch.equal(one.acts, -other.acts)
         for a, b in zip(one[1:], other[1:], strict=True):
@@ -74,7 +74,7 @@ def test_a_refused_document_is_left_out_and_counted(
     with_source(monkeypatch, LetterSource())
     start(run, "a")
     store = open_store(run.store.activations)
-    manifests = [read_manifest(store, unit) for unit in made_letters(store)]
+    manifests = [read_manifest(store, unit) for unit in stored_units(store)]
     assert sum(m.refused for m in manifests) == 3
     assert sum(m.documents for m in manifests) == len(TEXTS) + 3
     assert sum("the tokenizer refuses it" in message for message in caplog.messages) == 3
@@ -123,6 +123,6 @@ def test_a_unit_whose_rows_are_all_left_out_exists_and_is_empty(
     run, store = letters
     monkeypatch.setattr(dist_sae.producing.loop, "build_tokenizer", lambda *_: FirstLetters(1))
     start(run, "a")
-    manifests = [read_manifest(store, unit) for unit in made_letters(store)]
+    manifests = [read_manifest(store, unit) for unit in stored_units(store)]
     assert len(manifests) == len(plan(run).units)
     assert {manifest.rows for manifest in manifests} == {0}

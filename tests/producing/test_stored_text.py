@@ -21,9 +21,9 @@ from tests.producing.producers import TEXTS as LETTERS
 from tests.producing.producers import (
     LetterSource,
     letters_run,
-    made_letters,
     rows_of,
     start,
+    stored_units,
     with_source,
 )
 
@@ -81,14 +81,14 @@ def test_a_producer_reads_the_texts_of_its_units_only(
 
     for _ in range(2):
         reads.clear()
-        before = set(made_letters(store))
+        before = set(stored_units(store))
         with_source(monkeypatch, LetterSource(preempt))
         with pytest.raises(Stopped):
             start(run, "p")
         texts = [key for key in reads if key.startswith("set/texts/")]
         assert not [key for key in reads if key.startswith("corpus")]
         # those it made, the one it left, and at most two that it had claimed already
-        assert len(texts) <= len(set(made_letters(store)) - before) + 3 < len(made.units)
+        assert len(texts) <= len(set(stored_units(store)) - before) + 3 < len(made.units)
     with_source(monkeypatch, LetterSource())
     start(run, "p")
     start(beside, "p")

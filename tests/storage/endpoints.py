@@ -41,7 +41,7 @@ def make_store(
     return open_store(f"s3://{bucket.name}/some/prefix", config, meter, stopping)
 
 
-def told(error: type[StoreError], store: ObjectStore, *methods: str) -> str:
+def error_message(error: type[StoreError], store: ObjectStore, *methods: str) -> str:
     """Call these methods, check that all raise this error, and return their common message."""
     said = set()
     for name in methods:

@@ -15,7 +15,7 @@ from dist_sae import retry
 from dist_sae.errors import UnavailableError
 from tests.conftest import Bucket
 from tests.faults import XML, FaultProxy
-from tests.storage.endpoints import METHODS, make_store, told
+from tests.storage.endpoints import METHODS, error_message, make_store
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_endpoint_that_is_down_is_asked_until_the_deadline(
 ) -> None:
     store = make_store(bucket, nowhere, seconds=3)
     since = time.monotonic()
-    message = told(UnavailableError, store, "get")
+    message = error_message(UnavailableError, store, "get")
     assert 3 <= time.monotonic() - since < 10
     assert message == (
         f"{store.url}/a/b: {nowhere} does not respond (EndpointConnectionError); "
@@ -106,9 +106,9 @@ def test_answers_that_waiting_mends(
 ) -> None:
     with FaultProxy(bucket.endpoint_url, 0, {"error": 1.0}, answers=[(status, body)]) as proxy:
         store = make_store(bucket, proxy.endpoint_url, seconds=0.05)
-        assert "the endpoint returned" in told(UnavailableError, store, "get", "size")
+        assert "the endpoint returned" in error_message(UnavailableError, store, "get", "size")
         for name in sorted(METHODS.keys() - {"get", "size"}):
-            told(UnavailableError, store, name)
+            error_message(UnavailableError, store, name)
         with ThreadPoolExecutor(1) as pool:
             asking = pool.submit(list, make_store(bucket, proxy.endpoint_url).keys(""))
             while not warnings:

@@ -27,13 +27,13 @@ from dist_sae.storage import ObjectStore
 from tests.conftest import Bucket
 from tests.faults import XML, FaultProxy
 from tests.servers import READER
-from tests.storage.endpoints import METHODS, WRITES, make_store, told
+from tests.storage.endpoints import METHODS, WRITES, error_message, make_store
 
 
 @pytest.mark.parametrize("kind", ["moto", "rclone"])
 def test_bucket_that_does_not_exist(kind: str, make_bucket: Callable[[str], Bucket]) -> None:
     store = make_store(make_bucket(kind)._replace(name="no-such-bucket"))
-    assert told(AccessError, store, *METHODS) == (
+    assert error_message(AccessError, store, *METHODS) == (
         "s3://no-such-bucket/some/prefix: no such bucket; create it or correct the URL"
     )
 
@@ -42,12 +42,12 @@ def test_bucket_that_does_not_exist(kind: str, make_bucket: Callable[[str], Buck
 def test_bucket_that_does_not_exist_on_a_server_that_makes_them(weed: Bucket) -> None:
     # a PUT with an administrator's key creates the bucket there
     store = make_store(weed._replace(name="no-such-bucket"))
-    assert "no such bucket" in told(AccessError, store, "get")
+    assert "no such bucket" in error_message(AccessError, store, "get")
 
 
 def test_bucket_name_that_cannot_be(bucket: Bucket) -> None:
     store = make_store(bucket._replace(name="my bucket!"))
-    assert told(AccessError, store, *METHODS) == (
+    assert error_message(AccessError, store, *METHODS) == (
         "s3://my bucket!/some/prefix: not a valid bucket name; correct the URL"
     )
 
@@ -72,7 +72,7 @@ def test_wrong_key(
 ) -> None:
     bucket = make_bucket(kind)
     monkeypatch.setenv(*key)
-    assert hint in told(AccessError, make_store(bucket), *METHODS)
+    assert hint in error_message(AccessError, make_store(bucket), *METHODS)
 
 
 @pytest.mark.system
@@ -84,7 +84,7 @@ def test_key_that_may_only_read(weed: Bucket, monkeypatch: pytest.MonkeyPatch) -
     assert store.get("a/b") == b"content"
     assert store.size("none") is None
     assert list(store.keys()) == ["a/b"]
-    assert told(AccessError, store, *WRITES) == (
+    assert error_message(AccessError, store, *WRITES) == (
         f"{store.url}: access denied; check the credentials' permissions on this bucket"
     )
 
@@ -95,9 +95,13 @@ def test_no_credentials(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_pat
     for variable in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(variable, str(tmp_path / "none"))
     store = make_store(bucket)
-    assert "no credentials found; set AWS_ACCESS_KEY_ID" in told(AccessError, store, *METHODS)
+    assert "no credentials found; set AWS_ACCESS_KEY_ID" in error_message(
+        AccessError, store, *METHODS
+    )
     monkeypatch.setenv("AWS_PROFILE", "nobody")
-    assert "profile (nobody) could not be found" in told(AccessError, make_store(bucket), "get")
+    assert "profile (nobody) could not be found" in error_message(
+        AccessError, make_store(bucket), "get"
+    )
 
 
 @pytest.mark.system
@@ -106,7 +110,7 @@ def test_clock_that_is_off(weed: Bucket, monkeypatch: pytest.MonkeyPatch) -> Non
         return dt.datetime.now(dt.UTC).replace(tzinfo=None) + dt.timedelta(hours=1)
 
     monkeypatch.setattr("botocore.auth.get_current_datetime", later)
-    assert told(AccessError, make_store(weed), *METHODS).endswith(
+    assert error_message(AccessError, make_store(weed), *METHODS).endswith(
         "this machine's clock is wrong; set it"
     )
 
@@ -150,7 +154,7 @@ def test_answers_that_waiting_does_not_mend(
     ) as proxy:
         store = make_store(bucket, proxy.endpoint_url)
         for name in METHODS:
-            assert hint in told(error, store, name)
+            assert hint in error_message(error, store, name)
         assert not [said for said in warnings if "asking again" in said]
         assert proxy.injected["error"] == sum(proxy.requests.values())
 
@@ -177,12 +181,12 @@ def test_errors_of_boto_become_errors_of_ours(
 
     for operation in ("put_object", "get_object"):
         monkeypatch.setattr(store.client, operation, fail)  # type: ignore[attr-defined]
-    told(error, store, "put", "get")
+    error_message(error, store, "put", "get")
 
 
 @pytest.mark.parametrize("endpoint", ["http://", "http://no host", "http://127.0.0.1:99999"])
 def test_endpoint_that_cannot_be(bucket: Bucket, endpoint: str) -> None:
-    message = told(AccessError, make_store(bucket, endpoint), "get")
+    message = error_message(AccessError, make_store(bucket, endpoint), "get")
     assert endpoint in message
     assert message.endswith("check store.s3.endpoint_url")
 
@@ -209,13 +213,15 @@ def test_certificate_is_trusted_by_the_bundle_only(
         store = make_store(bucket, proxy.endpoint_url, ca_bundle=str(certificate[0]))
         store.put("key", b"content", if_absent=True)
         assert store.get("key") == b"content"
-        assert told(AccessError, make_store(bucket, proxy.endpoint_url), "get", "put").endswith(
+        assert error_message(
+            AccessError, make_store(bucket, proxy.endpoint_url), "get", "put"
+        ).endswith(
             f"the certificate of {proxy.endpoint_url} is not trusted; set store.s3.ca_bundle"
         )
         missing = make_store(bucket, proxy.endpoint_url, ca_bundle=str(tmp_path / "none"))
-        assert told(AccessError, missing, "get").endswith(
+        assert error_message(AccessError, missing, "get").endswith(
             f"store.s3.ca_bundle {tmp_path / 'none'}: No such file or directory"
         )
         (tmp_path / "empty").touch()
         empty = make_store(bucket, proxy.endpoint_url, ca_bundle=str(tmp_path / "empty"))
-        assert "store.s3.ca_bundle" in told(AccessError, empty, "get")
+        assert "store.s3.ca_bundle" in error_message(AccessError, empty, "get")

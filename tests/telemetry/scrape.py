@@ -11,7 +11,7 @@ Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 """Values by name and sorted labels."""
 
 
-def look(port: int | None) -> str:
+def get_page(port: int | None) -> str:
     """Get the metrics page of a port, without the headers of Prometheus."""
     return _page(port, {})
 

@@ -20,7 +20,7 @@ from dist_sae.errors import NonFiniteError, Stopped, TelemetryError
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.metric import ROLES, SHORT_LIVED, Metric
 from dist_sae.telemetry.metrics import METRICS, gauges, metrics_of
-from tests.telemetry.scrape import look, of_rank, scrape, series
+from tests.telemetry.scrape import get_page, of_rank, scrape, series
 
 UNKNOWN = {"operation": 8, "status": 4, "error": 8}
 """As many values as a label may have that the table does not list: 8 requests that a store makes,
@@ -30,7 +30,7 @@ UNKNOWN = {"operation": 8, "status": 4, "error": 8}
 def test_metrics_are_served() -> None:
     with Telemetry("my-run.2.0", "train", port=0, rank=3) as telemetry:
         telemetry.set("dist_sae_train_fvu", 0.25)
-        text = look(telemetry.port)
+        text = get_page(telemetry.port)
     labels = 'rank="3",role="train",run="my-run.2.0"'
     assert f"dist_sae_train_fvu{{{labels}}} 0.25" in text
     named = f'kubernetes_name="my-run-2-0",{labels}'
@@ -55,7 +55,7 @@ def test_a_producer_says_nothing_of_training() -> None:
     with Telemetry("my-run", "produce", port=0) as telemetry:
         telemetry.add("dist_sae_produce_excluded_rows_total", 3, reason="over_norm")
         telemetry.add("dist_sae_produce_excluded_rows_total", 2, reason="over_norm")
-        text = look(telemetry.port)
+        text = get_page(telemetry.port)
     labels = 'rank="0",reason="over_norm",role="produce",run="my-run"'
     assert f"dist_sae_produce_excluded_rows_total{{{labels}}} 5.0" in text
     assert "dist_sae_train" not in text
@@ -117,8 +117,8 @@ def test_a_process_that_nobody_scrapes_does_not_wait(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(dist_sae.telemetry.server, "LAST_SCRAPE_SECONDS", 600.0)
     since = time.monotonic()
     with Telemetry("run", "train", 0) as telemetry:
-        look(telemetry.port)  # a person, or `dist-sae status`
-        look(telemetry.port)
+        get_page(telemetry.port)  # a person, or `dist-sae status`
+        get_page(telemetry.port)
     assert time.monotonic() - since < 300
 
 
@@ -132,7 +132,7 @@ def test_a_process_that_was_scraped_once_stays_for_the_second_time() -> None:
         def finish() -> None:
             while not pages:
                 try:
-                    if of_rank(look(telemetry.port), "dist_sae_run_finished") == {"0": 1.0}:
+                    if of_rank(get_page(telemetry.port), "dist_sae_run_finished") == {"0": 1.0}:
                         pages.append(scrape(telemetry.port))
                 except (ConnectionError, urllib.error.URLError) as exc:
                     if isinstance(getattr(exc, "reason", exc), ConnectionRefusedError):

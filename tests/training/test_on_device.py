@@ -41,8 +41,8 @@ from tests.dictionaries.recipes import (
     some_dead,
     widths,
 )
+from tests.fake_device import DEVICE, fake_device
 from tests.index.indexed import RECIPES, add_checkpoint, produced
-from tests.pretend import DEVICE, pretend_device
 from tests.runs import write_run
 
 BATCH = 96
@@ -165,7 +165,7 @@ def lived(folder: Path, kind: str, device: torch.device) -> tuple[list[Any], dic
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_life_on_the_device_is_that_on_a_cpu(tmp_path: Path, kind: str) -> None:
     """With no tensor on the other device. The numbers are the CPU's, so they are the same."""
-    with pretend_device():
+    with fake_device():
         numbers, tensors = lived(tmp_path, kind, DEVICE)
     expected, there = lived(tmp_path, kind, CPU)
     assert numbers == expected
@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_selected_with_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device_select, "largest", lambda *_: None)
-    with pretend_device():
+    with fake_device():
         _, tensors = lived(tmp_path, "batchtopk", DEVICE)
     for name, tensor in lived(tmp_path, "batchtopk", CPU)[1].items():
         assert torch.equal(tensors[name], tensor), name
@@ -185,7 +185,7 @@ def test_what_does_not_fit_is_selected_with_waits(
 
 def waits_of_a_step(folder: Path, kind: str, dead: Tensor) -> Counter[str]:
     """The waits of a step that keeps few entries, as trained dictionaries do."""
-    with pretend_device() as waits:
+    with fake_device() as waits:
         life = Life(folder, kind, DEVICE)
         life.begin()
         if isinstance(life.sae, Penalised):
@@ -234,7 +234,7 @@ def test_dense_and_first_steps_wait_a_little_more_often(
 ) -> None:
     """And keep the entries that a CPU keeps; so do steps in which a block has no room for all."""
     monkeypatch.setattr(device_select, "MIN_ROOM", 0)
-    with pretend_device() as waits:
+    with fake_device() as waits:
         found, n_entries, tensors = sparser_steps(tmp_path, kind, DEVICE, waits)
     steady = BUDGET[kind][0]
     assert found == [2, steady + 1, steady, steady]
@@ -247,7 +247,7 @@ def test_dense_and_first_steps_wait_a_little_more_often(
 
 
 def test_tensors_on_two_devices_fail_and_waits_are_counted() -> None:
-    with pretend_device() as waits:
+    with fake_device() as waits:
         there, here = torch.ones(3, device=DEVICE), torch.ones(3)
         with pytest.raises(RuntimeError, match="add: tensors on two devices"):
             there + here
@@ -277,7 +277,7 @@ def test_evaluation_and_index_are_those_on_a_cpu(tmp_path: Path, kind: str) -> N
     Path(run.store.runs, run.name, "evaluation.json").unlink()
     stopping, telemetry = threading.Event(), Telemetry(run.name, "index", None)
     opened = open_index(run, "w", stopping, telemetry, None)
-    with pretend_device() as waits:
+    with fake_device() as waits:
         found = evaluate(run, mesh=Mesh(0, 1, DEVICE, WHOLE))
         assert waits  # it was there
         with open_encoder(opened, WHOLE, DEVICE, stopping) as encoder:

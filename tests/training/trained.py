@@ -30,7 +30,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
     return read_history(open_store(str(folder / "runs")), "world")
 
 
-def check_trained_alike(one: Path, other: Path) -> None:
+def check_equal_up_to_rounding(one: Path, other: Path) -> None:
     """Check that two runs differ only by rounding, because their fp32 sums have another order."""
     assert final(one).step == final(other).step == STEPS
     for here, there in zip(history(one), history(other), strict=True):

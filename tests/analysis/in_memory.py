@@ -28,7 +28,7 @@ class Vocabulary:
         return [self.texts[token] for token in tokens]
 
 
-class PretendedIndex:
+class InMemoryIndex:
     """An index in memory.
 
     Args:

@@ -1,6 +1,6 @@
 """A simulated device that shows where code would fail on a GPU, or make the host wait for it.
 
-The device's tensors have their data on the CPU, but report `DEVICE`. Inside `pretend_device`, an
+The device's tensors have their data on the CPU, but report `DEVICE`. Inside `fake_device`, an
 operator on tensors of both devices raises as with CUDA. Each wait of the host for the device is
 counted, with the line that causes it. The simulation says nothing about speed.
 """
@@ -82,11 +82,11 @@ class OnDevice(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        raise AssertionError(f"{func}: outside of pretend_device()")
+        raise AssertionError(f"{func}: outside of fake_device()")
 
 
 @contextmanager
-def pretend_device() -> Iterator[Counter[str]]:
+def fake_device() -> Iterator[Counter[str]]:
     """Simulate `DEVICE` inside the `with` block.
 
     Yields:

@@ -37,7 +37,7 @@ def indexed_run(folder: Path, d_in: int = D_IN, index: Mapping[str, Any] | None 
     return run
 
 
-def beside(run: Run, name: str, seed: int = 2) -> Run:
+def sibling_run(run: Run, name: str, seed: int = 2) -> Run:
     """Make another run with an index over the same rows."""
     other = run.model_copy(update={"name": name})
     save_dictionary(other, initialised(other, D_IN, seed), 7)
