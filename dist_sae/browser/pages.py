@@ -12,7 +12,7 @@ from dist_sae.browser.lists import PAGE_LATENTS, LatentLists, ListQuery, page_nu
 from dist_sae.browser.text_latents import TOP, TextLatents
 from dist_sae.comparison.nearest import OtherRun
 from dist_sae.errors import ArgumentError, DistSaeError
-from dist_sae.index.search import Matches, has_pattern, is_token
+from dist_sae.index.search import Matches, regex_test, token_test
 from dist_sae.notebook.run import OpenedRun
 from dist_sae.report.latents import LatentView
 from dist_sae.report.page import render_template
@@ -292,8 +292,8 @@ class Pages:
         tokens = self._lists.tokens
         with self._model_lock:
             texts = self._explorer.texts
-            by_token = is_token(texts.tokenizer, asked) if kind == "token" else None
-        return tokens.search(by_token or has_pattern(self._name, asked))
+            by_token = token_test(texts.tokenizer, asked) if kind == "token" else None
+        return tokens.search(by_token or regex_test(self._name, asked))
 
     def _is_token(self, text: str) -> bool:
         with self._model_lock:

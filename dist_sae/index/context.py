@@ -66,7 +66,7 @@ def open_index(
     checkpoint = find_checkpoint(runs, run, step)
     if checkpoint is None:
         raise no_checkpoint_error(runs, run)
-    own = trained_run(checkpoint, run)
+    trained = trained_run(checkpoint, run)
     plan = load_plan(store, run)
     if checkpoint.scalars["plan"] != plan.hash:
         raise PlanMismatchError(
@@ -75,16 +75,16 @@ def open_index(
         )
     name = index_name(run, checkpoint.step)
     folder = IndexFolder(run.name, name)
-    manifest = _manifest(run, own, plan, store, checkpoint, name, worker)
-    normalisers, there = normalisers_of(own, checkpoint), _begun(runs, folder)
-    if there is None:
+    manifest = _manifest(run, trained, plan, store, checkpoint, name, worker)
+    normalisers, existing = normalisers_of(trained, checkpoint), _read_existing(runs, folder)
+    if existing is None:
         head = head_digest(run.model, manifest, normalisers)
         manifest = manifest.model_copy(update={"head": head})
         if not runs.put(folder.manifest, seal(manifest), if_absent=True):
-            there = _begun(runs, folder)
-    if there is not None:
-        _check_same(there, manifest, f"{runs.url}/{folder.prefix}")
-        manifest = there
+            existing = _read_existing(runs, folder)
+    if existing is not None:
+        _check_same(existing, manifest, f"{runs.url}/{folder.prefix}")
+        manifest = existing
         if len(set(folder.buckets.numbers(runs))) < manifest.n_buckets:
             # fails now if this worker has another head, not after all units are encoded
             open_outputs(run.model, manifest, normalisers)
@@ -93,10 +93,10 @@ def open_index(
             "units %s were deleted (store.retention) and are not in the index",
             _ranges(manifest.deleted),
         )
-    return IndexContext(runs, folder, manifest, own, checkpoint, store, plan, run.model)
+    return IndexContext(runs, folder, manifest, trained, checkpoint, store, plan, run.model)
 
 
-def _begun(runs: ObjectStore, folder: IndexFolder) -> IndexManifest | None:
+def _read_existing(runs: ObjectStore, folder: IndexFolder) -> IndexManifest | None:
     """Read the manifest of an index. Return None if no worker has begun the index."""
     try:
         return read_manifest(runs, folder)
@@ -106,7 +106,7 @@ def _begun(runs: ObjectStore, folder: IndexFolder) -> IndexManifest | None:
 
 def _manifest(
     run: Run,
-    own: Run,
+    trained: Run,
     plan: Plan,
     store: ObjectStore,
     checkpoint: Checkpoint,
@@ -133,32 +133,32 @@ def _manifest(
         step=checkpoint.step,
         checkpoint=checkpoint.digest,
         plan=plan.hash,
-        site=own.site,
-        scale=normalisers_of(own, checkpoint).by_site[own.site].scale,
-        writes=own.writes if len(own.writes) > 1 else (),
-        compared=own.sae.has_latent_rows,
-        n_latents=own.sae.n_latents,
-        bucket_latents=bucket_latents(own.sae.n_latents),
+        site=trained.site,
+        scale=normalisers_of(trained, checkpoint).by_site[trained.site].scale,
+        writes=trained.writes if len(trained.writes) > 1 else (),
+        compared=trained.sae.has_latent_rows,
+        n_latents=trained.sae.n_latents,
+        bucket_latents=bucket_latents(trained.sae.n_latents),
         units=tuple(sorted(units)),
         deleted=tuple(plan.train_units[: kept.start]),
         planned_rows=rows,
         settings=run.index.deciding(),
-        seed=own.train.seed,
+        seed=trained.train.seed,
     )
 
 
-def _check_same(there: IndexManifest, here: IndexManifest, place: str) -> None:
-    if there.checkpoint != here.checkpoint:
+def _check_same(existing: IndexManifest, wanted: IndexManifest, place: str) -> None:
+    if existing.checkpoint != wanted.checkpoint:
         raise ConfigError(
-            f"{place}: belongs to step {there.step}, not {here.step}; set a different index.name, "
-            f"or use --step {there.step}"
+            f"{place}: belongs to step {existing.step}, not {wanted.step}; set a different "
+            f"index.name, or use --step {existing.step}"
         )
-    changed = [key for key in here.settings if there.settings.get(key) != here.settings[key]]
+    changed = [key for key in wanted.settings if existing.settings.get(key) != wanted.settings[key]]
     if changed:
         key = changed[0]
         raise ConfigError(
-            f"{place}: was created with index.{key} = {there.settings.get(key)}, not "
-            f"{here.settings[key]}; change it back, or set a different index.name"
+            f"{place}: was created with index.{key} = {existing.settings.get(key)}, not "
+            f"{wanted.settings[key]}; change it back, or set a different index.name"
         )
 
 

@@ -54,7 +54,7 @@ _Block = dict[str, Future[SiteRows]]
 """A block of rows that is being read, one future per site."""
 
 
-class _Begun(NamedTuple):
+class _OpenedUnit(NamedTuple):
     """A unit whose first blocks are being read."""
 
     shards: dict[str, SiteShard]
@@ -77,11 +77,11 @@ class Encoder:
         self._closed = threading.Event()
         self._activations = activations.until(self._closed)
         self._normalisers = normalisers
-        self._height = math.lcm(select.ROW_ALIGNMENT, sae.axis.shards)
+        self._row_multiple = math.lcm(select.ROW_ALIGNMENT, sae.axis.shards)
         readers = min(len(normalisers.by_site), _MOST_READERS)
-        # one more thread than readers, since `_begin` may wait in one until a unit is produced
+        # one more thread than readers, since `_open_unit` may wait in one until a unit is produced
         self._pool = ThreadPoolExecutor(1 + readers, "blocks")
-        self._begun: dict[int, Future[_Begun]] = {}
+        self._opened_units: dict[int, Future[_OpenedUnit]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -109,8 +109,8 @@ class Encoder:
             ObjectNotFoundError: The unit does not exist.
             CorruptObjectError: A block is damaged, or was deleted.
         """
-        begun = self._begun.pop(unit, None)
-        shards, blocks = begun.result() if begun else self._begin(unit)
+        opened = self._opened_units.pop(unit, None)
+        shards, blocks = opened.result() if opened else self._open_unit(unit)
         device = self.sae.b_dec.device
         none = torch.empty(0, dtype=torch.int32)  # a unit may have no rows
         origins = [(none, none, none.long())]
@@ -155,10 +155,10 @@ class Encoder:
         sae, axis = self.sae, self.sae.axis
         scaled = self._normalisers.rows(acts, sae.b_dec.device)
         n = len(scaled.inputs)
-        height = n + -n % self._height
-        each = height // axis.shards
+        padded = n + -n % self._row_multiple
+        each = padded // axis.shards
         own = slice(axis.shard * each, (axis.shard + 1) * each)
-        x = functional.pad(scaled.inputs, (0, 0, 0, height - n))[own]
+        x = functional.pad(scaled.inputs, (0, 0, 0, padded - n))[own]
         codes = sae.encode(x)
         n_own = max(0, min(n - own.start, each))  # later rows are padding
         error = sae.decode(codes, x)[:n_own].sub_(scaled.targets[own])
@@ -181,11 +181,11 @@ class Encoder:
             total += squares - 2 * scale * along + rows * float(mean.square().sum())
         return total
 
-    def _begin(self, unit: int) -> _Begun:
+    def _open_unit(self, unit: int) -> _OpenedUnit:
         """Find a unit's shards, and start to read their first blocks."""
         shards = self._activations.shards(self._activations.manifest(unit))
         numbers = range(_n_blocks(shards))[:_BLOCKS_AHEAD]
-        return _Begun(shards, deque(self._submit(shards, number) for number in numbers))
+        return _OpenedUnit(shards, deque(self._submit(shards, number) for number in numbers))
 
     def _submit(self, shards: Mapping[str, SiteShard], number: int) -> _Block:
         pool, store = self._pool, self._activations.store
@@ -204,7 +204,7 @@ class Encoder:
                 ahead.append(self._submit(shards, number + _BLOCKS_AHEAD))
             block = {site: rows.result() for site, rows in ahead.popleft().items()}
             if number == n_blocks - 1 and (unit := claim_next()) is not None:
-                self._begun = {unit: self._pool.submit(self._begin, unit)}
+                self._opened_units = {unit: self._pool.submit(self._open_unit, unit)}
             yield block
 
 

@@ -228,7 +228,7 @@ def index_name(run: Run, step: int) -> str:
     return run.index.name or f"step-{step:08d}"
 
 
-def names(runs: ObjectStore, run: str) -> list[str]:
+def list_indexes(runs: ObjectStore, run: str) -> list[str]:
     """List the indexes of a run, sorted by name. Default names sort by step."""
     there = runs.folders(f"{run}/index/")
     return [name for name in there if runs.size(IndexFolder(run, name).manifest) is not None]

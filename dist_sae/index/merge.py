@@ -97,7 +97,7 @@ class BucketCodes:
                     else:
                         self._chunks.append((unit, first, codes))
             if is_large:
-                self._chunks = list(_mapped(spool, start, chunks))
+                self._chunks = list(_memory_mapped(spool, start, chunks))
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Yield ranges of the bucket's latents: one latent, or at most `MOST_ENTRIES` entries."""
@@ -162,7 +162,7 @@ def _parts(codes: Codes) -> Iterator[Codes]:
         yield Codes(np.array([len(acts)], np.int32), codes.places[here], acts)
 
 
-def _mapped(
+def _memory_mapped(
     spool: IO[bytes], first: int, chunks: Sequence[tuple[int, Sequence[CodesChunk]]]
 ) -> Iterator[tuple[int, int, Codes]]:
     """Yield codes that were spooled to a file, as views of its memory map.

@@ -18,14 +18,14 @@ class IndexProgress(NamedTuple):
     """Number of encoded units."""
     buckets: int
     """Number of merged buckets."""
-    tidy: bool
+    codes_deleted: bool
     """Whether the codes are deleted, which is the last step of an index."""
 
     def is_complete(self, run: Run, step: int) -> bool:
         """Return whether the index is complete, of this step, and has the run file's settings."""
         there = self.manifest
         asked = there.step == step and there.settings == run.index.deciding()
-        return asked and self.tidy and self.buckets == there.n_buckets
+        return asked and self.codes_deleted and self.buckets == there.n_buckets
 
 
 def index_progress(runs: ObjectStore, run: Run, step: int) -> IndexProgress | None:

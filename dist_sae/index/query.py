@@ -27,7 +27,7 @@ from dist_sae.index.layout import (
     IndexManifest,
     Stored,
     UnitRecord,
-    names,
+    list_indexes,
     read_manifest,
     read_table,
 )
@@ -357,7 +357,7 @@ def index_of(runs: ObjectStore, run: str, checkpoint: Checkpoint) -> Index:
 def _find(
     runs: ObjectStore, run: str, name: str | None, step: int | None
 ) -> tuple[IndexFolder, IndexManifest]:
-    there = names(runs, run)
+    there = list_indexes(runs, run)
     place = f"{runs.url}/{run}"
     if not there:
         raise NoIndexError(f"{place}: has no latent index yet; run `dist-sae index`")

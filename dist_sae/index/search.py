@@ -14,7 +14,7 @@ from dist_sae.models import Tokenizer
 
 LEAST_EXAMPLES = 8
 """Fewest largest activations with which a latent can be found."""
-IsWanted = Callable[[int], bool]
+TokenTest = Callable[[int], bool]
 """Function that returns whether a token matches the search."""
 
 
@@ -80,13 +80,13 @@ class TopTokens:
         found: list[int] = self._tokens[start : min(stop, start + n)].tolist()
         return found
 
-    def search(self, is_wanted: IsWanted) -> Matches:
+    def search(self, is_match: TokenTest) -> Matches:
         """Find latents with a hit and at least `LEAST_EXAMPLES` largest activations.
 
         The result is sorted by share of hits, then number of hits (both descending), then latent.
         """
         wanted = np.zeros(self.tokens.max(initial=0) + 1, np.bool_)
-        wanted[self.tokens] = [is_wanted(token) for token in self.tokens.tolist()]
+        wanted[self.tokens] = [is_match(token) for token in self.tokens.tolist()]
         hit = wanted[self._tokens]
         examples = self._examples
         hits = np.bincount(self._latents[hit], self._counts[hit], len(examples)).astype(np.int64)
@@ -98,13 +98,13 @@ class TopTokens:
         return Matches(order, hits[order], examples[order])
 
 
-def search(index: Index, is_wanted: IsWanted) -> list[Match]:
+def search(index: Index, is_match: TokenTest) -> list[Match]:
     """Find latents by the tokens of their largest activations. See `TopTokens.search`."""
-    found = TopTokens(index).search(is_wanted)
+    found = TopTokens(index).search(is_match)
     return list(map(Match, *(column.tolist() for column in found)))
 
 
-def is_token(tokenizer: Tokenizer, text: str) -> IsWanted:
+def token_test(tokenizer: Tokenizer, text: str) -> TokenTest:
     """Return a test for one token.
 
     Raises:
@@ -119,7 +119,7 @@ def is_token(tokenizer: Tokenizer, text: str) -> IsWanted:
     return lambda token: bool(token == ids[0])
 
 
-def has_pattern(text_of: Callable[[int], str], pattern: str) -> IsWanted:
+def regex_test(text_of: Callable[[int], str], pattern: str) -> TokenTest:
     """Return a test for tokens whose text contains a match of a regular expression.
 
     Args:

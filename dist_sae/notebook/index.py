@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from dist_sae.errors import ArgumentError
 from dist_sae.index.query import Index
-from dist_sae.index.search import Match, has_pattern, is_token, search
+from dist_sae.index.search import Match, regex_test, search, token_test
 from dist_sae.models import Tokenizer
 from dist_sae.notebook.texts import TokenLatents
 from dist_sae.storage import ObjectStore
@@ -58,9 +58,9 @@ class OpenedIndex(Index):
             raise ArgumentError("search: give either a token or a regex")
         tokenizer = self._tokenizer()
         if token is not None:
-            return search(self, is_token(tokenizer, token))[:top]
+            return search(self, token_test(tokenizer, token))[:top]
         assert regex is not None
-        return search(self, has_pattern(lambda each: tokenizer.text([each])[0], regex))[:top]
+        return search(self, regex_test(lambda each: tokenizer.text([each])[0], regex))[:top]
 
     def active_on(self, text: str, top: int = 5) -> list[TokenLatents]:
         """Find the strongest latents on each token of a text, with the index's checkpoint.

@@ -11,7 +11,7 @@ from dist_sae.config import Run
 from dist_sae.data.plan import load_plan
 from dist_sae.errors import CorpusError, ModelError, PlanMismatchError
 from dist_sae.index.query import Index, LatentPage
-from dist_sae.index.search import LEAST_EXAMPLES, IsWanted, has_pattern, is_token, search
+from dist_sae.index.search import LEAST_EXAMPLES, TokenTest, regex_test, search, token_test
 from dist_sae.index.summary import left_out
 from dist_sae.index.texts import Example, Texts
 from dist_sae.report.latents import LatentView, token_text, view_latents
@@ -136,8 +136,8 @@ class Explorer:
             ArgumentError: The text is not a single token of the model.
             ModelError: The tokenizer cannot be loaded.
         """
-        wanted = is_token(self.texts.tokenizer, text)
-        return self._matching(wanted, f'"{text}"')
+        is_match = token_test(self.texts.tokenizer, text)
+        return self._matching(is_match, f'"{text}"')
 
     def with_regex(self, pattern: str) -> Answer:
         """Find latents whose largest activations are on tokens that match a regular expression.
@@ -147,15 +147,15 @@ class Explorer:
             ModelError: The tokenizer cannot be loaded.
         """
         texts = self.texts
-        wanted = has_pattern(lambda token: token_text(token, texts), pattern)
-        return self._matching(wanted, f"/{pattern}/")
+        is_match = regex_test(lambda token: token_text(token, texts), pattern)
+        return self._matching(is_match, f"/{pattern}/")
 
-    def _matching(self, is_wanted: IsWanted, what: str) -> Answer:
-        found = search(self.index, is_wanted)
+    def _matching(self, is_match: TokenTest, what: str) -> Answer:
+        found = search(self.index, is_match)
         best = found[: 4 * _SHOWN]
         lines = [
             f"{len(found):,} latents have {what} among the tokens of their largest activations "
-            f"(of those with at least {LEAST_EXAMPLES})"
+            f"(only latents with at least {LEAST_EXAMPLES} of them)"
         ]
         content = []
         for match, page in zip(best, self._pages([match.latent for match in best]), strict=True):

@@ -33,7 +33,7 @@ def test_an_index_is_complete_with_all_buckets_for_the_settings_and_the_checkpoi
     store, folder = open_store(run.store.runs), IndexFolder(run.name, index_name(run, 3))
     there = index_progress(store, run, 3)
     assert there is not None
-    assert (there.units, there.buckets, there.tidy) == (made["units"], 1, True)
+    assert (there.units, there.buckets, there.codes_deleted) == (made["units"], 1, True)
     store.put(f"{folder.codes}x.bin", b"")  # a worker died before it had deleted all
     assert not is_indexed(run)
     store.delete(f"{folder.codes}x.bin")
