@@ -151,13 +151,13 @@ def _rates(
     store = options.store and options.store * 1e9
     rates = Rates(read_bytes_per_second=store, write_bytes_per_second=store)
     for name, found in read_bench(options.bench):
-        rates = rates.over(rates_from_bench(groups, found, name))
+        rates = rates.filled_from(rates_from_bench(groups, found, name))
     if options.measure:
         from dist_sae.bench.trial import trial
 
-        rates = rates.over(trial(run, groups, options.measure))
+        rates = rates.filled_from(trial(run, groups, options.measure))
     if options.accelerator:
-        rates = rates.over(
+        rates = rates.filled_from(
             rates_from_data_sheet(groups, options.accelerator, options.network * 1e9)
         )
     return rates

@@ -60,7 +60,9 @@ def render_objects(run: Run) -> list[Object]:
     """
     if problems := list(_problems(run)):
         raise ConfigError("\n".join(problems))
-    configuration = _object(run, "v1", "ConfigMap") | {"data": {RUN_KEY: dump_run(in_pods(run))}}
+    configuration = _object(run, "v1", "ConfigMap") | {
+        "data": {RUN_KEY: dump_run(with_metrics_port(run))}
+    }
     policy = _network_policy(run)
     own_jobs = [_plain_job(run, part) for part in parts(run) if has_own_job(run, part)]
     if run.cluster.jobset:
@@ -214,7 +216,7 @@ def _kueue_annotations(run: Run) -> Object:
     return {"annotations": {_ELASTIC: "true"}} if producer.elastic else {}
 
 
-def in_pods(run: Run) -> Run:
+def with_metrics_port(run: Run) -> Run:
     """Return the run as pods read it: with a metrics port for Prometheus and the probes."""
     telemetry = run.telemetry.model_copy(update={"port": run.telemetry.port or run.cluster.port})
     return run.model_copy(update={"telemetry": telemetry})

@@ -57,7 +57,7 @@ def _merge_items(original: list[Any], patch: list[Any], key: str, path: str) -> 
     merged = {item[key]: item for item in original}
     for item in patch:
         if not isinstance(item, dict) or key not in item:
-            raise ConfigError(f"{path}: every item needs a {key}, by which it is merged")
+            raise ConfigError(f"{path}: every item needs a {key}, because items are merged by it")
         if item.get(_DIRECTIVE) == "delete":
             merged.pop(item[key], None)
         else:

@@ -35,7 +35,7 @@ SCRATCH = "/scratch"
 CACHE = "/cache"
 METRICS = "metrics"
 """Name of the port that Prometheus scrapes."""
-_COMPUTING = ("produce", "train", "index", "evaluate")
+_GPU_PROGRAMS = ("produce", "train", "index", "evaluate")
 """Programs that use their pods' GPUs. In a plain Job, they wait for the preceding part."""
 USER_ID = 10001
 """Id of the user that the image creates."""
@@ -132,7 +132,7 @@ def _containers(run: Run, part: Part) -> list[Object]:
             program = {"producer": "produce", "trainer": "train"}.get(part, part)
             named = [] if part == "trainer" else ["--worker", f"$({POD})"]
             arguments = [program, RUN_FILE, "--local-ranks", str(n_ranks(run, part)), *named]
-            return [_serving(run, _container(run, part, "main", arguments))]
+            return [_with_probes(run, _container(run, part, "main", arguments))]
         case "reporter":
             export = [] if all(map(sae_lens.problem, jobs_of(run))) else ["export"]
             programs = ["evaluate", *export, "report"]
@@ -146,9 +146,9 @@ def _containers(run: Run, part: Part) -> list[Object]:
 
 def _container(run: Run, part: Part, name: str, arguments: list[str]) -> Object:
     pods, cluster = pods_of(run, part), run.cluster
-    if pods.gpus and arguments[0] in _COMPUTING:
+    if pods.gpus and arguments[0] in _GPU_PROGRAMS:
         arguments = [*arguments, "--set", "processes.device=cuda"]
-    waits = has_own_job(run, part) and arguments[0] in _COMPUTING
+    waits = has_own_job(run, part) and arguments[0] in _GPU_PROGRAMS
     devices = {pods.gpu_resource: pods.gpus}
     if isinstance(pods, TrainerPods):
         devices[pods.rdma_resource] = pods.rdma
@@ -182,7 +182,7 @@ def _container(run: Run, part: Part, name: str, arguments: list[str]) -> Object:
     return without_empty(container)
 
 
-def _serving(run: Run, container: Object) -> Object:
+def _with_probes(run: Run, container: Object) -> Object:
     """Add the metrics port and the probes `/livez` and `/readyz` to a container."""
     port = run.telemetry.port or run.cluster.port
 

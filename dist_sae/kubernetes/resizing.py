@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 from dist_sae.config import Run, differences
 from dist_sae.errors import StoreError
-from dist_sae.kubernetes.jobs import MIN_PARALLELISM, in_pods, job_name
+from dist_sae.kubernetes.jobs import MIN_PARALLELISM, job_name, with_metrics_port
 from dist_sae.kubernetes.names import object_name
 from dist_sae.kubernetes.pods import Object, has_own_job
 from dist_sae.kubernetes.stored import StoredRun
@@ -33,7 +33,7 @@ def concerns_producers_only(run: Run, old: Run | None, objects: Collection[str])
     if old is None or not (has_own_job(run, "producer") and has_own_job(old, "producer")):
         return False
     of_producers = {producers_object(run), f"ConfigMap {object_name(run)}"}
-    before, after = (each.model_dump(mode="json") for each in (old, in_pods(run)))
+    before, after = (each.model_dump(mode="json") for each in (old, with_metrics_port(run)))
     return of_producers.issuperset(objects) and all(
         setting.startswith(("processes.producers:", "cluster.producer."))
         for setting in differences(before, after)

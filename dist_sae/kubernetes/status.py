@@ -72,9 +72,7 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
         status["store"] = stored.progress()
         if changed := stored.changes(stored.begun()):
             differing = "; ".join(changed)
-            warnings.append(
-                f"the run in the store has other settings than this run file: {differing}"
-            )
+            warnings.append(f"this run file differs from the run in the store: {differing}")
         for name, job in (stored.jobs or {run.name: stored}).items():
             of_jobs[name] = of_jobs.get(name) or _stored_numbers(job)
     except DistSaeError as exc:

@@ -23,11 +23,11 @@ class StoredRun:
     """A run's objects in `store.runs` and `store.activations`."""
 
     def __init__(self, run: Run) -> None:
-        hurry = threading.Event()
-        hurry.set()
+        no_retries = threading.Event()
+        no_retries.set()
         self._run = run
         self._runs, self._activations = (
-            open_store(url, run.store.s3, None, hurry)
+            open_store(url, run.store.s3, None, no_retries)
             for url in (run.store.runs, run.store.activations)
         )
         self._checkpoints = Checkpoints(self._runs, run.name, run.train.keep_checkpoints)

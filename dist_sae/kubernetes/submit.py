@@ -37,7 +37,7 @@ from dist_sae.kubernetes.cluster_objects import (
     remove_part,
     wait_until_gone,
 )
-from dist_sae.kubernetes.jobs import RUN_KEY, in_pods, parts, render_objects
+from dist_sae.kubernetes.jobs import RUN_KEY, parts, render_objects, with_metrics_port
 from dist_sae.kubernetes.names import TRIAL, selector
 from dist_sae.kubernetes.pods import ATTEMPT_KEY, Object, has_own_job, pod_template
 from dist_sae.kubernetes.render import to_yaml
@@ -322,7 +322,7 @@ def _settings(old: Run | None, new: Run) -> list[str]:
     If none differs, another version of dist_sae rendered the objects, and the list says so.
     """
     before = old.model_dump(mode="json") if old else {}
-    changed = differences(before, in_pods(new).model_dump(mode="json"))
+    changed = differences(before, with_metrics_port(new).model_dump(mode="json"))
     return changed or ["rendered by another version of dist_sae"]
 
 

@@ -74,7 +74,7 @@ def _index(index: Mapping[str, int], pace: float | None) -> str:
         f"{index['encoded_units']} of {index['units']} units encoded, "
         f"{index['merged_buckets']} of {index['buckets']} buckets merged"
     )
-    return text if pace is None else f"{text}, {pace:,.0f} rows/s in the first worker"
+    return text if pace is None else f"{text}, {pace:,.0f} rows/s on the first worker"
 
 
 def _saved(store: Mapping[str, Any]) -> str:

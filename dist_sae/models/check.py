@@ -15,12 +15,12 @@ from dist_sae.models.sites import blocks, width
 
 logger = logging.getLogger(__name__)
 
-_MOST_COMPARED = 10**9
+_MAX_COMPARED = 10**9
 """Most parameters of a model that is run whole: 4 GB in fp32, which fits a planner's pod."""
 _LENGTHS = (16, 9, 5)
-_MOST_WORK = 2 * 10**10  # limit on parameters times tokens of the longest context; takes seconds
+_MAX_WORK = 2 * 10**10  # limit on parameters times tokens of the longest context; takes seconds
 _ROUNDING = 1e-3  # relative error; correct models stayed below 1e-5, wrong ones above 1e-2
-_LEAST_NORM = 0.01  # relative to the median row's norm
+_MIN_NORM = 0.01  # relative to the median row's norm
 
 
 def check(config: HuggingFaceModel, activations: ActivationsConfig) -> dict[str, int]:
@@ -38,14 +38,14 @@ def check(config: HuggingFaceModel, activations: ActivationsConfig) -> dict[str,
     _check_positions(config, description, activations.context_tokens)
     ordinary = _check_vocabulary(config, description)
     parameters = sum(p.numel() for p in description.skeleton.parameters())
-    if parameters > _MOST_COMPARED:
+    if parameters > _MAX_COMPARED:
         logger.info(
             "%s has %.1f billion parameters: its sites are checked, but it is not run here",
             config.path,
             parameters / 1e9,
         )
         return widths
-    longest = min(activations.context_tokens, max(_LENGTHS[0], _MOST_WORK // parameters))
+    longest = min(activations.context_tokens, max(_LENGTHS[0], _MAX_WORK // parameters))
     _compare_with_whole(config, activations.sites, ordinary, longest)
     return widths
 
@@ -117,8 +117,9 @@ def _check_vocabulary(config: HuggingFaceModel, description: Description) -> Ten
     largest = max(ids[-1], -1 if tokenizer.bos is None else tokenizer.bos)
     if largest >= description.vocabulary:
         raise ModelError(
-            f"model.path {config.path}: the tokenizer gives tokens up to {largest}, but the model "
-            f"has embeddings for 0 to {description.vocabulary - 1}; use the model's own tokenizer"
+            f"model.path {config.path}: the tokenizer produces tokens up to {largest}, but the "
+            f"model has embeddings for 0 to {description.vocabulary - 1}; use the model's own "
+            f"tokenizer"
         )
     return torch.tensor(ids, dtype=torch.int32)
 
@@ -129,13 +130,13 @@ def _compare_with_whole(
     config = config.model_copy(update={"dtype": "fp32", "tensor_parallel": 1})
     lengths = [min(n, longest) for n in _LENGTHS]
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    tokens = _made_up(mask.shape, ordinary) * mask
+    tokens = _random_tokens(mask.shape, ordinary) * mask
     whole = HuggingFaceSource(config, sites, whole=True)
     alone = [whole.run(tokens[i : i + 1, :n], mask[i : i + 1, :n]) for i, n in enumerate(lengths)]
     del whole
     source = HuggingFaceSource(config, sites)
     once = source.run(tokens, mask)
-    source.run(_made_up((1, longest), ordinary), torch.ones(1, longest, dtype=torch.bool))
+    source.run(_random_tokens((1, longest), ordinary), torch.ones(1, longest, dtype=torch.bool))
     again = source.run(tokens, mask)
     for rows, when in ((once, "in a batch with padding"), (again, "after another batch")):
         for site, (i, n) in product(sites, enumerate(lengths)):
@@ -148,7 +149,7 @@ def _compare_with_whole(
                 )
 
 
-def _made_up(shape: tuple[int, ...], ordinary: Tensor) -> Tensor:
+def _random_tokens(shape: tuple[int, ...], ordinary: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return ordinary[torch.randint(len(ordinary), shape, generator=generator)]
 
@@ -161,5 +162,5 @@ def relative_error(acts: Tensor, wanted: Tensor) -> float:
     because their terms cancel. Their errors are relative to a share of the median norm.
     """
     norms = wanted.norm(dim=1)
-    norms = norms.maximum(_LEAST_NORM * norms.median()).clamp_min(1e-30)
+    norms = norms.maximum(_MIN_NORM * norms.median()).clamp_min(1e-30)
     return float(((acts.float() - wanted).norm(dim=1) / norms).max())

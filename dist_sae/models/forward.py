@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 Work = Callable[[Tensor, Tensor], dict[str, Tensor]]
 """Maps (tokens, mask) to activations at every site."""
 
-_MOST_UNDER_WAY = 2  # batches whose copies may be unfinished; bounds their memory
+_MAX_PENDING = 2  # batches whose copies may be unfinished; bounds their memory
 
 
 @runtime_checkable
@@ -61,7 +61,7 @@ class Forward:
         self._dtype = dtype
         self._parts = 1
         """Number of parts of a batch; doubled, permanently, when memory runs out."""
-        self._under_way: deque[RowTransfer] = deque()
+        self._pending: deque[RowTransfer] = deque()
         self._stream: torch.cuda.Stream | None = None
         self._device = torch.device("cpu")  # device of the previous batch's activations
 
@@ -99,8 +99,8 @@ class Forward:
             )
 
     def _run(self, tokens: Tensor, mask: Tensor, keep: Tensor) -> RowTransfer:
-        while len(self._under_way) >= _MOST_UNDER_WAY:
-            self._under_way.popleft().wait()
+        while len(self._pending) >= _MAX_PENDING:
+            self._pending.popleft().wait()
         index = keep.flatten().nonzero()[:, 0]
         index = moved(index, self._device)  # before the model's kernels, else it waits for them
         acts = self._source.run(tokens, mask)
@@ -111,7 +111,7 @@ class Forward:
             for site, of_site in acts.items()
         }
         transfer = self.send(rows)
-        self._under_way.append(transfer)
+        self._pending.append(transfer)
         return transfer
 
     def send(self, rows: dict[str, Tensor]) -> RowTransfer:

@@ -164,8 +164,8 @@ def check_tokens(tokens: Int[Tensor, "batch seq"], vocabulary: int, name: str) -
     """Raise `ModelError` for a token without an embedding, which would crash a GPU."""
     if int(tokens.max()) >= vocabulary:
         raise ModelError(
-            f"model.path {name}: the tokenizer gives token {int(tokens.max())}, but the model has "
-            f"embeddings for 0 to {vocabulary - 1}; use the model's own tokenizer"
+            f"model.path {name}: the tokenizer produces token {int(tokens.max())}, but the model "
+            f"has embeddings for 0 to {vocabulary - 1}; use the model's own tokenizer"
         )
 
 

@@ -88,7 +88,7 @@ def place(model: nn.Module, site: str) -> Place:
     """
     name, _, _ = site.rpartition(".")
     if name not in _SITES:
-        raise ModelError(f"activations.sites: {site}: a language model has no such site")
+        raise ModelError(f"activations.sites: {site}: language models have no such site")
     layers = blocks(model)
     if layer_of(site) >= len(layers):
         raise ModelError(f"activations.sites: {site}: the model has layers 0 to {len(layers) - 1}")
@@ -124,7 +124,7 @@ def attach(model: nn.Module, site: str, edit: Edit) -> RemovableHandle:
         if not isinstance(acts, Tensor):
             raise ModelError(
                 f"activations.sites: {site}: {type(module).__name__} has a {type(acts).__name__} "
-                f"there instead of activations; use another site"
+                f"at this site instead of activations; use another site"
             )
         if acts.dim() != _MULTI_STREAM_DIMS:
             return edit(acts)

@@ -35,7 +35,7 @@ def read_prices(path: Path) -> Prices:
     try:
         return Prices.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as exc:
-        raise ConfigError(f"--prices: {path}: {exc.strerror}; name a readable file") from exc
+        raise ConfigError(f"--prices: {path}: {exc.strerror}; pass a readable file") from exc
     except yaml.YAMLError as exc:
         raise ConfigError(
             f"--prices: {path}: is not valid YAML; write one `key: number` per line"

@@ -51,7 +51,7 @@ def trainer_memory(
     kind = torch.device("cuda" if gpu else "cpu")
     device["step"] = max(_step(each, kind) for each in jobs)
     device["auxk_while_latents_are_dead"] = max(map(_auxk, jobs))
-    device["new_start_of_dead_latents"] = max(_new_start(each, kind) for each in jobs)
+    device["new_start_of_dead_latents"] = max(_reinitialization(each, kind) for each in jobs)
     saved = [each for each in jobs if each.run.train.save_in_background]
     copies = [checkpoint_bytes(each, each.axis) for each in saved]
     encoded = max(
@@ -63,14 +63,14 @@ def trainer_memory(
         "checkpoint_copies": sum(sorted(copies)[-_COPIES:]) + min(encoded, _ENCODED * PART_BYTES),
         "heap": 0 if gpu else _HEAP_BYTES,
     }
-    return _placed(host, device, gpu=gpu)
+    return _by_place(host, device, gpu=gpu)
 
 
 def producer_memory(sizes: RunSizes, program_bytes: int, *, gpu: bool) -> dict[str, Parts]:
     """Return the bytes of a producer's rank by part, as `trainer_memory`. Attention is left out."""
     host = {"program": program_bytes, "units": _UNITS * max(sizes.units) * sizes.row_bytes()}
     model = sizes.model.stored_bytes // sizes.run.tensor_parallel
-    return _placed(host, {"model": model}, gpu=gpu)
+    return _by_place(host, {"model": model}, gpu=gpu)
 
 
 def index_memory(sizes: RunSizes, program_bytes: int, *, gpu: bool) -> dict[str, Parts]:
@@ -83,7 +83,7 @@ def index_memory(sizes: RunSizes, program_bytes: int, *, gpu: bool) -> dict[str,
         "step": ENCODE_ROWS * width * _FP32 + block,
     }
     codes = int(max(sizes.units) * sizes.active * 2 * 12)
-    return _placed({"program": program_bytes, "codes": codes}, device, gpu=gpu)
+    return _by_place({"program": program_bytes, "codes": codes}, device, gpu=gpu)
 
 
 def checkpoint_bytes(sizes: RunSizes, axis: LatentAxis = WHOLE) -> int:
@@ -97,7 +97,7 @@ def checkpoint_bytes(sizes: RunSizes, axis: LatentAxis = WHOLE) -> int:
     return (tensors * weights + 8 * sizes.run.sae.n_latents // axis.shards) // axis.replicas
 
 
-def _placed(host: Parts, device: Parts, *, gpu: bool) -> dict[str, Parts]:
+def _by_place(host: Parts, device: Parts, *, gpu: bool) -> dict[str, Parts]:
     if gpu:
         return {"device": {"cuda": CUDA_BYTES, **device}, "host": host}
     return {"host": {**device, **host}}
@@ -124,7 +124,7 @@ def _auxk(sizes: RunSizes) -> int:
     return sizes.replica_rows * sae.auxk * _ENTRY_BYTES
 
 
-def _new_start(sizes: RunSizes, device: torch.device) -> int:
+def _reinitialization(sizes: RunSizes, device: torch.device) -> int:
     """Return the bytes with which a penalised recipe encodes a batch to reinitialize dead latents.
 
     They are a block of products and a block of pre-activations. They come on top of a step's

@@ -70,7 +70,7 @@ class Rates(NamedTuple):
     """Time from a producer's start to its first unit."""
     sources: tuple[str, ...] = ()
 
-    def over(self, other: "Rates") -> "Rates":
+    def filled_from(self, other: "Rates") -> "Rates":
         """Return these rates, with unknown ones taken from `other`."""
         known = {key: rate for key, rate in self._asdict().items() if rate is not None}
         return other._replace(**known | {"sources": (*self.sources, *other.sources)})
@@ -167,7 +167,7 @@ def read_bench(paths: Iterable[Path]) -> list[tuple[str, Mapping[str, Any]]]:
         try:
             content = json.loads(path.read_text(encoding="utf-8").strip().splitlines()[-1])
         except OSError as exc:
-            raise ConfigError(f"--bench: {path}: {exc.strerror}; name a readable file") from exc
+            raise ConfigError(f"--bench: {path}: {exc.strerror}; pass a readable file") from exc
         except (ValueError, IndexError):
             content = None
         if not isinstance(content, dict):

@@ -28,7 +28,7 @@ from dist_sae.producing.unit_queue import unit_queue
 _POLL_SECONDS = 2.0  # of a trainer that waits for a unit
 _EXPIRY_HOURS = 72.0
 HOUR = 3600.0
-_OF_FOLDER = 0.01
+_FOLDER_SLOWDOWN = 0.01
 
 
 class Fleet(NamedTuple):
@@ -115,7 +115,7 @@ class Simulation:
             TimedKeys(keys, len(plan.units)) for keys in (CLAIMS, MANIFESTS)
         )
         times = (self._claims, self._made)
-        slowdown = fleet.slowdown * (_OF_FOLDER if fleet.in_folder else 1)
+        slowdown = fleet.slowdown * (_FOLDER_SLOWDOWN if fleet.in_folder else 1)
         self.store = SimulatedStore(self.clock, times, slowdown)
         self.begun: Counter[int] = Counter()
         """Number of times that each unit was started."""
@@ -130,7 +130,7 @@ class Simulation:
         )
         self._counts: Counter[str] = Counter()
         self._waited = self._repeated = self._ended = self._first_step = 0.0
-        processes = [self._begin_to_count(), *map(self._produce, range(fleet.producers))]
+        processes = [self._start_counting(), *map(self._produce, range(fleet.producers))]
         if fleet.rows:
             processes.append(self._train())
         with _quiet():
@@ -160,7 +160,7 @@ class Simulation:
             self.store.requests.total() - counts["manifests"],
         )
 
-    def _begin_to_count(self) -> Process[None]:
+    def _start_counting(self) -> Process[None]:
         yield self._counted_from
         self.store.requests.clear()
         self._counts["manifests"] = 0
@@ -191,7 +191,7 @@ class Simulation:
         runs on the current one.
         """
         rows, clock = self._plan.rows_of_units, self.clock
-        last, unit = None, (yield from self._taken(queue))
+        last, unit = None, (yield from self._claim(queue))
         while unit is not None:
             began = clock.now
             self.begun[unit] += 1
@@ -210,10 +210,10 @@ class Simulation:
             last, unit = unit, following
             if unit is None:
                 yield from self._finish(queue, last)
-                last, unit = None, (yield from self._taken(queue))
+                last, unit = None, (yield from self._claim(queue))
         return True
 
-    def _taken(self, queue: WorkQueue) -> Process[int | None]:
+    def _claim(self, queue: WorkQueue) -> Process[int | None]:
         """Wait for a free unit and return it; None if others have claimed all that are left.
 
         If one of these producers dies, its replacement produces the unit again.

@@ -135,9 +135,9 @@ def find_sizes(
         ModelError: The model cannot be described.
         StoreError: The store cannot be reached.
     """
-    model = _described(run, width, parameters)
+    model = _model_sizes(run, width, parameters)
     if rows is not None:
-        plan, source = _of_rows(run, rows), "--rows"
+        plan, source = _plan_of_rows(run, rows), "--rows"
     else:
         store = open_store(run.store.activations, run.store.s3)
         if store.size(PLAN_KEY) is not None:
@@ -155,7 +155,7 @@ def find_sizes(
     return [RunSizes(job, model, units, heldout, plan.pass_rows, source) for job in jobs]
 
 
-def _of_rows(run: Run, rows: int) -> Plan:
+def _plan_of_rows(run: Run, rows: int) -> Plan:
     """Make a plan with this many rows, from documents of equal length."""
     activations, batch_rows = run.activations, run.train.batch_rows
     heldout = int(rows * activations.heldout_share)
@@ -181,29 +181,31 @@ def _of_rows(run: Run, rows: int) -> Plan:
     return plan_of(units, [layout.unit_rows] * n_heldout, **own)
 
 
-def _described(run: Run, width: int | None, parameters: int | None) -> Model:
+def _model_sizes(run: Run, width: int | None, parameters: int | None) -> Model:
     sites = run.activations.sites
     match run.model:
         case SyntheticModel():
             return Model(dict.fromkeys(sites, run.model.d_in), 0, 0)
         case HuggingFaceModel() if width is not None:
-            met = parameters or 0
-            return Model(dict.fromkeys(sites, width), met, met * _DTYPE_BYTES[run.model.dtype])
+            n = parameters or 0
+            return Model(dict.fromkeys(sites, width), n, n * _DTYPE_BYTES[run.model.dtype])
         case HuggingFaceModel():
-            return _of_hub(run.model, sites)
+            return _model_sizes_from_hub(run.model, sites)
 
 
-def _of_hub(model: HuggingFaceModel, sites: Sequence[str]) -> Model:
+def _model_sizes_from_hub(model: HuggingFaceModel, sites: Sequence[str]) -> Model:
     from dist_sae.models.loading import describe  # importing this takes 3 s
     from dist_sae.models.sites import blocks, width
 
     widths: dict[str, int] = {}
-    met = held = 0
+    parameters = stored = 0
     for part, names in model.by_model(sites):
         skeleton = describe(part, tuple(names)).skeleton
         widths |= {names[name]: width(skeleton, name) for name in names}
         layers = blocks(skeleton)[: max(map(layer_of, names)) + 1]
         own = sum(p.numel() for p in layers.parameters())
-        met += own
-        held += own + skeleton.get_input_embeddings().weight.numel()
-    return Model({site: widths[site] for site in sites}, met, held * _DTYPE_BYTES[model.dtype])
+        parameters += own
+        stored += own + skeleton.get_input_embeddings().weight.numel()
+    return Model(
+        {site: widths[site] for site in sites}, parameters, stored * _DTYPE_BYTES[model.dtype]
+    )

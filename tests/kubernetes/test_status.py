@@ -260,7 +260,7 @@ def test_status_says_how_far_the_index_is(api: ApiServer, sh: Shell, going: str)
             "buckets": 2,
             "merged_buckets": 0,
         }
-        assert "0 of 2 buckets merged, 12,300 rows/s in the first worker" in sh("status", going)
+        assert "0 of 2 buckets merged, 12,300 rows/s on the first worker" in sh("status", going)
 
 
 @pytest.mark.system

@@ -208,7 +208,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "vocabulary": (
         lambda: hf.LlamaConfig(**KV | {"vocab_size": 49}),
-        "the tokenizer gives tokens up to 49, but the model has embeddings for 0 to 48",
+        "the tokenizer produces tokens up to 49, but the model has embeddings for 0 to 48",
     ),
     "shared layers": (
         lambda: hf.AlbertConfig(**COMMON, embedding_size=8),
@@ -247,7 +247,9 @@ def test_a_large_model_is_checked_without_its_weights(tmp_path: Path) -> None:
 def test_a_token_without_an_embedding_is_one_line(tmp_path: Path) -> None:
     source = HuggingFaceSource(saved(tmp_path, "llama", None), ("resid_post.0",))
     tokens = torch.full((1, 2), VOCABULARY, dtype=torch.int32)
-    with pytest.raises(ModelError, match="gives token 50, but the model has embeddings for 0 to"):
+    with pytest.raises(
+        ModelError, match="produces token 50, but the model has embeddings for 0 to"
+    ):
         source.run(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
 
