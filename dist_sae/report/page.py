@@ -81,7 +81,7 @@ _CHARTS = (
     ("Learning rate", ("dist_sae_train_learning_rate",), True),
 )
 """Charts of training: title, metrics, whether the axis starts at zero."""
-_STALLS = {"wait": "waiting for data", "ranks": "with other ranks", "save": "saving"}
+_STALLS = {"wait": "waiting for data", "ranks": "in collectives", "save": "saving"}
 """Phases of a step in which nothing is computed, with the names that the page shows."""
 _STALLED = 0.5
 """Share of the time between two records of the history above which waiting for data is shown as a

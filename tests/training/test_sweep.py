@@ -252,7 +252,7 @@ def test_jobs_that_do_not_fit_together_are_refused_before_anything_is_built(
     monkeypatch.setattr(memory, "memory_of", lambda _: ("here", 70_000))
     jobs = {name: {"train.seed": seed} for seed, name in enumerate("abc")}
     run = load_run(sweep_file(tmp_path, activations, jobs))
-    with pytest.raises(ConfigError, match=r"take 0\.0 GB on here .* in GB: world-a 3\.4e-05"):
+    with pytest.raises(ConfigError, match=r"take 0\.0 GB on here .* GB per rank: world-a 3\.4e-05"):
         train_here(run)
     del jobs["c"]
     train_here(load_run(sweep_file(tmp_path, activations, jobs, train={"rows": 320})))

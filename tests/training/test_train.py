@@ -113,7 +113,7 @@ def test_what_a_run_begins_with_must_fit_it(tmp_path: Path, activations: str, ca
     for section, problem in (
         (
             {"n_latents": 32},
-            "world: sae.n_latents: 32 is less than the 64 latents that it is to start",
+            "world: sae.n_latents: 32 is less than the 64 latents of the initial",
         ),
         ({"kind": "relu", "n_latents": 96}, "world: sae.kind: relu cannot start from the weights"),
     ):
