@@ -70,7 +70,7 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
         out_of_reach["metrics"] = str(exc)
     try:
         status["store"] = stored.progress()
-        if changed := stored.changes(stored.begun()):
+        if changed := stored.changes(stored.started_run()):
             differing = "; ".join(changed)
             warnings.append(f"this run file differs from the run in the store: {differing}")
         for name, job in (stored.jobs or {run.name: stored}).items():

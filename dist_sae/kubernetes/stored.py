@@ -44,14 +44,14 @@ class StoredRun:
         if self.jobs:
             steps = [job.steps for job in self.jobs.values()]
             return None if None in steps else max(filter(None, steps))
-        if self._run.train.rows == "all" and (begun := self.begun()):
+        if self._run.train.rows == "all" and (started := self.started_run()):
             # for a child run, "all" means the rows that its parent left
-            self._run = self._run.filled(begun.model_dump(mode="json"))
+            self._run = self._run.filled(started.model_dump(mode="json"))
         if self._run.train.rows == "all" and (resolved := planned(self._run, self._activations)):
             self._run = resolved
         return None if self._run.train.rows == "all" else self._run.steps
 
-    def begun(self) -> Run | None:
+    def started_run(self) -> Run | None:
         """Return the run file with which training last started, or None before the first start."""
         return started_run(self._runs, self._run.name)
 

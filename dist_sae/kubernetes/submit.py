@@ -288,7 +288,7 @@ def _completed_step(run: Run, cluster: Cluster, existing: ClusterObjects) -> int
     stored = StoredRun(run)
     _check_same(stored, existing.run, f"{describe(run, cluster)} on the cluster")
     try:
-        _check_same(stored, stored.begun(), stored.url)
+        _check_same(stored, stored.started_run(), stored.url)
         return stored.steps if stored.is_complete() else None
     except StoreError as exc:  # perhaps reachable only from the cluster; trainers check again
         logger.warning(

@@ -47,7 +47,7 @@ def read_prices(path: Path) -> Prices:
         raise ConfigError(f"--prices: {path}: {key}: {error['msg']}; the keys are {known}") from exc
 
 
-def cost_of(prices: Prices, forecast: Mapping[str, Any], *, held_back: bool) -> dict[str, Any]:
+def compute_cost(prices: Prices, forecast: Mapping[str, Any], *, held_back: bool) -> dict[str, Any]:
     """Compute the cost by part, in the prices' currency.
 
     Args:

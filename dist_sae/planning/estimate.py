@@ -8,9 +8,9 @@ from typing import Any
 
 from dist_sae.planning import memory, stored, traffic
 from dist_sae.planning.advice import advice
-from dist_sae.planning.cost import Prices, cost_of
+from dist_sae.planning.cost import Prices, compute_cost
 from dist_sae.planning.rates import ACCELERATORS, Rates
-from dist_sae.planning.risk import risk_of
+from dist_sae.planning.risk import compute_risk
 from dist_sae.planning.sizes import RunSizes, sites_of
 
 _UNKNOWN = "unknown; pass --bench FILE, --measure or --accelerator NAME"
@@ -41,7 +41,7 @@ def estimate(
     jobs, gpu = list(chain.from_iterable(groups)), accelerator is not None
     of_groups = [memory.trainer_memory(group, trainer_bytes, gpu=gpu) for group in groups]
     longest = max(jobs, key=lambda job: job.run.steps)
-    run, pace = longest.run, pace_of(groups, rates)
+    run, pace = longest.run, compute_pace(groups, rates)
     requests = [stored.requests(group, pace.get("total_seconds", 0.0)) for group in groups]
     requests_by = {"producers": Counter(requests[0]["producers"]), "trainers": Counter[str]()}
     for each in requests:
@@ -93,17 +93,17 @@ def estimate(
         },
     }
     if prices and "total_seconds" in pace:
-        forecast["cost"] = cost_of(
+        forecast["cost"] = compute_cost(
             prices, forecast, held_back=run.store.max_ahead_units is not None
         )
     for job in jobs:
-        forecast["risk" if len(jobs) == 1 else f"risk_of_{job.run.name}"] = risk_of(job)
+        forecast["risk" if len(jobs) == 1 else f"risk_of_{job.run.name}"] = compute_risk(job)
     device_bytes = ACCELERATORS[accelerator].memory_bytes if accelerator else None
     forecast["advice"] = advice(groups[0], rates, device_bytes)
     return forecast
 
 
-def pace_of(groups: Sequence[Sequence[RunSizes]], rates: Rates) -> dict[str, Any]:
+def compute_pace(groups: Sequence[Sequence[RunSizes]], rates: Rates) -> dict[str, Any]:
     """Compute each part's rows per second, what limits the run, and the run's time.
 
     Figures that the known rates do not determine are left out.

@@ -14,7 +14,7 @@ _LEARNT_FIRINGS = 1000  # that a feature needs in training to be learned; a rule
 _STEPS = 10_000  # maximum number of ranks at which Zipf's law is evaluated
 
 
-def risk_of(sizes: RunSizes) -> dict[str, Any]:
+def compute_risk(sizes: RunSizes) -> dict[str, Any]:
     """Compute rows per latent, expected firings, and the share of latents that are dead by chance.
 
     The share of dead latents assumes that firings follow Zipf's law: latent i fires on a share

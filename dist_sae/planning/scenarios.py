@@ -6,14 +6,14 @@ from typing import Any
 from dist_sae.config.base import folder_of
 from dist_sae.errors import ConfigError
 from dist_sae.planning.rates import Rates
-from dist_sae.planning.simulate import HOUR, Fleet, Simulation, plan_of
+from dist_sae.planning.simulate import HOUR, Fleet, Simulation, plan_from_units
 from dist_sae.planning.sizes import RunSizes
 
 _UNITS_EACH = 2  # units per producer in the part of a long run that is simulated
 _WINDOWS = 2  # minimum number of windows of every stream in that part
 
 
-def fleet_of(sizes: RunSizes, rates: Rates) -> Fleet:
+def make_fleet(sizes: RunSizes, rates: Rates) -> Fleet:
     """Return the processes of a run in which nothing goes wrong.
 
     Raises:
@@ -54,7 +54,7 @@ def simulate(sizes: RunSizes, fleet: Fleet) -> dict[str, float]:
     assert streams is not None, "the plan sets streams"
     wanted = max(_UNITS_EACH * fleet.producers, _WINDOWS * streams * windows)
     part = sizes.unit_rows[: math.ceil(wanted / (streams * windows)) * streams * windows]
-    plan = plan_of(part, streams=streams, window_units=windows)
+    plan = plan_from_units(part, streams=streams, window_units=windows)
     found = Simulation(plan, fleet._replace(rows=min(fleet.rows, sum(part)))).outcome
     training = max(found.seconds - found.first_step_seconds, 1e-9)
     total = found.seconds + (fleet.rows - found.rows) * training / found.rows
@@ -85,7 +85,7 @@ def scenarios(
         node_days: Mean life of a trainer's node.
         slowdown: Factor on the time of requests and transfers.
     """
-    fleet = fleet_of(sizes, rates)
+    fleet = make_fleet(sizes, rates)
     half, twice = max(1, fleet.producers // 2), 2 * fleet.producers
     changes: dict[str, dict[str, Any]] = {
         "as planned": {},

@@ -309,7 +309,7 @@ def _quiet() -> Iterator[None]:
         queue.disabled = before
 
 
-def plan_of(
+def plan_from_units(
     unit_rows: Sequence[int], heldout_unit_rows: Sequence[int] = (), /, **activations: Any
 ) -> Plan:
     """Make a plan of units without documents, with these numbers of rows.

@@ -16,7 +16,7 @@ from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.dictionaries.interface import Widths
 from dist_sae.errors import ConfigError
 from dist_sae.logs import RateLimitedProgress
-from dist_sae.planning.simulate import plan_of
+from dist_sae.planning.simulate import plan_from_units
 from dist_sae.producing.planner import count_rows, row_bytes
 from dist_sae.storage import open_store
 from dist_sae.training.memory import StateBytes, state_bytes
@@ -178,7 +178,7 @@ def _plan_of_rows(run: Run, rows: int) -> Plan:
         )
     n_heldout = max(1, round(heldout / layout.unit_rows)) if heldout else 0
     own = {name: getattr(layout, name) for name in LAYOUT_SETTINGS}
-    return plan_of(units, [layout.unit_rows] * n_heldout, **own)
+    return plan_from_units(units, [layout.unit_rows] * n_heldout, **own)
 
 
 def _model_sizes(run: Run, width: int | None, parameters: int | None) -> Model:

@@ -2,13 +2,13 @@
 
 import pytest
 
-from dist_sae.planning.simulate import Fleet, Simulation, plan_of
+from dist_sae.planning.simulate import Fleet, Simulation, plan_from_units
 
 
 @pytest.mark.system
 def test_a_thousand_producers_get_the_units_they_want_for_four_requests_each() -> None:
     """A unit takes 2.2 s, so 1,000 producers want 455 units a second. No unit is begun twice."""
-    plan = plan_of((1,) * 20_000, streams=8, window_units=4)
+    plan = plan_from_units((1,) * 20_000, streams=8, window_units=4)
     simulated = Simulation(plan, Fleet(1000, 2.2), seconds=23.0, counted_from=5.4)
     outcome = simulated.outcome
     assert outcome.producer_busy_share >= 0.95
@@ -22,7 +22,7 @@ def test_producers_that_are_held_back_do_not_list_all_the_time() -> None:
     It trains on a unit in a sixth of a second, and reports after every second one, in 30 ms. Within
     5 s it has found its first units.
     """
-    plan = plan_of((1,) * 5_000, streams=2, window_units=1)
+    plan = plan_from_units((1,) * 5_000, streams=2, window_units=1)
     fleet = Fleet(300, 2.2, step_seconds=1 / 6, rows=5_000, max_ahead_units=100)
     simulated = Simulation(plan, fleet, seconds=30.0, counted_from=15.0)
     assert len(simulated.begun) >= 0.95 * (100 + 5.5 * 25)

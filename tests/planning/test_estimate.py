@@ -14,10 +14,10 @@ from dist_sae.config import Run, load_run
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.interface import Rows, StepContext
 from dist_sae.planning.advice import advice, needed_bytes
-from dist_sae.planning.estimate import pace_of
+from dist_sae.planning.estimate import compute_pace
 from dist_sae.planning.memory import checkpoint_bytes, trainer_memory
 from dist_sae.planning.rates import ACCELERATORS, Rates, rates_from_bench, rates_from_data_sheet
-from dist_sae.planning.risk import risk_of
+from dist_sae.planning.risk import compute_risk
 from dist_sae.planning.sizes import RunSizes, find_sizes
 from dist_sae.planning.stored import set_bytes, stored_over_time
 from dist_sae.planning.traffic import step_traffic
@@ -201,21 +201,21 @@ def test_a_bench_of_the_same_shape_is_taken_as_it_is(tmp_path: Path) -> None:
 def test_the_slowest_part_limits_the_run(tmp_path: Path) -> None:
     """Batches of 256 in a tenth of a second are 2,560 rows/s; a row of 8 fp32 has 48 bytes."""
     sizes = sizes_of(tmp_path)
-    slow = pace_of([[sizes]], Rates(0.1, 1000.0))
+    slow = compute_pace([[sizes]], Rates(0.1, 1000.0))
     assert slow["limited_by"] == "producers"
     assert slow["producers_wanted"] == 3
     assert slow["training_seconds"] == pytest.approx(sizes.run.rows / 1000)
-    fast = pace_of([[sizes]], Rates(0.1, 1e6, 48 * 100.0))
+    fast = compute_pace([[sizes]], Rates(0.1, 1e6, 48 * 100.0))
     assert fast["limited_by"] == "store_reads"
     assert fast["training_seconds"] == pytest.approx(sizes.run.rows / 100)
 
 
 def test_rare_features_fire_as_often_as_their_frequency_says(tmp_path: Path) -> None:
     sizes = sizes_of(tmp_path)
-    risk = risk_of(sizes)
+    risk = compute_risk(sizes)
     assert risk["expected_firings"]["of_p_1e-05"] == pytest.approx(sizes.run.rows * 1e-5)
     assert risk["rows_per_latent"] == sizes.run.rows / 32
-    wide = risk_of(sizes_of(tmp_path, sae={"n_latents": 2**22, "init": "random"}))
+    wide = compute_risk(sizes_of(tmp_path, sae={"n_latents": 2**22, "init": "random"}))
     assert wide["dead_by_chance_share"] > 0.2 > risk["dead_by_chance_share"]
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from dist_sae.commands.cli import main
-from dist_sae.planning.simulate import Fleet, Outcome, Simulation, plan_of
+from dist_sae.planning.simulate import Fleet, Outcome, Simulation, plan_from_units
 from tests.commands.test_cli import fail
 from tests.runs import TINY, write_run
 
-PLAN = plan_of((1000,) * 64, streams=4, window_units=2)
+PLAN = plan_from_units((1000,) * 64, streams=4, window_units=2)
 FLEET = Fleet(4, 100.0, step_seconds=1.0, batch_rows=100, rows=64_000, row_bytes=1000.0)
 """A producer makes 10 rows a second, so four make 40; trainers take 100."""
 
