@@ -22,8 +22,8 @@ from torch import Tensor
 from dist_sae.checkpoint import legacy
 from dist_sae.errors import CorruptObjectError, StoreError
 from dist_sae.storage import ObjectStore
+from dist_sae.storage.keys import KeyPattern
 from dist_sae.storage.local import LocalStore
-from dist_sae.storage.own import OwnKeys
 from dist_sae.storage.records import READS, Record, digest, read_record, seal
 
 logger = logging.getLogger(__name__)
@@ -251,7 +251,7 @@ class Checkpoints:
     ) -> None:
         self._store = store
         self._prefix = f"{run}/{folder}/"
-        self._keys = OwnKeys(
+        self._keys = KeyPattern(
             self._prefix, r"step-(?P<step>\d{8})/(manifest\.json|[\w.]+-\d{9}\.safetensors)"
         )
         self._keep = keep

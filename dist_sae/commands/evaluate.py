@@ -43,7 +43,7 @@ def main(options: argparse.Namespace) -> int | None:
             from dist_sae.training.waiting import await_end
 
             stopping = signals.stop_event()
-            with shared.ending_with_others(whole, stopping):
+            with shared.stop_if_peer_failed(whole, stopping):
                 await_end(run, stopping)
                 if run.index.workers:
                     await_index(run, stopping)

@@ -62,7 +62,7 @@ def main(options: argparse.Namespace) -> int | None:
     def work(run: "Run") -> dict[str, Any]:
         with (
             Telemetry(run.name, "index", port, first_rank + shared.rank()) as telemetry,
-            shared.ending_with_others(whole, stopping),
+            shared.stop_if_peer_failed(whole, stopping),
         ):
             if options.wait:  # after metrics are served, so that probes see a waiting process
                 await_end(run, stopping)

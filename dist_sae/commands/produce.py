@@ -48,7 +48,7 @@ def main(options: argparse.Namespace) -> int | None:
     port = shared.metrics_port(run, options)
     with (
         Telemetry(run.name, "produce", port, first_rank + shared.rank()) as telemetry,
-        shared.ending_with_others(run, stopping),
+        shared.stop_if_peer_failed(run, stopping),
     ):
         if options.wait:  # after metrics are served, so that probes see a waiting process
             await_plan(run, stopping)

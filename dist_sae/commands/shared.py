@@ -242,20 +242,20 @@ def this_life(run: "Run", part: "Part", stopping: threading.Event) -> "Life":
     return this_life(run, part, open_store(run.store.runs, run.store.s3, None, stopping))
 
 
-def ending_with_others(run: "Run", stopping: threading.Event) -> AbstractContextManager[None]:
+def stop_if_peer_failed(run: "Run", stopping: threading.Event) -> AbstractContextManager[None]:
     """Stop if another part of the run fails permanently and no controller ends all parts."""
-    from dist_sae.storage.failure import ending_with_others
+    from dist_sae.storage.failure import stop_if_peer_failed
 
-    return ending_with_others(run, stopping)
+    return stop_if_peer_failed(run, stopping)
 
 
 def notify_failure(options: argparse.Namespace, error: DistSaeError) -> None:
     """In a pod, notify the other parts of the run of an error that fails this part permanently."""
-    from dist_sae.storage.failure import ATTEMPT, tell
+    from dist_sae.storage.failure import ATTEMPT, report_failure
 
     if ATTEMPT in os.environ and error.exit_code == EXIT_USER:
         with suppress(DistSaeError):  # of the run file, which the other parts cannot read either
-            tell(load_run_or_sweep(options), error)
+            report_failure(load_run_or_sweep(options), error)
 
 
 def rank() -> int:

@@ -77,7 +77,7 @@ def main(options: argparse.Namespace) -> int | None:
             shared.rank(),
             jobs=[job.name for job in own],
         ) as telemetry,
-        shared.ending_with_others(asked, stopping),
+        shared.stop_if_peer_failed(asked, stopping),
     ):
         telemetry.set("dist_sae_train_ranks", n)  # before the rendezvous, which may fail
         if options.wait:  # after metrics are served, so that probes see a waiting process

@@ -25,7 +25,7 @@ from dist_sae.data.work_queue import LEASE_SECONDS
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError, Stopped, UnitMissingError
 from dist_sae.logs import is_supervised
 from dist_sae.storage import ObjectStore
-from dist_sae.storage.own import PAGE
+from dist_sae.storage.keys import PAGE
 
 logger = logging.getLogger(__name__)
 

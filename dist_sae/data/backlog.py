@@ -8,7 +8,7 @@ from dist_sae.data.plan import Plan
 from dist_sae.data.shard import MANIFESTS
 from dist_sae.errors import StoreError
 from dist_sae.storage import ObjectStore
-from dist_sae.storage.own import PAGE
+from dist_sae.storage.keys import PAGE
 
 logger = logging.getLogger(__name__)
 

@@ -20,12 +20,12 @@ from dist_sae.data.shard import read_manifest
 from dist_sae.data.streams import StreamCursor
 from dist_sae.errors import ConfigError, DataExhaustedError, ObjectNotFoundError, StoreError
 from dist_sae.storage import Entry, ObjectStore
-from dist_sae.storage.own import OwnKeys, warn_of_foreign
+from dist_sae.storage.keys import KeyPattern, warn_of_foreign
 from dist_sae.storage.records import Record, read_record, seal
 
 logger = logging.getLogger(__name__)
 
-_CONSUMERS = OwnKeys("consumers/", r"(?P<run>[a-z0-9.-]+)\.json")
+_CONSUMERS = KeyPattern("consumers/", r"(?P<run>[a-z0-9.-]+)\.json")
 _RETIRED_KEY = "retired.json"
 _RENEW_SECONDS = 600.0
 _RETIRED_AT_ONCE = 256  # units

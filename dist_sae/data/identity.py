@@ -21,7 +21,7 @@ from dist_sae.data.corpus import Corpus
 from dist_sae.data.corpus_files import CorpusFile
 from dist_sae.errors import AccessError, CorpusError, HubUnavailableError, ModelError
 from dist_sae.hub import cached_commit
-from dist_sae.storage.model_files import WEIGHTS, checksum, place_of, weight_checksums
+from dist_sae.storage.model_files import WEIGHTS, checksum, name_or_path, weight_checksums
 
 _HOW = ("batch_tokens", "tensor_parallel", "shards")  # affect only speed; the last is an old name
 _PLACES = {"model": ("path", "revision", "other"), "corpus": ("files", "name", "revision")}
@@ -134,7 +134,7 @@ def model_content(model: ModelConfig, *, weights: bool = True) -> dict[str, str]
         found = {key: model_content(part, weights=weights) for key, part in parts.items()}
         known = {f"{k}{n}": v for k, names in found.items() for n, v in (names or {}).items()}
         return known or None
-    folder = Path(place_of(model, weights=False))
+    folder = Path(name_or_path(model, weights=False))
     if folder.is_dir():
         here = weights and not model.is_stored
         try:

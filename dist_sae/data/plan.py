@@ -25,7 +25,7 @@ from dist_sae.data.identity import (
 from dist_sae.data.shard import DTYPES, existing_units
 from dist_sae.errors import DataExhaustedError, ObjectNotFoundError, PlanMismatchError
 from dist_sae.storage import ObjectStore, open_store
-from dist_sae.storage.model_files import forget, place_of
+from dist_sae.storage.model_files import evict, name_or_path
 from dist_sae.storage.records import Record, digest, read_record, seal
 
 PLAN_KEY = "plan.json"
@@ -306,11 +306,11 @@ def check_model(run: Run, plan: Plan) -> None:
 
     def compare() -> list[str]:
         for part in parts:  # fetch a stored model to this machine, because it is needed next
-            place_of(part, weights=True)
+            name_or_path(part, weights=True)
         return content_changes(there, model_content(run.model)) if there else []
 
     changed = compare()
-    if changed and forget(parts):  # the files may have been damaged during the download
+    if changed and evict(parts):  # the files may have been damaged during the download
         changed = compare()
     if changed:
         raise PlanMismatchError(

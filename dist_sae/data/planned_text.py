@@ -21,12 +21,12 @@ from dist_sae.data.corpus import Corpus, Document, combined_checksum
 from dist_sae.data.plan import Plan
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
 from dist_sae.storage import ObjectStore
-from dist_sae.storage.own import OwnKeys
+from dist_sae.storage.keys import KeyPattern
 from dist_sae.storage.records import READS
 
 logger = logging.getLogger(__name__)
 
-TEXTS = OwnKeys("texts/", r"(?P<checksum>[0-9a-f]{32})\.json")
+TEXTS = KeyPattern("texts/", r"(?P<checksum>[0-9a-f]{32})\.json")
 _WRITERS = 16  # requests in flight
 _AT_ONCE = 64  # units in memory
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
 from dist_sae.storage import ObjectStore
-from dist_sae.storage.own import NumberedKeys, OwnKeys
+from dist_sae.storage.keys import KeyPattern, NumberedKeys
 from dist_sae.storage.records import READS, Record, read_record
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ _DIGITS = 8  # digits of the unit in a shard's key
 MANIFESTS = NumberedKeys("units/")
 CLAIMS = NumberedKeys("claims/")
 """Producers' claims, by unit; see `data.work_queue`."""
-SHARDS = OwnKeys("shards/", r"(?P<site>[a-z_]+(\.\d+(@other)?)?)/(?P<unit>\d{8})-[0-9a-f]+\.tar")
+SHARDS = KeyPattern("shards/", r"(?P<site>[a-z_]+(\.\d+(@other)?)?)/(?P<unit>\d{8})-[0-9a-f]+\.tar")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 _STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _INT8_LARGEST = 127

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from dist_sae.errors import ObjectNotFoundError, StoreError
 from dist_sae.storage import UNMETERED, Meter, ObjectStore
-from dist_sae.storage.own import PAGE, NumberedKeys
+from dist_sae.storage.keys import PAGE, NumberedKeys
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from dist_sae.endpoint.client import Client, Completion
 from dist_sae.endpoint.settings import EndpointSettings
 from dist_sae.errors import ConfigError, ModelError
 from dist_sae.storage import ObjectStore
-from dist_sae.storage.own import OwnKeys
+from dist_sae.storage.keys import KeyPattern
 from dist_sae.storage.records import Record, read_record, seal
 
 logger = logging.getLogger(__name__)
@@ -247,7 +247,7 @@ class Endpoint:
 
     def _cached_digests(self) -> set[str]:
         """Return the digests of the stored answers."""
-        keys = OwnKeys(f"{self._folder}/", r"[0-9a-f]{2}/(?P<digest>[0-9a-f]{64})\.json")
+        keys = KeyPattern(f"{self._folder}/", r"[0-9a-f]{2}/(?P<digest>[0-9a-f]{64})\.json")
         return {match["digest"] for match in keys.keys(self._store)}
 
     def _key(self, digest: str) -> str:

@@ -19,7 +19,7 @@ from dist_sae.explaining.scoring import KINDS, Verdict, score
 from dist_sae.index.latent_table import LatentTable
 from dist_sae.index.layout import Stored, read_table, store_table, to_parquet
 from dist_sae.index.query import Index
-from dist_sae.storage.own import OwnKeys
+from dist_sae.storage.keys import KeyPattern
 from dist_sae.storage.records import Record, read_record, seal
 
 _GROUP_ROWS = 256
@@ -163,7 +163,7 @@ class ExplanationSet:
 
 def sets(index: Index) -> list[ExplanationSet]:
     """List an index's sets of explanations."""
-    keys = OwnKeys(_folder(index), _NAME)
+    keys = KeyPattern(_folder(index), _NAME)
     found = (keys.parse(key) for key in index.store.keys(_folder(index)))
     return [ExplanationSet(index, match["name"]) for match in found if match]
 

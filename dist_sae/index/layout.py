@@ -32,7 +32,7 @@ from dist_sae.config import Run
 from dist_sae.config.index import IndexConfig
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
 from dist_sae.storage import ObjectStore
-from dist_sae.storage.own import NumberedKeys
+from dist_sae.storage.keys import NumberedKeys
 from dist_sae.storage.records import READS, Key, Record, Some, read_record
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from dist_sae.index.layout import (
 )
 from dist_sae.index.records import bucket_records, unit_records
 from dist_sae.storage import ObjectStore
-from dist_sae.storage.own import NumberedKeys
+from dist_sae.storage.keys import NumberedKeys
 from dist_sae.storage.records import Record
 
 logger = logging.getLogger(__name__)

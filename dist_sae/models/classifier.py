@@ -8,7 +8,7 @@ import transformers
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.errors import ModelError
 from dist_sae.models.loading import errors_of, load_plain_tokenizer
-from dist_sae.storage.model_files import place_of
+from dist_sae.storage.model_files import name_or_path
 
 _BATCH = 32
 
@@ -27,7 +27,7 @@ class Classifier:
     def __init__(self, path: str, label: str | None) -> None:
         config = HuggingFaceModel(path=path, dtype="fp32")
         with errors_of(config):
-            place = place_of(config, weights=True)
+            place = name_or_path(config, weights=True)
             self._tokenizer = load_plain_tokenizer(config)
             model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
                 place, use_safetensors=True, dtype=torch.float32, output_loading_info=True

@@ -25,7 +25,7 @@ from dist_sae.models.sharding import Divider, choose_divider
 from dist_sae.models.sites import blocks
 from dist_sae.models.sites import place as place_at
 from dist_sae.precision import warn_if_emulated
-from dist_sae.storage.model_files import place_of
+from dist_sae.storage.model_files import name_or_path
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def load_tokenizer(config: HuggingFaceModel) -> _HuggingFaceTokenizer:
 def load_plain_tokenizer(config: HuggingFaceModel) -> Any:
     """Load the model's own tokenizer as a `transformers` object."""
     with errors_of(config):
-        place = place_of(config, weights=False)
+        place = name_or_path(config, weights=False)
         return transformers.AutoTokenizer.from_pretrained(place, revision=config.revision)
 
 
@@ -123,7 +123,7 @@ def describe(config: HuggingFaceModel, sites: tuple[str, ...]) -> Description:
         ModelError: The model lacks a site, cannot be divided, or cannot be described.
     """
     with errors_of(config):
-        place = place_of(config, weights=False)
+        place = name_or_path(config, weights=False)
         own = transformers.AutoConfig.from_pretrained(place, revision=config.revision)
         if own.is_encoder_decoder:
             raise ModelError(
@@ -152,7 +152,7 @@ def has_post_norms(config: HuggingFaceModel) -> bool | None:
     """
     how = {"revision": config.revision, "local_files_only": True}
     try:
-        own = transformers.AutoConfig.from_pretrained(place_of(config, weights=False), **how)
+        own = transformers.AutoConfig.from_pretrained(name_or_path(config, weights=False), **how)
     except OSError:
         return None
     with torch.device("meta"):
@@ -199,7 +199,7 @@ def load(
     elif divider == "deepspeed":
         how = {"dtype": "auto"}
     model, loading = model_class.from_pretrained(
-        place_of(config, weights=True),
+        name_or_path(config, weights=True),
         revision=config.revision,
         config=description.config,
         output_loading_info=True,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dist_sae.errors import ObjectNotFoundError
 from dist_sae.storage import Entry, ObjectStore
-from dist_sae.storage.own import PAGE, NumberedKeys
+from dist_sae.storage.keys import PAGE, NumberedKeys
 
 _REQUEST_SECONDS = {"put": 0.03, "get": 0.03, "delete": 0.03, "list": 0.05}
 _NAME, _SUFFIX = -len("00000000.json"), -len(".json")  # of a numbered key

@@ -10,7 +10,7 @@ from dist_sae.data.shard import CLAIMS, MANIFESTS
 from dist_sae.data.work_queue import QueueMetrics, Work, Worker, WorkQueue
 from dist_sae.errors import AbandonedError
 from dist_sae.storage import UNMETERED, Meter, ObjectStore
-from dist_sae.storage.own import NumberedKeys
+from dist_sae.storage.keys import NumberedKeys
 
 _METRICS = QueueMetrics(
     claimed="dist_sae_produce_claimed_units",

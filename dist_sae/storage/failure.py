@@ -44,7 +44,7 @@ class Failure(Record):
     why: str
 
 
-def tell(run: Run, error: DistSaeError) -> None:
+def report_failure(run: Run, error: DistSaeError) -> None:
     """Notify the other parts of this attempt that this one has failed; the first notice counts."""
     attempt = os.environ.get(ATTEMPT)
     if not attempt or isinstance(error, PartFailedError):
@@ -59,7 +59,7 @@ def tell(run: Run, error: DistSaeError) -> None:
 
 
 @contextmanager
-def ending_with_others(
+def stop_if_peer_failed(
     run: Run, stopping: threading.Event, look_seconds: float = _LOOK_SECONDS
 ) -> Iterator[None]:
     """End if another part of this attempt fails for good; check at once and then every minute.
@@ -82,7 +82,7 @@ def ending_with_others(
         return
     store = open_store(run.store.runs, run.store.s3, None, stopping)
     if failure := _read(store, run.name, attempt):
-        raise _ending(failure)
+        raise _peer_failed(failure)
     found: list[Failure] = []
     over = threading.Event()
 
@@ -101,13 +101,13 @@ def ending_with_others(
         yield
     except DistSaeError as exc:
         if found:
-            raise _ending(found[0]) from exc
+            raise _peer_failed(found[0]) from exc
         raise
     finally:
         over.set()
 
 
-def _ending(failure: Failure) -> PartFailedError:
+def _peer_failed(failure: Failure) -> PartFailedError:
     return PartFailedError(
         f"stopped because {failure.pod} failed ({failure.why}); fix that, then run "
         f"`dist-sae resume RUN`"

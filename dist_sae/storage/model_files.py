@@ -33,10 +33,10 @@ _DATA = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 _INDEX = "model.safetensors.index.json"
 _PIECE_BYTES = 128 * 2**20
-_forgotten = set[Path]()
+_evicted = set[Path]()
 
 
-def place_of(model: HuggingFaceModel, *, weights: bool) -> str:
+def name_or_path(model: HuggingFaceModel, *, weights: bool) -> str:
     """Return where `transformers` finds a model: a name on the hub, or a folder on this machine.
 
     If the model is in a store, files that are missing from that folder are fetched first.
@@ -56,7 +56,7 @@ def place_of(model: HuggingFaceModel, *, weights: bool) -> str:
         (folder / "checksums").mkdir(parents=True, exist_ok=True)
         for name, entry in entries.items():
             if weights or not name.endswith(WEIGHTS):
-                with _alone(folder / f".{name}") as part:
+                with _file_lock(folder / f".{name}") as part:
                     if not _is_whole(folder, entry):
                         _fetch(store, entry, folder, part)
     except OSError as exc:
@@ -67,7 +67,7 @@ def place_of(model: HuggingFaceModel, *, weights: bool) -> str:
     return str(folder)
 
 
-def forget(models: Iterable[HuggingFaceModel]) -> bool:
+def evict(models: Iterable[HuggingFaceModel]) -> bool:
     """Delete the local files of models in stores, so that they are fetched again when needed.
 
     Returns:
@@ -75,9 +75,9 @@ def forget(models: Iterable[HuggingFaceModel]) -> bool:
         process, because files that are the same after a second fetch are not damaged.
     """
     there = [_folder(_listing(model)[1]) for model in models if model.is_stored]
-    fresh = [folder for folder in there if folder not in _forgotten]
+    fresh = [folder for folder in there if folder not in _evicted]
     for folder in fresh:
-        _forgotten.add(folder)
+        _evicted.add(folder)
         for file in folder.iterdir():
             if file.is_file():
                 file.unlink(missing_ok=True)
@@ -146,9 +146,9 @@ def _named_in(index: bytes, model: HuggingFaceModel) -> set[str]:
 
 def _folder(entries: dict[str, Entry]) -> Path:
     """Return a model's folder on this machine. It depends on the objects, not on their location."""
-    told = sorted((entry.key, entry.bytes, entry.tag) for entry in entries.values())
+    objects = sorted((entry.key, entry.bytes, entry.tag) for entry in entries.values())
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+    digest = hashlib.sha256(json.dumps(objects).encode()).hexdigest()[:32]
     return Path(home).expanduser() / "store" / digest
 
 
@@ -158,17 +158,17 @@ def _is_whole(folder: Path, entry: Entry) -> bool:
     if not file.exists():
         return False
     there = file.stat()
-    if _is_as_fetched(file, there.st_ino, there.st_mtime_ns):
+    if _checksum_matches(file, there.st_ino, there.st_mtime_ns):
         return True
     logger.warning("%s: is damaged; downloading it again", file)
     return False
 
 
 @cache
-def _is_as_fetched(file: Path, *_: int) -> bool:
+def _checksum_matches(file: Path, *_: int) -> bool:
     """Compare a file with its checksum, once per process unless its inode or time changes."""
-    told = file.parent / "checksums" / file.name
-    return told.exists() and told.read_text() == checksum(file)
+    stored = file.parent / "checksums" / file.name
+    return stored.exists() and stored.read_text() == checksum(file)
 
 
 def _fetch(store: ObjectStore, entry: Entry, folder: Path, part: Path) -> None:
@@ -204,7 +204,7 @@ def _digest(pieces: Iterator[bytes]) -> str:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[Path]:
+def _file_lock(path: Path) -> Iterator[Path]:
     """Keep other processes from fetching the same file, and yield a path to write it to.
 
     On a file system without locks, each process fetches the file to a separate path.

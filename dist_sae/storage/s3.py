@@ -25,7 +25,7 @@ from dist_sae.storage.base import Entry, Meter
 from dist_sae.storage.parts import in_parts, map_ahead
 from dist_sae.storage.s3_client import make_client
 from dist_sae.storage.s3_errors import code_of
-from dist_sae.storage.s3_patience import S3Patience
+from dist_sae.storage.s3_retry import S3Retrier
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ MULTIPART_FROM_BYTES = 2 * PART_BYTES
 _DELETED_AT_ONCE = 1000  # limit of DeleteObjects
 _PROBE_READS = 3
 _RACERS = 4
-_CUT = "the endpoint's response was truncated"
+_TRUNCATED = "the endpoint's response was truncated"
 
 
 class ConditionNotImplementedError(Exception):
@@ -80,7 +80,7 @@ class S3Store:
         self._url = url
         self._config = config
         self._meter = meter
-        self._patiently = S3Patience(url, config, meter, stopping or threading.Event(), self._renew)
+        self._retry = S3Retrier(url, config, meter, stopping or threading.Event(), self._renew)
         self._bucket, _, prefix = url.removeprefix("s3://").partition("/")
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
 
@@ -150,7 +150,7 @@ class S3Store:
             else:
                 self._put_parts(key, chain(in_parts((first,), PART_BYTES), parts))
 
-        self._patiently(key, write)
+        self._retry(key, write)
 
     def size(self, key: str) -> int | None:
         # not HEAD: its error has no body, so a missing key and a missing bucket look the same
@@ -180,13 +180,13 @@ class S3Store:
         return sorted(found)
 
     def delete(self, key: str) -> None:
-        self._patiently(key, lambda: self.client.delete_object(**self._where(key)))
+        self._retry(key, lambda: self.client.delete_object(**self._where(key)))
 
     def delete_many(self, keys: Sequence[str]) -> None:
         for first in range(0, len(keys), _DELETED_AT_ONCE):
             batch = keys[first : first + _DELETED_AT_ONCE]
             try:
-                self._patiently(batch[0], partial(self._delete_batch, batch))
+                self._retry(batch[0], partial(self._delete_batch, batch))
             except BatchNotImplementedError:
                 list(self._pool.map(self.delete, batch))
 
@@ -207,9 +207,7 @@ class S3Store:
         """Yield the pages of a listing."""
         token: dict[str, str] = {}
         while True:
-            page = self._patiently(
-                prefix or None, partial(self._list, prefix, {**options, **token})
-            )
+            page = self._retry(prefix or None, partial(self._list, prefix, {**options, **token}))
             yield page
             if not page["IsTruncated"]:
                 return
@@ -220,7 +218,7 @@ class S3Store:
             Bucket=self._bucket, Prefix=self._prefix + prefix, **options
         )
         if "IsTruncated" not in page:  # boto parses an empty body as an empty list
-            raise UnavailableError(_CUT, url=self.url, key=prefix or None)
+            raise UnavailableError(_TRUNCATED, url=self.url, key=prefix or None)
         return page
 
     def _get_part(self, key: str, start: int, stop: int) -> tuple[bytes, int]:
@@ -244,18 +242,18 @@ class S3Store:
                 return data[start:], len(data)
             first, size = (int(number) for number in span.groups())
             if (first, len(data)) != (start, min(stop, size) - start):
-                raise UnavailableError(_CUT, url=self.url, key=key)
+                raise UnavailableError(_TRUNCATED, url=self.url, key=key)
             return data, size
 
-        return self._patiently(key, download)
+        return self._retry(key, download)
 
     def _put_whole(self, key: str, data: bytes) -> None:
         where = self._where(key)
-        self._patiently(key, lambda: self.client.put_object(**where, Body=data, **self._encryption))
+        self._retry(key, lambda: self.client.put_object(**where, Body=data, **self._encryption))
 
     def _put_parts(self, key: str, bodies: Iterable[bytes]) -> None:
         where = self._where(key)
-        upload = {**where, "UploadId": self._patiently(key, partial(self._begin_upload, where))}
+        upload = {**where, "UploadId": self._retry(key, partial(self._begin_upload, where))}
 
         def put_part(part: tuple[int, bytes]) -> dict[str, Any]:
             number, body = part
@@ -264,7 +262,7 @@ class S3Store:
                 with _upload_errors():
                     return self.client.upload_part(**upload, PartNumber=number, Body=body)
 
-            return {"PartNumber": number, "ETag": self._patiently(key, put)["ETag"]}
+            return {"PartNumber": number, "ETag": self._retry(key, put)["ETag"]}
 
         def complete() -> None:
             with _upload_errors():
@@ -273,7 +271,7 @@ class S3Store:
         try:
             numbered = enumerate(bodies, 1)
             parts = list(map_ahead(self._pool, put_part, numbered, CONCURRENT_PARTS))
-            self._patiently(key, complete)
+            self._retry(key, complete)
         except UploadGoneError as exc:
             raise UnavailableError("the upload is gone", url=self.url, key=key) from exc
         except BaseException:
@@ -284,7 +282,7 @@ class S3Store:
     def _begin_upload(self, where: Mapping[str, str]) -> str:
         answer = self.client.create_multipart_upload(**where, **self._encryption)
         if "UploadId" not in answer:  # boto parses an empty body as a valid response
-            raise UnavailableError(_CUT, url=self.url)
+            raise UnavailableError(_TRUNCATED, url=self.url)
         return str(answer["UploadId"])
 
     def _put_if_absent(self, key: str, data: bytes) -> bool:
@@ -306,7 +304,7 @@ class S3Store:
                 return False
             return True
 
-        created = self._patiently(key, create)
+        created = self._retry(key, create)
         if not created and attempts > 1:  # the response to a successful attempt may have been lost
             with suppress(ObjectNotFoundError):  # it was another writer's object, deleted since
                 created = self.get(key) == data

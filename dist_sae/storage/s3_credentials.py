@@ -45,11 +45,11 @@ def is_busy(status: int) -> bool:
 
 @contextmanager
 def mapped(url: str, key: str | None) -> Iterator[None]:
-    """Raise botocore's credential errors as ours; `answer_of_service` handles errors from STS."""
+    """Raise botocore's credential errors as ours; `map_service_error` handles errors from STS."""
     try:
         yield
     except CredentialRetrievalError as exc:
-        if _is_passing(str(exc)):
+        if _is_temporary(str(exc)):
             raise UnavailableError(_line(exc), url=url, key=key) from exc
         raise AccessError(f"{_line(exc)}; check the AWS settings", url=url) from exc
     except (PartialCredentialsError, ProfileNotFound) as exc:
@@ -80,7 +80,7 @@ def mapped(url: str, key: str | None) -> Iterator[None]:
         ) from exc
 
 
-def answer_of_service(
+def map_service_error(
     exc: ClientError, code: str, url: str, key: str | None, *, busy: bool
 ) -> AccessError | UnavailableError | None:
     """Map an error of a credentials service; return None if the error is the store's own.
@@ -107,7 +107,7 @@ def answer_of_service(
     return AccessError(f"no credentials: {_line(exc)}; check the AWS settings", url=url)
 
 
-def _is_passing(text: str) -> bool:
+def _is_temporary(text: str) -> bool:
     """Return whether the credentials endpoint may respond later, judged by botocore's message."""
     if status := re.search(r"non 200 response (\d+)", text):
         return is_busy(int(status[1]))

@@ -47,7 +47,7 @@ _REFUSALS = {
     r"KMS\.(?!Internal|Thrott).*": "the encryption key cannot be used; check store.s3.kms_key_id "
     "and the bucket's key",
 }
-_ANSWERS: tuple[tuple[str, type[StoreError], str], ...] = (
+_KNOWN_ERRORS: tuple[tuple[str, type[StoreError], str], ...] = (
     ("NoSuchKey", ObjectNotFoundError, "no such object"),
     *((code, AccessError, message) for code, message in _REFUSALS.items()),
     (
@@ -101,7 +101,7 @@ def mapped(url: str, key: str | None, endpoint_url: str | None) -> Iterator[None
                 f"the certificate of {endpoint_url} is not trusted; set store.s3.ca_bundle",
                 url=url,
             ) from exc
-        endpoint = _asked(exc) or endpoint_url or "AWS"
+        endpoint = _unresponsive_endpoint(exc) or endpoint_url or "AWS"
         raise UnavailableError(
             f"{endpoint} does not respond ({type(exc).__name__}); "
             f"check store.s3.endpoint_url and the network",
@@ -115,11 +115,11 @@ def mapped(url: str, key: str | None, endpoint_url: str | None) -> Iterator[None
 def _mapped(exc: ClientError, url: str, key: str | None) -> StoreError:
     code, status = code_of(exc), _status(exc) or 0
     busy = bool(_BUSY.fullmatch(code)) or s3_credentials.is_busy(status)
-    if refusal := s3_credentials.answer_of_service(exc, code, url, key, busy=busy):
+    if refusal := s3_credentials.map_service_error(exc, code, url, key, busy=busy):
         return refusal
     if "kms:" in str(exc):  # the name of the missing permission
         return AccessError(f"{line_of(exc)}; check store.s3.kms_key_id", url=url)
-    for shape, error, message in _ANSWERS:
+    for shape, error, message in _KNOWN_ERRORS:
         if re.fullmatch(shape, "507" if status == _FULL_STATUS else code):
             return error(message, url=url, key=None if error is AccessError else key)
     if busy or status in _BUSY_STATUSES or code.isdigit():  # a bare status: the body was lost
@@ -129,7 +129,7 @@ def _mapped(exc: ClientError, url: str, key: str | None) -> StoreError:
     return StoreError(line_of(exc), url=url, key=key)
 
 
-def _asked(exc: Exception) -> str | None:
+def _unresponsive_endpoint(exc: Exception) -> str | None:
     """Return the endpoint that did not respond: the store's or a credentials service's."""
     url = urlsplit(getattr(exc, "kwargs", {}).get("endpoint_url") or "")
     return f"{url.scheme}://{url.netloc}" if url.netloc else None

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_sae.storage import ObjectStore
-from dist_sae.storage.own import OwnKeys
+from dist_sae.storage.keys import KeyPattern
 
 
 class History:
@@ -48,5 +48,5 @@ def read_history(store: ObjectStore, run: str) -> list[dict[str, Any]]:
     return [records[step] for step in sorted(records)]
 
 
-def _files(run: str) -> OwnKeys:
-    return OwnKeys(f"{run}/history/", r"(?P<first>\d{8})\.jsonl")
+def _files(run: str) -> KeyPattern:
+    return KeyPattern(f"{run}/history/", r"(?P<first>\d{8})\.jsonl")

@@ -12,7 +12,7 @@ from dist_sae.data.plan import Plan
 from dist_sae.data.shard import manifest_key
 from dist_sae.errors import UnavailableError
 from dist_sae.storage import open_store
-from dist_sae.storage.own import PAGE
+from dist_sae.storage.keys import PAGE
 from tests.world import Wrapped
 
 PLAN = Plan.model_construct(settings={}, files=(), document_rows=1.0, n_train_units=2500, units=())

@@ -17,7 +17,7 @@ from dist_sae.errors import AbandonedError, ObjectNotFoundError
 from dist_sae.producing.planner import plan
 from dist_sae.producing.unit_queue import unit_queue
 from dist_sae.storage import UNMETERED, Entry, Meter, ObjectStore, open_store
-from dist_sae.storage.own import NumberedKeys
+from dist_sae.storage.keys import NumberedKeys
 from dist_sae.telemetry.exporter import Telemetry
 from tests.runs import make_run
 from tests.telemetry.scrape import values

@@ -15,7 +15,7 @@ from dist_sae.errors import (
     Stopped,
     UnavailableError,
 )
-from dist_sae.storage.failure import ATTEMPT, ending_with_others, tell
+from dist_sae.storage.failure import ATTEMPT, report_failure, stop_if_peer_failed
 from tests.runs import write_run
 
 SECONDS = 30.0
@@ -31,8 +31,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 def work(run: Run, error: Exception, look_seconds: float = 0.01) -> None:
     """Work until told to stop, and end with this error."""
     stopping = threading.Event()
-    with ending_with_others(run, stopping, look_seconds):
-        tell(run, ModelError("the model is gone"))
+    with stop_if_peer_failed(run, stopping, look_seconds):
+        report_failure(run, ModelError("the model is gone"))
         assert stopping.wait(SECONDS)
         raise error
 
@@ -48,11 +48,11 @@ def test_a_part_saves_and_ends_with_2_when_another_has_failed(run: Run, error: E
 
 def test_a_part_that_begins_later_ends_at_once(run: Run) -> None:
     """Kueue may admit producers when the trainers have failed long ago."""
-    tell(run, ModelError("the first cause"))
-    tell(run, ModelError("what came of it"))
+    report_failure(run, ModelError("the first cause"))
+    report_failure(run, ModelError("what came of it"))
     with (
         pytest.raises(PartFailedError, match="the first cause"),
-        ending_with_others(run, threading.Event()),
+        stop_if_peer_failed(run, threading.Event()),
     ):
         pytest.fail("it began")
 
@@ -67,7 +67,7 @@ def test_every_part_looks_before_it_waits_for_others(
 ) -> None:
     for wait in ("await_plan", "await_end"):
         monkeypatch.setattr(f"dist_sae.training.waiting.{wait}", lambda *_: pytest.fail("it waits"))
-    tell(run, ModelError("the model is gone"))
+    report_failure(run, ModelError("the model is gone"))
     assert cli.main([command, str(tmp_path / "run.yaml"), "--wait"]) == EXIT_USER
     assert (
         "stopped because world-trainer-0-abcde failed (the model is gone)"
@@ -78,22 +78,24 @@ def test_every_part_looks_before_it_waits_for_others(
 def test_another_attempt_and_another_run_go_on(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tell(run, ModelError("the model is gone"))
-    with ending_with_others(run.model_copy(update={"name": "other"}), threading.Event()):
+    report_failure(run, ModelError("the model is gone"))
+    with stop_if_peer_failed(run.model_copy(update={"name": "other"}), threading.Event()):
         pass
     monkeypatch.setenv(ATTEMPT, "second")
-    with ending_with_others(run, threading.Event()):
+    with stop_if_peer_failed(run, threading.Event()):
         pass
-    tell(run, ModelError("and again"))  # the record of the first attempt is no longer needed
-    with pytest.raises(PartFailedError, match="and again"), ending_with_others(run, object()):  # type: ignore[arg-type]
+    report_failure(
+        run, ModelError("and again")
+    )  # the first attempt's record is not needed now
+    with pytest.raises(PartFailedError, match="and again"), stop_if_peer_failed(run, object()):  # type: ignore[arg-type]
         pass
     (tmp_path / "runs/world/failure.json").write_text("{")
-    with ending_with_others(run, threading.Event()):
+    with stop_if_peer_failed(run, threading.Event()):
         pass
 
 
 def test_errors_stay_as_they_are_while_nobody_has_failed(run: Run) -> None:
-    with pytest.raises(Stopped), ending_with_others(run, threading.Event()):
+    with pytest.raises(Stopped), stop_if_peer_failed(run, threading.Event()):
         raise Stopped("saved")
 
 
@@ -109,12 +111,12 @@ def test_a_store_that_does_not_answer_costs_a_warning(
         return True
 
     def work() -> None:
-        with ending_with_others(run, stopping, 0.01):
+        with stop_if_peer_failed(run, stopping, 0.01):
             record.mkdir(parents=True)  # which nobody can read
             assert warned.wait(SECONDS)
-            tell(run, ModelError("not told"))
+            report_failure(run, ModelError("not told"))
             record.rmdir()
-            tell(run, ModelError("the model is gone"))
+            report_failure(run, ModelError("the model is gone"))
             assert stopping.wait(SECONDS)
             raise Stopped("saved")
 
@@ -128,13 +130,13 @@ def test_a_store_that_does_not_answer_costs_a_warning(
 def test_only_the_first_rank_of_a_pod_looks_and_only_while_it_works(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with ending_with_others(run, threading.Event()):
+    with stop_if_peer_failed(run, threading.Event()):
         (looking,) = (each for each in threading.enumerate() if each.name == "failure")
     looking.join(SECONDS)
     assert not looking.is_alive()
-    tell(run, ModelError("the model is gone"))
+    report_failure(run, ModelError("the model is gone"))
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with ending_with_others(run, threading.Event()):
+    with stop_if_peer_failed(run, threading.Event()):
         pass
 
 

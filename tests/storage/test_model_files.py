@@ -17,7 +17,7 @@ from dist_sae.errors import ModelError, PlanMismatchError
 from dist_sae.models import build_source, build_tokenizer
 from dist_sae.producing.planner import plan
 from dist_sae.storage import Entry, ObjectStore, open_store
-from dist_sae.storage.model_files import place_of
+from dist_sae.storage.model_files import name_or_path
 from tests.conftest import Bucket
 from tests.models.test_huggingface import random_tokens, save_model
 from tests.runs import make_run
@@ -118,12 +118,12 @@ def test_what_is_read_is_fetched_once_and_weights_when_they_are_needed(
     upload(bucket, folder, "models/gpt2/onnx")
     model = stored(bucket, tmp_path)
     weights = (folder / "model.safetensors").stat().st_size
-    here = Path(place_of(model, weights=False))
+    here = Path(name_or_path(model, weights=False))
     assert not (here / "model.safetensors").exists()
     assert 0 < got() < weights
-    assert place_of(model, weights=True) == str(here)
+    assert name_or_path(model, weights=True) == str(here)
     assert got() == weights
-    place_of(model, weights=True)
+    name_or_path(model, weights=True)
     assert got() == 0
     for name in READ:
         assert (here / name).read_bytes() == (folder / name).read_bytes()
@@ -136,7 +136,8 @@ def test_processes_that_share_a_cache_fetch_together(
     upload(bucket, folder)
     model = stored(bucket, tmp_path)
     together = [
-        threading.Thread(target=place_of, args=(model,), kwargs={"weights": True}) for _ in range(4)
+        threading.Thread(target=name_or_path, args=(model,), kwargs={"weights": True})
+        for _ in range(4)
     ]
     for thread in together:
         thread.start()
@@ -151,10 +152,10 @@ def test_a_damaged_file_is_fetched_again(
 ) -> None:
     upload(bucket, folder)
     model = stored(bucket, tmp_path)
-    file = Path(place_of(model, weights=True)) / "model.safetensors"
+    file = Path(name_or_path(model, weights=True)) / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    place_of(model, weights=True)
+    name_or_path(model, weights=True)
     assert file.read_bytes() == whole
     assert f"{file}: is damaged; downloading it again" in caplog.text
 
@@ -164,13 +165,13 @@ def test_a_moved_folder_is_the_same_one_and_a_new_model_is_not(
 ) -> None:
     upload(bucket, folder)
     upload(bucket, folder, "elsewhere")
-    first = place_of(stored(bucket, tmp_path), weights=True)
+    first = name_or_path(stored(bucket, tmp_path), weights=True)
     got()
-    assert place_of(stored(bucket, tmp_path, "elsewhere"), weights=True) == first
+    assert name_or_path(stored(bucket, tmp_path, "elsewhere"), weights=True) == first
     assert got() == 0
     save_model(folder, "gpt2", dtype=torch.float16)
     upload(bucket, folder)
-    assert place_of(stored(bucket, tmp_path), weights=True) != first
+    assert name_or_path(stored(bucket, tmp_path), weights=True) != first
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,7 @@ def test_one_line_says_what_is_missing(
         path.unlink()
     upload(bucket, folder)
     with pytest.raises(ModelError) as refused:
-        place_of(stored(bucket, tmp_path), weights=False)
+        name_or_path(stored(bucket, tmp_path), weights=False)
     told = str(refused.value)
     assert told.startswith(f"model.path s3://{bucket.name}/models/gpt2: there is {missing}; copy")
     assert "\n" not in told
@@ -217,7 +218,7 @@ def test_a_full_or_missing_place_is_named(
     upload(bucket, folder)
     home.write_text("no folder")
     with pytest.raises(ModelError, match=r"cannot be stored in .*; free space there \(in a pod: "):
-        place_of(stored(bucket, tmp_path), weights=False)
+        name_or_path(stored(bucket, tmp_path), weights=False)
 
 
 @pytest.mark.parametrize(

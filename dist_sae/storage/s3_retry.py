@@ -21,7 +21,7 @@ from dist_sae.storage.s3_errors import mapped
 Result = TypeVar("Result")
 
 
-class S3Patience:
+class S3Retrier:
     """Retries calls until the endpoint responds or the deadline passes.
 
     Args:
@@ -45,7 +45,7 @@ class S3Patience:
         self._meter = meter
         self._renew = renew
         logger = logging.getLogger(__name__)
-        self._patiently = Retrier(config.deadline_seconds, stopping, UnavailableError, logger)
+        self._retry = Retrier(config.deadline_seconds, stopping, UnavailableError, logger)
 
     def __call__(self, key: str | None, call: Callable[[], Result]) -> Result:
         """Repeat a call until it succeeds, and return its result.
@@ -63,7 +63,7 @@ class S3Patience:
             with mapped(self._url, key, self._config.endpoint_url):
                 return call()
 
-        return self._patiently(attempt, self._on_failure)
+        return self._retry(attempt, self._on_failure)
 
     def _on_failure(self, exc: DistSaeError) -> float:
         if isinstance(exc.__cause__, NoCredentialsError):

@@ -18,7 +18,7 @@ warned = set[tuple[str, str]]()
 """(store, folder) pairs for which this process has logged a warning."""
 
 
-class OwnKeys:
+class KeyPattern:
     """Pattern for the keys of one kind of object.
 
     Args:
@@ -54,7 +54,7 @@ class OwnKeys:
         return match
 
 
-class NumberedKeys(OwnKeys):
+class NumberedKeys(KeyPattern):
     """Keys of the form `<folder><number>.json`, with eight digits so that keys sort like numbers.
 
     Args:
