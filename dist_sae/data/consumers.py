@@ -65,17 +65,19 @@ def kept_units(store: ObjectStore, plan: Plan) -> range:
     return plan.train_units[retired_below(store) :]
 
 
-def lowest_unit(plan: Plan, cursors: Mapping[int, StreamCursor], *, keeps: bool) -> int:
+def lowest_unit(plan: Plan, cursors: Mapping[int, StreamCursor], *, multi_pass: bool) -> int:
     """Return the lowest unit of the windows that the cursors point to.
 
     After its only pass, a stream may read its last window again, so that window still counts. If
-    there are several passes (`keeps`), all units have been read once when a stream begins its
+    there are several passes (`multi_pass`), all units have been read once when a stream begins its
     second pass, so its position is then past all units.
     """
     return min(
         (
-            plan.n_train_units if place.data_pass and keeps else stream + plan.streams * place.first
-            for stream, place in cursors.items()
+            plan.n_train_units
+            if cursor.data_pass and multi_pass
+            else stream + plan.streams * cursor.first
+            for stream, cursor in cursors.items()
         ),
         default=0,
     )
@@ -218,9 +220,9 @@ class Registration:
 
     Args:
         consumers: Runs that read the activation set.
-        keeps: Whether the run makes several passes, and so needs all units until it has ended.
+        multi_pass: Whether the run makes several passes, and so needs all units until it has ended.
         retires: Whether to delete shards that no run needs any more.
-        speaks: Whether this rank reports; only one rank of a run does.
+        reports: Whether this rank reports; only one rank of a run does.
     """
 
     def __init__(
@@ -229,18 +231,18 @@ class Registration:
         plan: Plan,
         run: str,
         *,
-        keeps: bool,
+        multi_pass: bool,
         retires: bool,
-        speaks: bool = True,
+        reports: bool = True,
     ) -> None:
         self._consumers = consumers
         self._plan = plan
         self._run = run
-        self._keeps = keeps
-        self._retires = retires and speaks
-        self._speaks = speaks
-        self._reached = self._needed = self._before = 0
-        self._has_begun = False
+        self._multi_pass = multi_pass
+        self._retires = retires and reports
+        self._reports = reports
+        self._reached = self._needed = self._previous = 0
+        self._is_registered = False
         self._reporting = threading.Lock()
         self._over = threading.Event()
         self._failed = threading.Event()
@@ -250,7 +252,7 @@ class Registration:
         self._thread = threading.Thread(target=self._renew, name="consumer", daemon=True)
 
     def __enter__(self) -> "Registration":
-        if self._speaks:
+        if self._reports:
             self._thread.start()
         return self
 
@@ -267,7 +269,7 @@ class Registration:
         """Lowest unit that the run is reading; it has read all earlier units in plan order."""
         return self._reached
 
-    def begin(self, cursors: Mapping[int, StreamCursor], *, ended: bool = False) -> None:
+    def register(self, cursors: Mapping[int, StreamCursor], *, ended: bool = False) -> None:
         """Register the run, and check that the shards it is going to read still exist.
 
         Args:
@@ -277,18 +279,18 @@ class Registration:
         Raises:
             DataExhaustedError: Shards that the run is going to read have been deleted.
         """
-        self._reached, self._before = 0, self._lowest(cursors)
-        self.durable(cursors, ended=ended)
+        self._reached, self._previous = 0, self._lowest(cursors)
+        self.checkpointed(cursors, ended=ended)
         self._consumers.check_present(self._run, self._needed)
 
-    def at(self, cursors: Mapping[int, StreamCursor]) -> None:
+    def advance(self, cursors: Mapping[int, StreamCursor]) -> None:
         """Report the run's position if it has moved to another unit."""
         reached = self._lowest(cursors)
         if reached != self._reached:
             self._reached = reached
-            self._say()
+            self._report()
 
-    def durable(self, cursors: Mapping[int, StreamCursor], *, ended: bool = False) -> None:
+    def checkpointed(self, cursors: Mapping[int, StreamCursor], *, ended: bool = False) -> None:
         """Report the position from which a new checkpoint would resume.
 
         Units that the previous checkpoint needs are also retained, because the new checkpoint may
@@ -304,9 +306,9 @@ class Registration:
         """
         lowest = self._plan.n_train_units if ended else self._lowest(cursors)
         self._reached = max(self._reached, lowest)
-        before, self._before = self._before, lowest
-        self._needed = lowest if ended else 0 if self._keeps else before
-        self._say()
+        previous, self._previous = self._previous, lowest
+        self._needed = lowest if ended else 0 if self._multi_pass else previous
+        self._report()
         if self._retires:
             # in a thread, so that a slow deletion does not delay the run
             self._retirements.append(self._retiring.submit(self._retire))
@@ -331,18 +333,18 @@ class Registration:
             logger.info("deleted the shards of units below %d", below)
 
     def _lowest(self, cursors: Mapping[int, StreamCursor]) -> int:
-        return lowest_unit(self._plan, cursors, keeps=self._keeps)
+        return lowest_unit(self._plan, cursors, multi_pass=self._multi_pass)
 
-    def _say(self) -> None:
-        self._has_begun = True
-        if self._speaks:
+    def _report(self) -> None:
+        self._is_registered = True
+        if self._reports:
             with self._reporting:  # or the thread could overwrite a newer report with an older one
                 self._consumers.report(self._run, reached=self._reached, needed=self._needed)
 
     def _renew(self) -> None:
         while not self._over.wait(self._consumers.renew_seconds):
             try:
-                if self._has_begun:
-                    self._say()
+                if self._is_registered:
+                    self._report()
             except StoreError as exc:
                 logger.warning("the run's progress could not be reported again: %s", exc)

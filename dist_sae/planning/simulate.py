@@ -259,7 +259,7 @@ class Simulation:
         yield fleet.trainer_begin_seconds
         for first in range(0, max(map(len, units_of)), plan.window_units):
             at = dict.fromkeys(range(plan.streams), StreamCursor(0, first, 0))
-            reached = lowest_unit(plan, at, keeps=False)
+            reached = lowest_unit(plan, at, multi_pass=False)
             self._consumers.report("simulated", reached=reached, needed=0)
             window = [unit for of in units_of for unit in of[first : first + plan.window_units]]
             since = clock.now

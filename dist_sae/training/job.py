@@ -111,11 +111,11 @@ class TrainingJob:
         not finite ends the job and leaves the weights unchanged.
         """
         if self.failure:  # producers must not wait for this job, though it may be restarted later
-            self.registration.at(batch.loaded.cursors)
+            self.registration.advance(batch.loaded.cursors)
         if batch.loaded.step not in self.steps[:1]:
             return
         self.watch.set_step(self.position.step, working=True)
-        self.registration.at(batch.loaded.cursors)
+        self.registration.advance(batch.loaded.cursors)
         rows = batch.rows(self.normalisers)
         self.report.end("rest")
         try:

@@ -218,7 +218,7 @@ def _prepare(
     if mesh.is_first:
         runs.put(run_file_key(run.name), dump_run(with_absolute_paths(run)).encode())
     if not start.found:
-        registration.begin(start.cursors)
+        registration.register(start.cursors)
     own = mesh.sharded(run.processes.latent_shards)
     return _PreparedRun(run, own, kernels, telemetry, registration, checkpoints, start)
 
@@ -267,7 +267,7 @@ def _saver(
 
     def on_durable(saved: Saved) -> None:
         cursors = {stream: StreamCursor(*place) for stream, place in saved.cursors.items()}
-        prepared.registration.durable(cursors, ended=saved.step == run.steps)
+        prepared.registration.checkpointed(cursors, ended=saved.step == run.steps)
         report.saved(saved)
 
     return Saver(
@@ -292,9 +292,9 @@ def _registration(run: Run, plan: Plan, activations: ObjectStore, mesh: Mesh) ->
         Consumers(activations, store.consumer_expiry_hours),
         plan,
         run.name,
-        keeps=run.train.max_passes > 1,
+        multi_pass=run.train.max_passes > 1,
         retires=store.retention == "delete_consumed",
-        speaks=mesh.is_first,
+        reports=mesh.is_first,
     )
 
 
@@ -397,5 +397,5 @@ def _restore(prepared: _PreparedRun, state: TrainingState) -> StreamPosition:
     durable_at = time.time() - checkpoints.ages()[position.step]
     telemetry.set("dist_sae_checkpoint_step", position.step)
     telemetry.set("dist_sae_checkpoint_timestamp_seconds", durable_at)
-    prepared.registration.begin(position.cursors, ended=position.step == prepared.run.steps)
+    prepared.registration.register(position.cursors, ended=position.step == prepared.run.steps)
     return position

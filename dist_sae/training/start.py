@@ -105,7 +105,7 @@ class Start(NamedTuple):
         """
         check_rows(run, plan, self.taken_rows(plan))
         normaliser_rows = 0 if self.normaliser_checkpoint(plan) else run.train.normaliser_rows or 0
-        first = lowest_unit(plan, self.cursors, keeps=run.train.max_passes > 1)
+        first = lowest_unit(plan, self.cursors, multi_pass=run.train.max_passes > 1)
         check_ahead(run, plan, max(normaliser_rows, self.init_rows(run)), first)
 
 

@@ -71,10 +71,10 @@ def read(settings: dict[str, Any], world: int, folder: Path, credentials: dict[s
         Consumers(store, run.store.consumer_expiry_hours),
         plan,
         run.name,
-        keeps=False,
+        multi_pass=False,
         retires=run.store.retention == "delete_consumed",
     )
-    registration.begin(cursors, ended=step == run.steps)
+    registration.register(cursors, ended=step == run.steps)
     activation_set = ActivationSet(store, plan, run.sites, threading.Event())
     loaders = [
         Loader(
@@ -98,7 +98,7 @@ def read(settings: dict[str, Any], world: int, folder: Path, credentials: dict[s
             assert all(batch is not None for batch in batches)
             acts = torch.cat([only(batch.acts) for batch in batches if batch])
             cursors = {v: place for batch in batches if batch for v, place in batch.cursors.items()}
-            registration.at(cursors)
+            registration.advance(cursors)
             step += 1
             digest = hashlib.sha256(acts.numpy().tobytes()).hexdigest()
             rows = [int(row) for row in acts[:, 0]]
@@ -108,4 +108,4 @@ def read(settings: dict[str, Any], world: int, folder: Path, credentials: dict[s
                 new = saved.with_suffix(".new")
                 new.write_text(json.dumps({"step": step, "cursors": cursors}))
                 new.replace(saved)
-                registration.durable(cursors, ended=step == run.steps)
+                registration.checkpointed(cursors, ended=step == run.steps)

@@ -38,17 +38,17 @@ def store(run: Run) -> ObjectStore:
     return open_store(run.store.activations)
 
 
-def register(
-    store: ObjectStore, plan: Plan, run: str = "r", *, keeps: bool = False
+def registration_of(
+    store: ObjectStore, plan: Plan, run: str = "r", *, multi_pass: bool = False
 ) -> Registration:
-    return Finished(Consumers(store, 1.0), plan, run, keeps=keeps, retires=True)
+    return Finished(Consumers(store, 1.0), plan, run, multi_pass=multi_pass, retires=True)
 
 
 class Finished(Registration):
     """Waits until what can be deleted is deleted."""
 
-    def durable(self, cursors: Mapping[int, StreamCursor], *, ended: bool = False) -> None:
-        super().durable(cursors, ended=ended)
+    def checkpointed(self, cursors: Mapping[int, StreamCursor], *, ended: bool = False) -> None:
+        super().checkpointed(cursors, ended=ended)
         self.finish()
 
 
@@ -70,10 +70,10 @@ def readable(store: ObjectStore, plan: Plan) -> list[int]:
 
 def test_the_position_is_that_of_the_slowest_stream(store: ObjectStore, plan: Plan) -> None:
     consumers = Consumers(store, 1.0)
-    registration = register(store, plan, keeps=True)
-    registration.begin({})
+    registration = registration_of(store, plan, multi_pass=True)
+    registration.register({})
     assert consumers.slowest() == (0, "r")
-    registration.at(
+    registration.advance(
         {
             0: StreamCursor(0, 3, 90),
             1: StreamCursor(0, 2, 60),
@@ -82,7 +82,7 @@ def test_the_position_is_that_of_the_slowest_stream(store: ObjectStore, plan: Pl
         }
     )
     assert consumers.slowest() == (9, "r")  # unit 2 of stream 1 is 1 + 4 * 2
-    registration.at(
+    registration.advance(
         {0: StreamCursor(1, 0, 200), 1: StreamCursor(0, 3, 90)}
     )  # the others are in their second pass
     assert consumers.slowest() == (13, "r")
@@ -92,34 +92,34 @@ def test_a_run_of_one_pass_that_has_ended_still_reads_its_last_windows(
     store: ObjectStore, plan: Plan
 ) -> None:
     """Streams 0 and 1 read theirs again, until the others have come to their ends."""
-    registration = register(store, plan)
-    registration.begin({})
+    registration = registration_of(store, plan)
+    registration.register({})
     for cursors in (
         {0: StreamCursor(1, 3, 90), 1: StreamCursor(2, 3, 120), 2: StreamCursor(0, 3, 80)},
     ) * 2:
-        registration.at(cursors)
-        registration.durable(cursors)
+        registration.advance(cursors)
+        registration.checkpointed(cursors)
     assert Consumers(store, 1.0).slowest() == (12, "r")
     assert readable(store, plan)[0] == 12
 
 
 def test_what_every_run_has_behind_it_is_deleted(store: ObjectStore, plan: Plan) -> None:
-    slow, fast = register(store, plan, "slow"), register(store, plan, "fast")
-    slow.begin({})
-    fast.begin({})
-    fast.durable(everywhere(2))
-    fast.durable(everywhere(3))
+    slow, fast = registration_of(store, plan, "slow"), registration_of(store, plan, "fast")
+    slow.register({})
+    fast.register({})
+    fast.checkpointed(everywhere(2))
+    fast.checkpointed(everywhere(3))
     assert readable(store, plan) == list(range(17))
-    slow.at(everywhere(3))  # not saved yet
-    fast.durable(everywhere(3))
+    slow.advance(everywhere(3))  # not saved yet
+    fast.checkpointed(everywhere(3))
     assert readable(store, plan) == list(range(17))
-    slow.durable(everywhere(1))  # and this one may turn out to be damaged
+    slow.checkpointed(everywhere(1))  # and this one may turn out to be damaged
     assert readable(store, plan) == list(range(17))
-    slow.durable(everywhere(2))
+    slow.checkpointed(everywhere(2))
     assert readable(store, plan) == list(range(4, 17))
-    slow.durable({}, ended=True)
+    slow.checkpointed({}, ended=True)
     assert readable(store, plan) == list(range(12, 17))
-    fast.durable({}, ended=True)
+    fast.checkpointed({}, ended=True)
     assert readable(store, plan) == [16]  # held-out units stay
 
 
@@ -127,17 +127,17 @@ def test_a_run_that_had_ended_begins_again_though_all_is_deleted(
     store: ObjectStore, plan: Plan
 ) -> None:
     """Killed after its last word, it starts from its last checkpoint and reads nothing more."""
-    register(store, plan).durable({}, ended=True)
+    registration_of(store, plan).checkpointed({}, ended=True)
     assert retired_below(store) == 16
-    register(store, plan).begin(everywhere(3), ended=True)
+    registration_of(store, plan).register(everywhere(3), ended=True)
     with pytest.raises(DataExhaustedError, match="starts at unit 12"):
-        register(store, plan).begin(everywhere(3))
+        registration_of(store, plan).register(everywhere(3))
 
 
 def test_manifests_of_deleted_units_stay_so_that_nobody_makes_them_again(
     run: Run, store: ObjectStore, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    register(store, plan).durable({}, ended=True)
+    registration_of(store, plan).checkpointed({}, ended=True)
     before = list(store.keys())
     fill(run, RowNumbers(), monkeypatch)
     assert list(store.keys()) == before
@@ -149,20 +149,23 @@ def test_manifests_of_deleted_units_stay_so_that_nobody_makes_them_again(
 def test_a_run_that_may_go_through_the_data_again_keeps_all_of_it(
     store: ObjectStore, plan: Plan
 ) -> None:
-    keeper, other = register(store, plan, "keeper", keeps=True), register(store, plan, "other")
-    keeper.begin({})
-    keeper.durable(everywhere(3))
-    other.durable({}, ended=True)
+    keeper, other = (
+        registration_of(store, plan, "keeper", multi_pass=True),
+        registration_of(store, plan, "other"),
+    )
+    keeper.register({})
+    keeper.checkpointed(everywhere(3))
+    other.checkpointed({}, ended=True)
     assert readable(store, plan) == list(range(17))
-    keeper.durable({}, ended=True)
+    keeper.checkpointed({}, ended=True)
     assert readable(store, plan) == [16]
 
 
 def test_a_run_that_joins_late_is_told_what_is_gone(store: ObjectStore, plan: Plan) -> None:
-    register(store, plan, "early").begin(everywhere(2))
+    registration_of(store, plan, "early").register(everywhere(2))
     with pytest.raises(DataExhaustedError, match="run late starts at unit 0, but units below 8"):
-        register(store, plan, "late").begin({})
-    register(store, plan, "resumed").begin(everywhere(2))
+        registration_of(store, plan, "late").register({})
+    registration_of(store, plan, "resumed").register(everywhere(2))
 
 
 def test_nothing_is_kept_for_an_abandoned_run(store: ObjectStore, plan: Plan) -> None:
@@ -173,8 +176,8 @@ def test_nothing_is_kept_for_an_abandoned_run(store: ObjectStore, plan: Plan) ->
                 yield entry._replace(age_seconds=3601.0 if old else 1.0)
 
     aged = Aged(store)
-    register(aged, plan, "gone").begin({})
-    register(aged, plan, "alive").begin(everywhere(1))
+    registration_of(aged, plan, "gone").register({})
+    registration_of(aged, plan, "alive").register(everywhere(1))
     assert readable(store, plan) == list(range(4, 17))
 
 
@@ -191,11 +194,11 @@ def test_a_run_that_waits_reports_again_until_it_ends(store: ObjectStore, plan: 
             return super().put(key, data, if_absent=if_absent)
 
     consumers = Consumers(Watched(store), 0.1 / 3600)
-    with Registration(consumers, plan, "r", keeps=False, retires=False) as registration:
+    with Registration(consumers, plan, "r", multi_pass=False, retires=False) as registration:
         assert not several.wait(0.2)
         assert not reports
-        registration.begin(everywhere(1))
-        registration.at(everywhere(2))
+        registration.register(everywhere(1))
+        registration.advance(everywhere(2))
         assert several.wait(60)
     assert len(list(groupby(reports))) == 2  # the first, perhaps repeated, and then the second
     assert Consumers(store, 1.0).slowest() == (8, "r")
@@ -220,10 +223,10 @@ def test_a_repeated_report_never_overwrites_a_newer_one(store: ObjectStore, plan
             return super().put(key, data, if_absent=if_absent)
 
     consumers = Consumers(Slow(store), 0.1 / 3600)
-    with Registration(consumers, plan, "r", keeps=False, retires=False) as registration:
-        registration.begin({})
+    with Registration(consumers, plan, "r", multi_pass=False, retires=False) as registration:
+        registration.register({})
         assert repeating.wait(60)
-        registration.durable({}, ended=True)
+        registration.checkpointed({}, ended=True)
         assert repeated.wait(60)
     assert reached[-1] == 16
     assert reached == sorted(reached)
@@ -259,9 +262,9 @@ def test_shards_are_deleted_together_while_saving_goes_on(store: ObjectStore, pl
             super().delete_many(keys)
 
     consumers = Consumers(Slow(store), 1.0)
-    with Registration(consumers, plan, "r", keeps=False, retires=True) as registration:
-        registration.begin({})
-        registration.durable({}, ended=True)
+    with Registration(consumers, plan, "r", multi_pass=False, retires=True) as registration:
+        registration.register({})
+        registration.checkpointed({}, ended=True)
         reported.set()
     assert asked == [16]
     assert readable(store, plan) == [16]
@@ -275,9 +278,9 @@ def test_a_shard_that_cannot_be_deleted_ends_the_run(store: ObjectStore, plan: P
     consumers = Consumers(Locked(store), 1.0)
 
     def run() -> None:
-        with Registration(consumers, plan, "r", keeps=False, retires=True) as registration:
-            registration.begin({})
-            registration.durable({}, ended=True)
+        with Registration(consumers, plan, "r", multi_pass=False, retires=True) as registration:
+            registration.register({})
+            registration.checkpointed({}, ended=True)
 
     with pytest.raises(AccessError, match="access denied"):
         run()
@@ -291,7 +294,7 @@ def test_a_crash_between_the_word_and_the_deed_leaves_orphans_that_gc_finds(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        register(Dying(store), plan).begin(everywhere(1))
+        registration_of(Dying(store), plan).register(everywhere(1))
     assert retired_below(store) == 4
     assert gc(run, hours=1.0, delete=True)["orphans"] == 0  # too young to be sure
     found = gc(run, hours=0.0, delete=False)

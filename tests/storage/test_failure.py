@@ -84,9 +84,7 @@ def test_another_attempt_and_another_run_go_on(
     monkeypatch.setenv(ATTEMPT, "second")
     with stop_if_peer_failed(run, threading.Event()):
         pass
-    report_failure(
-        run, ModelError("and again")
-    )  # the first attempt's record is not needed now
+    report_failure(run, ModelError("and again"))  # the first attempt's record is not needed now
     with pytest.raises(PartFailedError, match="and again"), stop_if_peer_failed(run, object()):  # type: ignore[arg-type]
         pass
     (tmp_path / "runs/world/failure.json").write_text("{")
