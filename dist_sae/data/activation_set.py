@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = (0.1, 2.0)
 """First and longest pause between checks for a unit that does not exist yet."""
-SAY_EVERY_SECONDS = 30.0
+LOG_EVERY_SECONDS = 30.0
 """Time between log messages while waiting for a unit."""
 SiteActs = Float[Tensor, "rows d_site"]
 """Activations of one site."""
@@ -65,22 +65,22 @@ class ActivationSet:
         self.stopping = stopping or threading.Event()
         self._wait = wait
         self._patience_seconds = patience_seconds
-        self._said_unit: int | None = None
+        self._logged_unit: int | None = None
         self.closed = threading.Event()
 
-    def until(self, closed: threading.Event) -> "ActivationSet":
+    def with_closed_event(self, closed: threading.Event) -> "ActivationSet":
         """Return a copy of this reader whose waits also end when `closed` is set."""
         reader = copy.copy(self)
         reader.closed = closed
         return reader
 
     def manifest(
-        self, unit: int, waiting: Callable[[float], None] = lambda _: None
+        self, unit: int, on_wait: Callable[[float], None] = lambda _: None
     ) -> UnitManifest:
         """Return the manifest of a unit; wait until it exists.
 
         Args:
-            waiting: Callback for the seconds waited so far, called after every pause.
+            on_wait: Callback for the seconds waited so far, called after every pause.
 
         Raises:
             ObjectNotFoundError: The unit does not exist, and this reader does not wait.
@@ -89,7 +89,7 @@ class ActivationSet:
             Stopped: `stopping` or `closed` was set during the wait.
         """
         pause, longest = POLL_SECONDS
-        look_every = min(SAY_EVERY_SECONDS, self._patience_seconds / 4)
+        look_every = min(LOG_EVERY_SECONDS, self._patience_seconds / 4)
         since = looked = sign = time.monotonic()
         while True:
             try:
@@ -101,7 +101,7 @@ class ActivationSet:
                 raise Stopped(f"stopped while waiting for unit {unit}")
             pause = min(pause * 1.5, longest)
             now = time.monotonic()
-            waiting(now - since)
+            on_wait(now - since)
             if now - looked > look_every:
                 looked = now
                 if self._look_for_producers(unit, now - since):
@@ -117,7 +117,7 @@ class ActivationSet:
         """Return whether all these units have been produced."""
         return all(self.store.size(manifest_key(unit)) is not None for unit in units)
 
-    def at(self, *sites: str) -> "ActivationSet":
+    def with_sites(self, *sites: str) -> "ActivationSet":
         """Return a copy of this reader that reads these sites."""
         reader = copy.copy(self)
         reader.sites = sites
@@ -176,8 +176,8 @@ class ActivationSet:
         """
         patient = self._patience_seconds == math.inf
         live = (patient and is_supervised()) or self._producers_live(unit)
-        if patient or unit != self._said_unit:
-            self._said_unit = unit
+        if patient or unit != self._logged_unit:
+            self._logged_unit = unit
             if live:
                 logger.info("waiting for unit %d for %.0f s; producers are running", unit, seconds)
             else:

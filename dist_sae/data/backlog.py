@@ -24,13 +24,13 @@ class ReadyUnits:
 
     Args:
         store: Object store of the activation set.
-        show: Callback for the number of units, called from the thread.
+        on_count: Callback for the number of units, called from the thread.
     """
 
-    def __init__(self, store: ObjectStore, plan: Plan, show: Callable[[int], None]) -> None:
+    def __init__(self, store: ObjectStore, plan: Plan, on_count: Callable[[int], None]) -> None:
         self._store = store
         self._plan = plan
-        self._show = show
+        self._on_count = on_count
         self._complete_pages = 0
         self._over = threading.Event()
         # a daemon, because the process must not wait at its exit while the store retries
@@ -59,7 +59,7 @@ class ReadyUnits:
     def _look(self) -> None:
         while True:
             try:
-                self._show(self.count())
+                self._on_count(self.count())
             except StoreError as exc:
                 logger.warning("the ready units could not be counted: %s", exc)
             if self._over.wait(LOOK_EVERY_SECONDS):

@@ -17,12 +17,12 @@ import xxhash
 
 from dist_sae.config.data import CorpusConfig, DatasetCorpus, FilesCorpus, S3Config, SyntheticCorpus
 from dist_sae.data.corpus_files import CorpusFile, CorpusFiles, changed
-from dist_sae.data.formats import Place
+from dist_sae.data.formats import LocatedText
 from dist_sae.errors import CorpusError
 
 logger = logging.getLogger(__name__)
 
-_SAID_EVERY = 1000  # documents between calls to `said`
+_PROGRESS_EVERY = 1000  # documents between calls to `on_progress`
 MOST_SPANS = 200_000
 """Maximum number of spans, which keeps plan.json small. In a corpus with more documents than this,
 a span has several documents."""
@@ -80,11 +80,11 @@ class Corpus:
         self._files = CorpusFiles(config, s3)
         self._planned = _Planned.of(())
 
-    def index(self, said: Callable[[int], None] = lambda _: None) -> CorpusIndex:
+    def index(self, on_progress: Callable[[int], None] = lambda _: None) -> CorpusIndex:
         """Read the whole corpus once to count, check and fingerprint its documents.
 
         Args:
-            said: Progress callback for the number of documents read so far.
+            on_progress: Progress callback for the number of documents read so far.
 
         Raises:
             CorpusError: A file is missing or unreadable, or there is no text at all.
@@ -94,7 +94,7 @@ class Corpus:
         files = list[CorpusFile]()
         total = 0
         for name, places in zip(self._files.names(), found, strict=True):
-            files.append(self._index(name, places, said, total))
+            files.append(self._index(name, places, on_progress, total))
             total += files[-1].documents
         if total == 0:
             names = ", ".join(file.name for file in files)
@@ -148,7 +148,7 @@ class Corpus:
         self._present(files, spans)  # a file may have been rewritten during the read
         return documents
 
-    def holds(self, files: Sequence[CorpusFile], commit: str | None = None) -> bool:
+    def consists_of(self, files: Sequence[CorpusFile], commit: str | None = None) -> bool:
         """Return whether the corpus consists of these files, in any order and under any path.
 
         Names, sizes and (on the hub) commits are compared first, and content only if they differ,
@@ -169,15 +169,15 @@ class Corpus:
                 return True
             fingerprints = [self._files.fingerprint(name) for name in names]
         else:
-            here = self._files.pin() if commit else None
+            current = self._files.pin() if commit else None
             same_name = self._files.names() == [file.name for file in files]
-            if here and (here == commit or same_name):
-                return here == commit
+            if current and (current == commit or same_name):
+                return current == commit
             fingerprints = [file.fingerprint for file in self.index().files]
         return sorted(fingerprints) == sorted(file.fingerprint for file in files)
 
     def _index(
-        self, name: str, found: "_Found", said: Callable[[int], None], earlier: int
+        self, name: str, found: "_Found", on_progress: Callable[[int], None], earlier: int
     ) -> CorpusFile:
         """Read one whole file and add its documents to `found`."""
         is_file = isinstance(self._files.config, FilesCorpus)
@@ -187,8 +187,8 @@ class Corpus:
             if not text:
                 blank += 1
                 continue
-            if len(found.starts) % _SAID_EVERY == 0:
-                said(earlier + len(found.starts))
+            if len(found.starts) % _PROGRESS_EVERY == 0:
+                on_progress(earlier + len(found.starts))
             found.starts.append(start)
             found.stops.append(stop)
             encodable = is_encodable(text)
@@ -272,8 +272,8 @@ def is_encodable(text: str) -> bool:
     return True
 
 
-def _has_text(place: Place) -> bool:
-    return bool(place.text)
+def _has_text(located: LocatedText) -> bool:
+    return bool(located.text)
 
 
 def _digest(text: str) -> bytes:

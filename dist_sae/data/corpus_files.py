@@ -231,8 +231,8 @@ class CorpusFiles:
     def state(self, name: str) -> tuple[int, int, int]:
         """Return (inode, size, time in ns), which change if the unpacked file is rewritten."""
         with os_errors(name):
-            there = self._local(name).stat()
-        return there.st_ino, there.st_size, there.st_mtime_ns
+            status = self._local(name).stat()
+        return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def changed(name: str) -> CorpusError:

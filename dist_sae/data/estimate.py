@@ -29,7 +29,7 @@ _OWN_PRIOR = 0.5  # weight of the file's ratio, in pieces, relative to the docum
 _FILE_PRIOR = 1.0  # weight of the corpus's ratio, in pieces, relative to the file's own pieces
 _SPANS_AT_ONCE = 256
 
-Said = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
 """Progress callback, called with (done, total)."""
 
 
@@ -41,7 +41,7 @@ def estimate_rows(
     *,
     bos: int | None,
     special: AbstractSet[int],
-    said: Said = lambda _done, _of: None,
+    on_progress: Progress = lambda _done, _of: None,
 ) -> NDArray[np.int64]:
     """Estimate the rows of each span, before exclusions by norm.
 
@@ -49,14 +49,14 @@ def estimate_rows(
         activations: Settings of contexts and exclusions.
         bos: Token that begins each context, if any.
         special: Ids of special tokens.
-        said: Progress callback, in spans.
+        on_progress: Progress callback, in spans.
     """
     count = _Counter(activations, tokenize, bos, special)
     text_bytes = np.array(index.text_bytes)
     if text_bytes.sum() <= PIECES * PIECE_BYTES:
         rows = np.zeros(len(index.spans), dtype=np.int64)
         span_of = np.repeat(np.arange(len(rows)), [span.count for span in index.spans])
-        for spans in _chunks(np.arange(len(rows)), said):
+        for spans in _chunks(np.arange(len(rows)), on_progress):
             documents = corpus.read(index.files, [index.spans[i] for i in spans])
             spans_met = span_of[[document.number for document in documents]]
             np.add.at(rows, spans_met, count.rows([document.text for document in documents]))
@@ -64,7 +64,7 @@ def estimate_rows(
         return rows
     pieces = _pieces_of_spans(text_bytes, activations.seed)
     tokens, taken_bytes = np.zeros(len(pieces)), np.zeros(len(pieces))
-    for spans in _chunks(np.flatnonzero(pieces), said):
+    for spans in _chunks(np.flatnonzero(pieces), on_progress):
         found = [
             (i, text)
             for i in spans
@@ -75,16 +75,16 @@ def estimate_rows(
         np.add.at(taken_bytes, owners, [len(_encoded(text)) for _, text in found])
     count.check(tokens)
     files = np.array([span.file for span in index.spans])
-    ratio = _drawn_together(tokens / np.maximum(1, taken_bytes), pieces, files)
+    ratio = _shrink_ratios(tokens / np.maximum(1, taken_bytes), pieces, files)
     counts = np.array([span.count for span in index.spans])
     estimated = counts * rows_of_tokens(text_bytes * ratio / counts, activations, bos)
     rounded: NDArray[np.int64] = np.rint(estimated).astype(np.int64)
     return rounded
 
 
-def _chunks(spans: NDArray[np.int64], said: Said) -> Iterator[list[int]]:
+def _chunks(spans: NDArray[np.int64], on_progress: Progress) -> Iterator[list[int]]:
     for first in range(0, len(spans), _SPANS_AT_ONCE):
-        said(first, len(spans))
+        on_progress(first, len(spans))
         yield spans[first : first + _SPANS_AT_ONCE].tolist()
 
 
@@ -121,7 +121,7 @@ def _cut_out(text: str, pieces: int) -> list[str]:
     return [text[start : start + PIECE_BYTES] for start in starts]
 
 
-def _drawn_together(
+def _shrink_ratios(
     per_byte: NDArray[np.float64], pieces: NDArray[np.int64], files: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Estimate every span's tokens per byte from the sampled spans, by shrinkage."""

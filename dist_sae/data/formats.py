@@ -27,7 +27,7 @@ SLICE_ROWS = 1000
 _MOST_NAMED = 20  # most fields that a message names
 
 
-class Place(NamedTuple):
+class LocatedText(NamedTuple):
     """A text and its position in the source."""
 
     start: int
@@ -35,14 +35,16 @@ class Place(NamedTuple):
     text: str
 
 
-Texts = Callable[[int, int | None], Iterator[Place]]
+Texts = Callable[[int, int | None], Iterator[LocatedText]]
 """Function (start, stop) that yields the stripped texts of a source in `[start, stop)`. A `stop` of
 None is the end of the source; a blank record yields ""."""
 
 
-def numbers(documents: int, start: int, stop: int | None) -> Iterator[Place]:
+def numbers(documents: int, start: int, stop: int | None) -> Iterator[LocatedText]:
     """Yield the texts of the synthetic corpus: document i is the text "i"."""
-    return (Place(i, i + 1, str(i)) for i in range(start, documents if stop is None else stop))
+    return (
+        LocatedText(i, i + 1, str(i)) for i in range(start, documents if stop is None else stop)
+    )
 
 
 def plain_text(
@@ -51,25 +53,27 @@ def plain_text(
     unit: Literal["paragraph", "line", "file"],
     start: int,
     stop: int | None,
-) -> Iterator[Place]:
+) -> Iterator[LocatedText]:
     """Yield the lines of a plain text, its paragraphs (each up to a blank line) or all of it."""
     first, lines = start, list[str]()
     for line in _lines(name, path, start, stop):
         lines.append(line.text)
         if unit == "line" or (unit == "paragraph" and not line.text.strip()):
-            yield from _place(first, line.stop, "".join(lines))
+            yield from _located(first, line.stop, "".join(lines))
             first, lines = line.stop, []
         last = line.stop
     if lines:
-        yield from _place(first, last, "".join(lines))
+        yield from _located(first, last, "".join(lines))
 
 
-def json_lines(name: str, path: Path, field: str, start: int, stop: int | None) -> Iterator[Place]:
+def json_lines(
+    name: str, path: Path, field: str, start: int, stop: int | None
+) -> Iterator[LocatedText]:
     """Yield the texts of a file with a JSON object on each line."""
     for number, line in enumerate(_lines(name, path, start, stop), start=1):
         if line.text.strip():
             text = _text_of(line.text, field, f"{name}:{number}")
-            yield Place(line.start, line.stop, text.strip())
+            yield LocatedText(line.start, line.stop, text.strip())
 
 
 def _text_of(line: str, field: str, place: str) -> str:
@@ -104,18 +108,18 @@ def open_dataset(config: DatasetCorpus) -> Texts:
     if config.text_field not in rows.column_names:
         raise CorpusError(_no_field(config.name, config.text_field, rows.column_names))
 
-    def texts(start: int, stop: int | None) -> Iterator[Place]:
+    def texts(start: int, stop: int | None) -> Iterator[LocatedText]:
         stop = len(rows) if stop is None else stop
         for first in range(start, stop, SLICE_ROWS):
             values = rows[first : min(stop, first + SLICE_ROWS)][config.text_field]
             for row, value in enumerate(values, start=first):
                 text = _checked(value, config.text_field, f"{config.name}: row {row}")
-                yield Place(row, row + 1, text.strip())
+                yield LocatedText(row, row + 1, text.strip())
 
     return texts
 
 
-def _lines(name: str, path: Path, start: int, stop: int | None) -> Iterator[Place]:
+def _lines(name: str, path: Path, start: int, stop: int | None) -> Iterator[LocatedText]:
     """Yield the lines of a file in `[start, stop)`. Only LF ends a line; a lone CR does not."""
     position = start
     with os_errors(name), path.open("rb") as file:
@@ -127,14 +131,14 @@ def _lines(name: str, path: Path, start: int, stop: int | None) -> Iterator[Plac
                 text = line.decode("utf-8-sig" if position == 0 else "utf-8")
             except UnicodeDecodeError as exc:
                 raise CorpusError(f"{name}:{number}: not UTF-8; convert the file") from exc
-            yield Place(position, position + len(line), text)
+            yield LocatedText(position, position + len(line), text)
             position += len(line)
 
 
-def _place(start: int, stop: int, text: str) -> Iterator[Place]:
+def _located(start: int, stop: int, text: str) -> Iterator[LocatedText]:
     """Yield the text as a document, unless it is blank."""
     if stripped := text.strip():
-        yield Place(start, stop, stripped)
+        yield LocatedText(start, stop, stripped)
 
 
 def _checked(value: Any, field: str, place: str) -> str:
@@ -150,8 +154,8 @@ def _checked(value: Any, field: str, place: str) -> str:
 def _no_field(place: str, field: str, known: Iterable[str]) -> str:
     names = [name if name.isprintable() else repr(name) for name in known]
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    there = ", ".join(names[:_MOST_NAMED]) + more
-    return f"{place}: no {field!r} (it has {there}); set corpus.text_field"
+    shown = ", ".join(names[:_MOST_NAMED]) + more
+    return f"{place}: no {field!r} (it has {shown}); set corpus.text_field"
 
 
 def unpack(name: str, path: Path, unpacked: Path, field: str) -> None:

@@ -23,8 +23,8 @@ from dist_sae.errors import AccessError, CorpusError, HubUnavailableError, Model
 from dist_sae.hub import cached_commit
 from dist_sae.storage.model_files import WEIGHTS, checksum, name_or_path, weight_checksums
 
-_HOW = ("batch_tokens", "tensor_parallel", "shards")  # affect only speed; the last is an old name
-_PLACES = {"model": ("path", "revision", "other"), "corpus": ("files", "name", "revision")}
+_SPEED_ONLY = ("batch_tokens", "tensor_parallel", "shards")  # the last is an old name
+_PATH_KEYS = {"model": ("path", "revision", "other"), "corpus": ("files", "name", "revision")}
 _MOST_NAMED = 5  # most files that a message names
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -45,14 +45,14 @@ def plan_settings(run: Run) -> dict[str, Any]:
     return _settings(run.model_dump(mode="json", include={"model", "corpus", "activations"}))
 
 
-def setting_changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def setting_changes(planned: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """List the settings, except paths, that differ from a plan's, as `["a.b: 1 -> 2"]`.
 
     Args:
-        there: `Plan.settings`; missing keys have their defaults.
-        here: `plan_settings` of a run.
+        planned: `Plan.settings`; missing keys have their defaults.
+        current: `plan_settings` of a run.
     """
-    old, new = _without_places(_filled(there)), _without_places(here)
+    old, new = _without_paths(_with_defaults(planned)), _without_paths(current)
     recorded, wanted = old["activations"].pop("sites"), new["activations"].pop("sites")
     changes = differences(old, new)
     if more := [site for site in wanted if site not in recorded]:
@@ -62,22 +62,22 @@ def setting_changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[s
     return changes
 
 
-def moved_places(there: Run, here: Run) -> list[str]:
+def moved_paths(other: Run, run: Run) -> list[str]:
     """List the paths of text or model that differ between two runs, after resolving them.
 
     For programs that cannot read text and model, and may have no plan.
     """
-    old, new = plan_settings(there), plan_settings(here)
+    old, new = plan_settings(other), plan_settings(run)
     return [
         change
-        for section in _PLACES
+        for section in _PATH_KEYS
         if _resolved(old[section]) != _resolved(new[section])
         for change in _moved(section, old, new)
     ]
 
 
-def place_changes(
-    there: Mapping[str, Any],
+def path_changes(
+    planned: Mapping[str, Any],
     files: Sequence[CorpusFile],
     commit: str | None,
     content: Mapping[str, str] | None,
@@ -86,23 +86,23 @@ def place_changes(
     """List the paths of text or model that differ from the plan's and have different content.
 
     For programs that otherwise read neither text nor model. Only paths that differ from the plan's
-    are checked. Text is compared by `Corpus.holds`: by size or (on the hub) commit where possible.
-    A model is compared by all files except the weights.
+    are checked. Text is compared by `Corpus.consists_of`: by size or (on the hub) commit where
+    possible. A model is compared by all files except the weights.
 
     Args:
-        there: `Plan.settings`.
+        planned: `Plan.settings`.
         files: `Plan.files`.
         commit: `Plan.corpus_commit`.
         content: `Plan.model_content`.
     """
-    here = plan_settings(run)
-    model, corpus = (_moved(section, there, here) for section in ("model", "corpus"))
+    current = plan_settings(run)
+    model, corpus = (_moved(section, planned, current) for section in ("model", "corpus"))
     changes: list[str] = []
-    if model and not _is_model(there, content, run):
+    if model and not _is_planned_model(planned, content, run):
         changes += model
     if corpus:
         try:
-            if not Corpus(run.corpus, run.store.s3).holds(files, commit):
+            if not Corpus(run.corpus, run.store.s3).consists_of(files, commit):
                 changes += corpus
         except HubUnavailableError:
             raise
@@ -136,9 +136,11 @@ def model_content(model: ModelConfig, *, weights: bool = True) -> dict[str, str]
         return known or None
     folder = Path(name_or_path(model, weights=False))
     if folder.is_dir():
-        here = weights and not model.is_stored
+        local = weights and not model.is_stored
         try:
-            content = {path.name: checksum(path) for path in _deciding(folder, weights=here)}
+            content = {
+                path.name: checksum(path) for path in _identifying_files(folder, weights=local)
+            }
         except OSError as exc:
             raise ModelError(f"model.path {model.path}: cannot be read: {exc}") from exc
         return content | weight_checksums(model) if weights and model.is_stored else content
@@ -146,18 +148,18 @@ def model_content(model: ModelConfig, *, weights: bool = True) -> dict[str, str]
     return {"commit": commit} if commit else None
 
 
-def content_changes(there: Mapping[str, str], here: Mapping[str, str] | None) -> list[str]:
+def content_changes(planned: Mapping[str, str], current: Mapping[str, str] | None) -> list[str]:
     """List the names whose content differs between two models."""
-    here = here or {}
-    return sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
+    current = current or {}
+    return sorted(name for name in {*planned, *current} if planned.get(name) != current.get(name))
 
 
-def file_changes(there: Sequence[CorpusFile], here: Sequence[CorpusFile]) -> list[str]:
+def file_changes(planned: Sequence[CorpusFile], current: Sequence[CorpusFile]) -> list[str]:
     """List the corpus files that have changed, regardless of their order and paths."""
-    counts = Counter(file.fingerprint for file in here)
-    counts.subtract(Counter(file.fingerprint for file in there))
-    gone = {file.name for file in there if counts[file.fingerprint] < 0}
-    new = {file.name for file in here if counts[file.fingerprint] > 0}
+    counts = Counter(file.fingerprint for file in current)
+    counts.subtract(Counter(file.fingerprint for file in planned))
+    gone = {file.name for file in planned if counts[file.fingerprint] < 0}
+    new = {file.name for file in current if counts[file.fingerprint] > 0}
     changes = [
         *(f"{name} has changed" for name in sorted(gone & new)),
         *(f"{name} is gone" for name in sorted(gone - new)),
@@ -168,18 +170,20 @@ def file_changes(there: Sequence[CorpusFile], here: Sequence[CorpusFile]) -> lis
     return [f"the corpus files have changed: {named}"] if changes else []
 
 
-def _is_model(there: Mapping[str, Any], content: Mapping[str, str] | None, run: Run) -> bool:
+def _is_planned_model(
+    planned: Mapping[str, Any], content: Mapping[str, str] | None, run: Run
+) -> bool:
     if content is None:  # a plan of an earlier version has only the path of the model
         old, new = (
             Path(os.path.expanduser(m["path"]))
-            for m in (there["model"], plan_settings(run)["model"])
+            for m in (planned["model"], plan_settings(run)["model"])
         )
         return old.is_dir() and old.resolve() == new.resolve()
     known = {name: value for name, value in content.items() if not name.endswith(WEIGHTS)}
     return not content_changes(known, model_content(run.model, weights=False))
 
 
-def _deciding(folder: Path, *, weights: bool) -> Iterator[Path]:
+def _identifying_files(folder: Path, *, weights: bool) -> Iterator[Path]:
     patterns = ["config.json", "adapter_config.json", *_TOKENIZER]
     if weights:
         patterns.append(f"*{WEIGHTS}")
@@ -188,12 +192,12 @@ def _deciding(folder: Path, *, weights: bool) -> Iterator[Path]:
 
 
 def _settings(sections: dict[str, Any]) -> dict[str, Any]:
-    for how in _HOW:
-        sections["model"].pop(how, None)
+    for key in _SPEED_ONLY:
+        sections["model"].pop(key, None)
     return sections
 
 
-def _filled(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Fill in the defaults of settings that are newer than the plan."""
     try:
         known = _settings({**settings, "model": dict(settings["model"])})
@@ -202,9 +206,9 @@ def _filled(settings: Mapping[str, Any]) -> dict[str, Any]:
         return dict(settings)
 
 
-def _without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        section: {k: v for k, v in keys.items() if k not in _PLACES.get(section, ())}
+        section: {k: v for k, v in keys.items() if k not in _PATH_KEYS.get(section, ())}
         for section, keys in settings.items()
     }
 
@@ -228,8 +232,9 @@ def _resolved(section: Mapping[str, Any]) -> tuple[tuple[Any, Any], set[str]]:
     return (section.get("revision"), other.get("revision")), found
 
 
-def _moved(section: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def _moved(section: str, planned: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     old, new = (
-        {key: settings[section].get(key) for key in _PLACES[section]} for settings in (there, here)
+        {key: settings[section].get(key) for key in _PATH_KEYS[section]}
+        for settings in (planned, current)
     )
     return differences(old, new, f"{section}.")

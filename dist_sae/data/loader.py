@@ -82,7 +82,7 @@ class Loader:
         self._pool = ThreadPoolExecutor(max_workers=fetchers, thread_name_prefix="fetch")
         self._opener = ThreadPoolExecutor(max_workers=len(own), thread_name_prefix="open")
         self._stopping = activations.stopping
-        activations = activations.until(self._closed)
+        activations = activations.with_closed_event(self._closed)
         at = {v: (cursors or {}).get(v, START) for v in own}
 
         def streams_from(step: int) -> list[Stream]:
@@ -106,14 +106,14 @@ class Loader:
         for threads in (self._opener, self._pool):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def next(self, waiting: Callable[[float], None] = lambda _: None) -> Batch | None:
+    def next(self, on_wait: Callable[[float], None] = lambda _: None) -> Batch | None:
         """Return the next batch; None after a stop or at the end of the data.
 
         The end of the data raises no error yet, so that a rank can notify the others first; see
         `raise_if_failed`.
 
         Args:
-            waiting: Callback for the seconds waited so far, called every `LOOK_UP_SECONDS`.
+            on_wait: Callback for the seconds waited so far, called every `LOOK_UP_SECONDS`.
         """
         if self._again:
             return self._again.popleft()._replace(waited_seconds=0.0)
@@ -124,7 +124,7 @@ class Loader:
             except queue.Empty:
                 # after a stop, do not wait for the thread, whose store may retry for long
                 if not self._stopping.is_set():
-                    waiting(time.monotonic() - since)
+                    on_wait(time.monotonic() - since)
                     continue
                 item = Stopped("stopped while waiting for data")
             break
@@ -183,7 +183,7 @@ class Loader:
                     stream.put(whole)
                     for site, of_site in here.items():
                         of_site.copy_(whole[site][part.start : part.stop])
-                cursors = {v: stream.place for v, stream in zip(own, streams, strict=True)}
+                cursors = {v: stream.cursor for v, stream in zip(own, streams, strict=True)}
                 # of the ranks that share a stream, only the one with its first row counts
                 counted = zip(own.values(), streams, strict=True)
                 repeated = sum(s.repeated_rows for part, s in counted if not part.start) - before

@@ -14,13 +14,13 @@ from dist_sae.errors import NonFiniteError
 def measure(
     activations: ActivationSet,
     at_least_rows: int,
-    waiting: Callable[[float], None] = lambda _: None,
+    on_wait: Callable[[float], None] = lambda _: None,
 ) -> dict[str, Normaliser]:
     """Compute each site's normaliser from the first training units.
 
     Args:
         at_least_rows: Number of rows that is enough. If the set has fewer, all units are used.
-        waiting: Callback for the seconds waited so far for a unit.
+        on_wait: Callback for the seconds waited so far for a unit.
 
     Returns:
         The normaliser of each of the reader's sites, all from the same rows.
@@ -31,7 +31,7 @@ def measure(
     """
     rows, sums, squares = 0, dict[str, Tensor](), dict.fromkeys(activations.sites, 0.0)
     for unit in activations.plan.train_units:
-        manifest = activations.manifest(unit, waiting)
+        manifest = activations.manifest(unit, on_wait)
         for site, shard in activations.shards(manifest).items():
             of_unit = torch.tensor(shard.sum, dtype=torch.float64)
             sums[site] = sums[site] + of_unit if rows else of_unit

@@ -18,7 +18,7 @@ from dist_sae.data.identity import (
     content_changes,
     file_changes,
     model_content,
-    place_changes,
+    path_changes,
     plan_settings,
     setting_changes,
 )
@@ -128,16 +128,16 @@ class Plan(Record):
             return run
         train = run.train
         taken = stream_rows * self.streams
-        there = self.pass_rows * train.max_passes - taken
-        if taken and train.rows == "all" and there < train.batch_rows:
+        left = self.pass_rows * train.max_passes - taken
+        if taken and train.rows == "all" and left < train.batch_rows:
             raise DataExhaustedError(
                 f"train.rows: all: the run's parents took {taken} rows, and less than one batch is "
                 f"left (train.max_passes {train.max_passes}); raise train.max_passes or use "
                 f"train.parent.data: restart"
             )
-        if train.rows == "all" and there < train.batch_rows:
+        if train.rows == "all" and left < train.batch_rows:
             raise DataExhaustedError(
-                f"train.rows: all: there will be about {there} rows to train on, less than one "
+                f"train.rows: all: there will be about {left} rows to train on, less than one "
                 f"batch (train.batch_rows {train.batch_rows}); add more text or lower "
                 f"train.batch_rows"
             )
@@ -145,7 +145,7 @@ class Plan(Record):
             {
                 "activations": self.settings["activations"],
                 "train": {
-                    "rows": there // train.batch_rows * train.batch_rows,
+                    "rows": left // train.batch_rows * train.batch_rows,
                     "normaliser_rows": self._normaliser_rows,
                 },
             }
@@ -211,10 +211,10 @@ def publish_plan(store: ObjectStore, plan: Plan) -> Plan:
     """
     if store.put(PLAN_KEY, seal(plan), if_absent=True):
         return plan
-    there = read_record(Plan, store, PLAN_KEY)
-    if changed := setting_changes(there.settings, plan.settings) or _content_changes(there, plan):
+    stored = read_record(Plan, store, PLAN_KEY)
+    if changed := setting_changes(stored.settings, plan.settings) or _content_changes(stored, plan):
         raise _mismatch(store, changed)
-    return there
+    return stored
 
 
 def find_plan(
@@ -233,9 +233,9 @@ def find_plan(
         plan = read_record(Plan, store, PLAN_KEY)
     except ObjectNotFoundError:
         return None
-    here: dict[str, Any] = {"settings": plan_settings(plan.resolve(run)), "files": index.files}
-    here |= {"model_content": model, "corpus_commit": index.commit}
-    return publish_plan(store, plan.model_copy(update=here))
+    current: dict[str, Any] = {"settings": plan_settings(plan.resolve(run)), "files": index.files}
+    current |= {"model_content": model, "corpus_commit": index.commit}
+    return publish_plan(store, plan.model_copy(update=current))
 
 
 def load_plan(store: ObjectStore, run: Run) -> Plan:
@@ -248,7 +248,7 @@ def load_plan(store: ObjectStore, run: Run) -> Plan:
         plan = read_record(Plan, store, PLAN_KEY)
     except ObjectNotFoundError as exc:
         raise PlanMismatchError(f"{store.url}: has no plan yet; run `dist-sae plan` first") from exc
-    changed = setting_changes(plan.settings, plan_settings(plan.resolve(run))) or place_changes(
+    changed = setting_changes(plan.settings, plan_settings(plan.resolve(run))) or path_changes(
         plan.settings, plan.files, plan.corpus_commit, plan.model_content, run
     )
     if changed:
@@ -302,12 +302,12 @@ def check_model(run: Run, plan: Plan) -> None:
     """
     if not isinstance(run.model, HuggingFaceModel):
         return
-    parts, there = run.model.parts, plan.model_content
+    parts, planned = run.model.parts, plan.model_content
 
     def compare() -> list[str]:
         for part in parts:  # fetch a stored model to this machine, because it is needed next
             name_or_path(part, weights=True)
-        return content_changes(there, model_content(run.model)) if there else []
+        return content_changes(planned, model_content(run.model)) if planned else []
 
     changed = compare()
     if changed and evict(parts):  # the files may have been damaged during the download
@@ -319,17 +319,17 @@ def check_model(run: Run, plan: Plan) -> None:
         )
 
 
-def _content_changes(there: Plan, made: Plan) -> list[str]:
+def _content_changes(stored: Plan, new: Plan) -> list[str]:
     """List how text and model differ between two plans with the same settings."""
     changed = []
-    if there.text_checksums is None and there.settings["corpus"]["kind"] == "dataset":
+    if stored.text_checksums is None and stored.settings["corpus"]["kind"] == "dataset":
         # a plan of an earlier version has only the name of the data set
-        changed += differences(there.settings["corpus"], made.settings["corpus"], "corpus.")
+        changed += differences(stored.settings["corpus"], new.settings["corpus"], "corpus.")
     else:
-        changed += file_changes(there.files, made.files)
-    if there.model_content is None:
-        changed += differences(there.settings["model"], made.settings["model"], "model.")
-    elif names := content_changes(there.model_content, made.model_content):
+        changed += file_changes(stored.files, new.files)
+    if stored.model_content is None:
+        changed += differences(stored.settings["model"], new.settings["model"], "model.")
+    elif names := content_changes(stored.model_content, new.model_content):
         changed.append(f"the model has changed: {', '.join(names)}")
     return changed
 

@@ -40,7 +40,10 @@ def stores_texts(run: Run) -> bool:
 
 
 def store_texts(
-    store: ObjectStore, corpus: Corpus, plan: Plan, said: Callable[[int], None] = lambda _: None
+    store: ObjectStore,
+    corpus: Corpus,
+    plan: Plan,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Store the documents of all units that are not stored yet.
 
@@ -48,17 +51,17 @@ def store_texts(
         store: Object store of the activation set.
         corpus: Corpus of the run.
         plan: Plan whose texts are to be stored; it need not be published yet.
-        said: Progress callback for the number of units done.
+        on_progress: Progress callback for the number of units done.
 
     Raises:
         CorpusError: The text has changed since it was indexed.
     """
-    there = {key["checksum"] for key in TEXTS.keys(store)}
+    stored = {key["checksum"] for key in TEXTS.keys(store)}
     checksums = plan.text_checksums or ()
-    missing = [unit for unit, checksum in enumerate(checksums) if checksum not in there]
+    missing = [unit for unit, checksum in enumerate(checksums) if checksum not in stored]
     with ThreadPoolExecutor(_WRITERS) as pool:
         for done in range(0, len(missing), _AT_ONCE):
-            said(len(checksums) - len(missing) + done)
+            on_progress(len(checksums) - len(missing) + done)
             packed = {
                 _key(checksums[unit]): _pack(
                     corpus.read(plan.files, plan.units[unit], checksums[unit])

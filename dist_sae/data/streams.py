@@ -126,12 +126,12 @@ class Stream:
         pool: Executor that fetches blocks.
         opener: Executor that opens the next window while the current one is read. It cannot be
             `pool`, because its threads may wait for units that do not exist yet.
-        place: A window at or before `start`, which saves reading earlier manifests. Ignored if it
+        cursor: A window at or before `start`, which saves reading earlier manifests. Ignored if it
             may be the last window of a run with fewer passes, which that run read again: in this
             run, another window has that position.
     """
 
-    place: StreamCursor
+    cursor: StreamCursor
     """Window of the last row taken."""
     repeated_rows: int
     """Rows that were read again because the stream had ended."""
@@ -144,7 +144,7 @@ class Stream:
         max_passes: int,
         pool: Executor,
         opener: Executor,
-        place: StreamCursor = START,
+        cursor: StreamCursor = START,
     ) -> None:
         self._activations = activations
         self.repeated_rows = 0
@@ -154,7 +154,7 @@ class Stream:
         self._last = range(0, len(plan.stream_units(number)), plan.window_units)[-1]
         self._pool = pool
         self._opener = opener
-        self._windows = self._open_windows(start, place)
+        self._windows = self._open_windows(start, cursor)
         self._next: Future[_Window] | None = None
         self._order = np.empty(0, dtype=np.int64)
         self._next_when_left = 0
@@ -181,7 +181,7 @@ class Stream:
                 self._open_next()
             for number, reader in enumerate(self._readers):
                 reader.put(rows, np.flatnonzero(now == number))
-            if self.place.data_pass >= self._max_passes:
+            if self.cursor.data_pass >= self._max_passes:
                 self.repeated_rows += len(now)
             rows = {site: of_site[len(now) :] for site, of_site in rows.items()}
             left -= len(now)
@@ -189,30 +189,30 @@ class Stream:
     def _ready(self) -> None:
         if not len(self._order):
             assert self._next is not None, "it is opened while rows are left"
-            self.place, self._order, self._readers = self._next.result()
+            self.cursor, self._order, self._readers = self._next.result()
             self._next, self._next_when_left = None, len(self._order) // 2
-            if self.place.data_pass == self._max_passes:
+            if self.cursor.data_pass == self._max_passes:
                 logger.warning(
                     "stream %d ends after %d rows, fewer than planned, because more rows were "
                     "excluded; rereading its last window",
                     self._number,
-                    self.place.rows_before,
+                    self.cursor.rows_before,
                 )
 
     def _open_next(self) -> None:
         self._next = self._opener.submit(next, self._windows)
 
-    def _open_windows(self, start: int, place: StreamCursor) -> Iterator[_Window]:
+    def _open_windows(self, start: int, cursor: StreamCursor) -> Iterator[_Window]:
         """Yield each window: its cursor, the index of each row's unit, and the units' readers.
 
-        Rows before `start` and windows before `place` are skipped.
+        Rows before `start` and windows before `cursor` are skipped.
         """
         plan = self._activations.plan
-        is_read_again = place.data_pass and place.first == self._last
-        if is_read_again or place.data_pass >= self._max_passes:
-            place = START
-        rows_seen = place.rows_before
-        for data_pass, first, units in self._in_order(place):
+        is_read_again = cursor.data_pass and cursor.first == self._last
+        if is_read_again or cursor.data_pass >= self._max_passes:
+            cursor = START
+        rows_seen = cursor.rows_before
+        for data_pass, first, units in self._in_order(cursor):
             window = [self._activations.manifest(unit) for unit in units]
             here = StreamCursor(data_pass, first, rows_seen)
             rows = sum(manifest.rows for manifest in window)
@@ -260,15 +260,15 @@ class Stream:
             )
         return DataExhaustedError(f"{ends}; {remedy}")
 
-    def _in_order(self, place: StreamCursor) -> Iterator[tuple[int, int, list[int]]]:
-        """Yield (pass, first, units) of each window, starting at `place`.
+    def _in_order(self, cursor: StreamCursor) -> Iterator[tuple[int, int, list[int]]]:
+        """Yield (pass, first, units) of each window, starting at `cursor`.
 
         After all passes, the last window is repeated forever.
         """
         plan = self._activations.plan
         own = plan.stream_units(self._number)
-        for data_pass in itertools.count(place.data_pass):
-            at = place.first if data_pass == place.data_pass else 0
+        for data_pass in itertools.count(cursor.data_pass):
+            at = cursor.first if data_pass == cursor.data_pass else 0
             over = data_pass >= self._max_passes
             seen = min(data_pass, self._max_passes - 1)
             order = (

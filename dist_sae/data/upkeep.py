@@ -77,8 +77,8 @@ def urls(run: Run, site: str, *, heldout: bool) -> list[str]:
     with ThreadPoolExecutor(_READERS) as pool:
         manifests = list(pool.map(lambda unit: read_manifest(store, unit), units))
     if site not in manifests[0].sites:
-        there = ", ".join(manifests[0].sites)
-        raise ConfigError(f"--site {site}: {store.url} has only {there}")
+        sites = ", ".join(manifests[0].sites)
+        raise ConfigError(f"--site {site}: {store.url} has only {sites}")
     logger.info("%d of %d units, %d rows", len(units), len(wanted), sum(m.rows for m in manifests))
     return [f"{store.url}/{manifest.sites[site].key}" for manifest in manifests]
 

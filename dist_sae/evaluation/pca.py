@@ -36,7 +36,7 @@ def pca_fvu(
         components: Number of components.
         device: Device for the computation, which is in fp32.
     """
-    plan, targets = activations.plan, activations.at(*normalisers.writes)
+    plan, targets = activations.plan, activations.with_sites(*normalisers.writes)
     training = kept_units(activations.store, plan) or plan.heldout_units
     of = {
         "plan": plan.hash,

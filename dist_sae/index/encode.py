@@ -75,7 +75,7 @@ class Encoder:
     ) -> None:
         self.sae = sae
         self._closed = threading.Event()
-        self._activations = activations.until(self._closed)
+        self._activations = activations.with_closed_event(self._closed)
         self._normalisers = normalisers
         self._row_multiple = math.lcm(select.ROW_ALIGNMENT, sae.axis.shards)
         readers = min(len(normalisers.by_site), _MOST_READERS)

@@ -9,7 +9,7 @@ from dist_sae.checkpoint.run_folder import started_run
 from dist_sae.config import Run, jobs_of
 from dist_sae.config.fingerprint import PLAN_SECTIONS, as_begun, changes, run_fingerprint
 from dist_sae.data.consumers import Consumers
-from dist_sae.data.identity import moved_places, plan_settings, setting_changes
+from dist_sae.data.identity import moved_paths, plan_settings, setting_changes
 from dist_sae.data.plan import PLAN_KEY, Plan, load_plan, planned
 from dist_sae.data.shard import existing_units
 from dist_sae.errors import HubUnavailableError, PlanMismatchError, StoreError
@@ -98,7 +98,7 @@ class StoredRun:
         run = as_begun(self._run, stored)
         changed = changes(stored, run, but=PLAN_SECTIONS)
         changed += setting_changes(plan_settings(other), plan_settings(run))
-        if moved := moved_places(other, run):
+        if moved := moved_paths(other, run):
             try:
                 load_plan(self._activations, run)
             except (PlanMismatchError, StoreError, HubUnavailableError):  # also if there is no plan

@@ -95,7 +95,8 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
 def _known_text(run: Run, plan: Plan) -> CorpusIndex | None:
     """Return an earlier plan's index of the run's text, if the text need not be read again."""
     if not (
-        plan.texts_stored and Corpus(run.corpus, run.store.s3).holds(plan.files, plan.corpus_commit)
+        plan.texts_stored
+        and Corpus(run.corpus, run.store.s3).consists_of(plan.files, plan.corpus_commit)
     ):
         return None
     return CorpusIndex(plan.files, [], [], commit=plan.corpus_commit)
@@ -196,5 +197,5 @@ def count_rows(
         tokenizer,
         bos=tokenizer.bos if run.activations.prepend_bos else None,
         special=tokenizer.special,
-        said=lambda done, of: pace(done / of, 1, doing="counting tokens"),
+        on_progress=lambda done, of: pace(done / of, 1, doing="counting tokens"),
     )

@@ -52,8 +52,8 @@ def train_rank(settings: dict[str, Any], target: Path, seen: Path, env: dict[str
     run = Run.model_validate(settings)
 
     class Recording(Loader):
-        def next(self, waiting: Callable[[float], None] = lambda _: None) -> Batch | None:
-            batch = super().next(waiting)
+        def next(self, on_wait: Callable[[float], None] = lambda _: None) -> Batch | None:
+            batch = super().next(on_wait)
             if batch is not None:
                 with seen.open("a") as file:
                     parts = only(batch.acts).chunk(len(batch.cursors))

@@ -35,7 +35,7 @@ def test_whether_producers_run_is_asked_only_where_nothing_tells(
     """Signs of them: a claim, or a unit made within the time of a lease; or a supervisor."""
     caplog.set_level("INFO")
     monkeypatch.setattr(dist_sae.data.activation_set, "POLL_SECONDS", (0.0, 0.001))
-    monkeypatch.setattr(dist_sae.data.activation_set, "SAY_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(dist_sae.data.activation_set, "LOG_EVERY_SECONDS", 0.0)
     young = {"claim": ["claims/00000003.json"], "unit": ["units/00000002.json"]}.get(sign, [])
 
     class Aged(LateUnits):

@@ -117,9 +117,9 @@ def test_files_are_found_by_their_content(tmp_path: Path, suffix: str) -> None:
     moved = [path.rename(tmp_path / "new" / f"{path.name[::-1]}{suffix}") for path in (a, b)]
     here = files(*moved, txt_documents="line")
     assert read(here, index) == texts
-    assert here.holds(index.files)
+    assert here.consists_of(index.files)
     other = write(tmp_path / "other.txt", "something else")
-    assert not files(*moved, other).holds(index.files)
+    assert not files(*moved, other).consists_of(index.files)
     with pytest.raises(CorpusError, match=f"none has the content that {a} had when the plan"):
         read(files(other), index, 0)
 
@@ -173,8 +173,8 @@ def test_a_data_set_that_is_another_one_is_named(tmp_path: Path) -> None:
 
     index = open_set(*LINES).index()
     assert read(open_set(*LINES), index, 3, 1) == ["four", "two"]
-    assert open_set(*LINES).holds(index.files)
-    assert not open_set(*LINES[::-1]).holds(index.files)
+    assert open_set(*LINES).consists_of(index.files)
+    assert not open_set(*LINES[::-1]).consists_of(index.files)
     with pytest.raises(CorpusError, match="set: changed since the plan was made"):
         read(open_set(*LINES[::-1]), index, 3, 1)
     with pytest.raises(CorpusError, match="set: changed since the plan was made"):

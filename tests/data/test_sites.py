@@ -94,7 +94,7 @@ def test_blocks_of_all_sites_hold_the_same_rows_up_to_the_limit(
     narrow, wide = (torch.cat([block[site] for block in blocks]) for site in ("narrow", "wide"))
     assert len(narrow) == 100
     assert torch.equal(narrow[:, 0], wide[:, 0])
-    alone = joined(activations.at("wide").rows([1, 3], 100))
+    alone = joined(activations.with_sites("wide").rows([1, 3], 100))
     assert same([wide], [alone])
 
 

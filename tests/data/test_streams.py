@@ -130,8 +130,8 @@ def test_another_number_of_passes_goes_on_where_the_rows_are(
     with ThreadPoolExecutor(4) as pool:
         left = open_stream(activation_set, 2, pool, before)
         take(left, start)
-        assert left.place.data_pass == min(before, after)
-        here = Stream(activation_set, 2, start, after, pool, pool, left.place)
+        assert left.cursor.data_pass == min(before, after)
+        here = Stream(activation_set, 2, start, after, pool, pool, left.cursor)
         assert torch.equal(
             take(here, n), take(open_stream(activation_set, 2, pool, after), start + n)[start:]
         )

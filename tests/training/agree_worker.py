@@ -51,10 +51,10 @@ def rank(path: Path, why: str, env: dict[str, str]) -> None:
                 time.sleep(0.005)
             return super().is_ready and not self._has_reason("data ends")
 
-        def next(self, waiting: Callable[[float], None] = lambda _: None) -> Batch | None:
+        def next(self, on_wait: Callable[[float], None] = lambda _: None) -> Batch | None:
             if self._has_reason("data ends"):
                 return None
-            batch = super().next(waiting)
+            batch = super().next(on_wait)
             if batch:
                 self.given = batch.step + 1  # the first is read twice, once for initial values
             if self._has_reason("stop"):
