@@ -9,7 +9,7 @@ from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.checkpoint.trained import find_checkpoint, no_checkpoint_error, trained_run
 from dist_sae.config import Run
-from dist_sae.data.plan import as_planned, load_plan
+from dist_sae.data.plan import load_plan, pin_to_plan
 from dist_sae.errors import CorpusError, ModelError, PlanMismatchError, StoreError
 from dist_sae.index.decoder import Decoder
 from dist_sae.index.query import Index, index_of
@@ -42,7 +42,7 @@ class IndexedRun:
             PlanMismatchError: The activation set has no plan, or a plan with other settings.
         """
         plan = load_plan(open_store(self.run.store.activations, self.run.store.s3), self.run)
-        return build_tokenizer(as_planned(self.run, plan))
+        return build_tokenizer(pin_to_plan(self.run, plan))
 
 
 def open_indexed_run(run: Run) -> IndexedRun:

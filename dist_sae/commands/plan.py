@@ -16,14 +16,14 @@ def add(commands: shared.Commands) -> None:
 def main(options: argparse.Namespace) -> None:
     """Write the plan, and print its numbers."""
     run = shared.load_run_or_sweep(options)
-    from dist_sae.producing.planner import foresee
+    from dist_sae.producing.planner import plan_and_forecast
 
     ending = threading.Event()
     life = shared.this_life(run, "planner", ending)
     life.begin()
     try:
         with shared.pushed_telemetry(run, "plan") as telemetry:
-            _, numbers = foresee(run, telemetry)
+            _, numbers = plan_and_forecast(run, telemetry)
     except (DistSaeError, KeyboardInterrupt) as exc:
         if getattr(exc, "exit_code", EXIT_RESUMABLE) == EXIT_RESUMABLE:
             ending.set()

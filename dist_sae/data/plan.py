@@ -167,7 +167,7 @@ class Plan(Record):
         )
 
     @property
-    def keeps_promise(self) -> bool:
+    def guarantees_rows(self) -> bool:
         """True if a stream with fewer rows than promised reads its last window again."""
         return self.unit_rows is not None
 
@@ -190,7 +190,7 @@ def check_rows(run: Run, plan: Plan, taken: int = 0) -> None:
     Raises:
         DataExhaustedError: `train.rows` exceeds what the plan promises.
     """
-    doubt = 1 if plan.keeps_promise else 1.05  # older estimates are accurate to a few percent
+    doubt = 1 if plan.guarantees_rows else 1.05  # older estimates are accurate to a few percent
     if taken + run.rows > doubt * plan.pass_rows * run.train.max_passes:
         after = f" after the {taken} that the run's parents took" if taken else ""
         raise DataExhaustedError(
@@ -256,7 +256,9 @@ def load_plan(store: ObjectStore, run: Run) -> Plan:
     return plan
 
 
-def planned(run: Run, store: ObjectStore | None = None, stream_rows: int = 0) -> Run | None:
+def resolve_from_plan(
+    run: Run, store: ObjectStore | None = None, stream_rows: int = 0
+) -> Run | None:
     """Fill in the settings that a run leaves to its plan; None if no plan fits the run (yet).
 
     Args:
@@ -272,7 +274,7 @@ def planned(run: Run, store: ObjectStore | None = None, stream_rows: int = 0) ->
     return plan.resolve(run, stream_rows)
 
 
-def as_planned(run: Run, plan: Plan) -> Run:
+def pin_to_plan(run: Run, plan: Plan) -> Run:
     """Return the run as producers need it: with all sites of the set and the plan's hub commits.
 
     The commits are pinned because the hub may have newer ones of the model or the data set.

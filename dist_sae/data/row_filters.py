@@ -11,7 +11,7 @@ from dist_sae.config.data import ExcludeConfig
 from dist_sae.data.tokens import TokenBatch
 
 
-def admitted(
+def kept_by_token_rules(
     batch: TokenBatch, special: AbstractSet[int], rules: ExcludeConfig, excluded: Counter[str]
 ) -> Bool[Tensor, "batch seq"]:
     """Mark the rows that are neither padding nor excluded by a rule about tokens.
@@ -38,7 +38,7 @@ def admitted(
     return keep
 
 
-def of_usual_norm(
+def kept_by_norm(
     acts: Float[Tensor, "rows d_in"], over_norm: float | None
 ) -> Bool[Tensor, " rows"]:
     """Mark the rows with a norm of at most `over_norm` times the median norm."""

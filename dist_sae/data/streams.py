@@ -238,7 +238,7 @@ class Stream:
     def _most_repeated(self, own: int) -> int:
         """Return how many rows the stream may read again after its `own` rows."""
         plan = self._activations.plan
-        if not plan.keeps_promise:
+        if not plan.guarantees_rows:
             return 0
         document = math.ceil(plan.document_rows)  # the loss if the tokenizer refuses a document
         return max(int(MOST_REPEATED_SHARE * own), self._max_passes * document)

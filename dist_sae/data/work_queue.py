@@ -29,15 +29,15 @@ logger = logging.getLogger(__name__)
 LEASE_SECONDS = 180.0
 POLL_SECONDS = 1.0
 """First pause while no item is free. Later pauses are longer if there are many workers."""
-_SAY_EVERY_SECONDS = 30.0
-_MEMORY_SECONDS = 0.03
+_LOG_EVERY_SECONDS = 30.0
+_LOOK_TTL_SECONDS = 0.03
 """Time for which a worker relies on one look at the store, divided by the number of workers. So all
 workers together look about 30 times a second. A worker leaves an item alone for this time after it
 has seen another worker's claim on it. The time also limits the pauses of a wait, and the work that
 is claimed at once."""
 _MOST_AT_ONCE = 8
 _MOST_REFUSED = 3  # refused claims after which the last look is out of date
-_MOST_LEFT_OVERS = 64
+_MOST_LEFTOVERS = 64
 
 
 class Worker(NamedTuple):
@@ -127,9 +127,9 @@ class WorkQueue:
         self._held: set[int] = set()
         self.reserved: list[int] = []
         """Items that are claimed but that `take` has not returned yet."""
-        self._busy_until = np.zeros(len(self._items))  # another worker is assumed to do the item
-        self._memory_seconds = max(
-            POLL_SECONDS, min(_MEMORY_SECONDS * worker.of, LEASE_SECONDS / 6)
+        self._claimed_until = np.zeros(len(self._items))  # another worker is assumed to do the item
+        self._look_ttl_seconds = max(
+            POLL_SECONDS, min(_LOOK_TTL_SECONDS * worker.of, LEASE_SECONDS / 6)
         )
         self._random = random.Random(worker.name)
         self._spread = 4 * (worker.of - 1) if store.exclusive else 0  # each soon has 4 claims
@@ -139,8 +139,8 @@ class WorkQueue:
         self._began = self._clock()
         self._renewing = threading.Lock()  # or a renewal could write a claim again after a release
         if store.exclusive:
-            self._drop_left_overs()
-        self._say_held()
+            self._drop_leftover_claims()
+        self._report_claimed()
         self.waited_seconds = 0.0
         """Time spent waiting for the limit and for other workers."""
 
@@ -154,7 +154,7 @@ class WorkQueue:
             wait: If False, also return None while no item is free. A worker with unfinished items
                 must not wait for others, because they may be waiting for it.
         """
-        said = self._clock()
+        last_logged = self._clock()
         while not self._stopping.is_set():
             if self.reserved or self._reserve():
                 self._longest = POLL_SECONDS
@@ -163,14 +163,14 @@ class WorkQueue:
                 return None
             free = self._free()
             held_back = len(free) > 0
-            if held_back and self._clock() - said > _SAY_EVERY_SECONDS:
-                said = self._clock()
+            if held_back and self._clock() - last_logged > _LOG_EVERY_SECONDS:
+                last_logged = self._clock()
                 what = self._work.item, self._items[free[0]], self._limit[1]
                 logger.warning("%s %d waits for %s", *what)
             pause = self._random.uniform(max(POLL_SECONDS, self._longest / 2), self._longest)
-            self._longest = min(2 * self._longest, self._memory_seconds)
+            self._longest = min(2 * self._longest, self._look_ttl_seconds)
             self._stopping.wait(pause)
-            self._say_waited(pause, held_back=held_back)
+            self._report_waited(pause, held_back=held_back)
         return None
 
     def wait_for_all(self) -> None:
@@ -179,37 +179,37 @@ class WorkQueue:
         Needed if the store has no claims: `take` then returns None once this worker's share is
         done.
         """
-        said = self._clock()
+        last_logged = self._clock()
         while self.pending() and not self._stopping.is_set():
             for page in np.unique(self._items[~self._done] // PAGE):
                 self._look(int(page))
-            if self.pending() and self._clock() - said > _SAY_EVERY_SECONDS:
-                said = self._clock()
+            if self.pending() and self._clock() - last_logged > _LOG_EVERY_SECONDS:
+                last_logged = self._clock()
                 logger.warning(
                     "%s %d waits for another worker: %s has no conditional writes, so each of %d "
                     "workers does a fixed share",
                     *(self._work.item, min(self.left()), self._store.url, self._worker.of),
                 )
             if self.pending():
-                self._stopping.wait(self._memory_seconds)
-                self._say_waited(self._memory_seconds, held_back=False)
+                self._stopping.wait(self._look_ttl_seconds)
+                self._report_waited(self._look_ttl_seconds, held_back=False)
 
     @contextmanager
-    def renewed(self, lives: Callable[[], bool]) -> Iterator[None]:
+    def renewed(self, is_alive: Callable[[], bool]) -> Iterator[None]:
         """Renew this worker's claims every third of a lease, in a separate thread.
 
         The thread is needed because fetching text or loading a model may outlast a lease.
 
         Args:
-            lives: Function that returns whether the worker makes progress. A worker that hangs does
-                not renew, so its claims expire.
+            is_alive: Function that returns whether the worker makes progress. A worker that hangs
+                does not renew, so its claims expire.
         """
         over = threading.Event()
 
         def work() -> None:
             while not over.wait(LEASE_SECONDS / 3):
                 try:
-                    if lives():
+                    if is_alive():
                         self.renew()
                 except StoreError as exc:  # the worker also gets this error, and ends
                     logger.warning("claims could not be renewed: %s", exc)
@@ -262,7 +262,7 @@ class WorkQueue:
 
     def _free(self) -> NDArray[np.intp]:
         """Return the places of the open items that, as far as is known, nobody has claimed."""
-        return np.flatnonzero(self._open() & (self._busy_until <= self._clock()))
+        return np.flatnonzero(self._open() & (self._claimed_until <= self._clock()))
 
     def _reserve(self) -> bool:
         """Claim items to be handed out; return False if none is free within the limit."""
@@ -276,7 +276,7 @@ class WorkQueue:
         """Claim items within the last known limit; return False if none is free."""
         while len(free := self._within_limit(self._free())):
             page = int(self._items[free[self._draw(len(free))]]) // PAGE
-            run_out = self._look(page)
+            expired = self._look(page)
             free = self._within_limit(self._free())
             here = free[self._items[free] // PAGE == page].tolist()
             if not here:
@@ -285,18 +285,18 @@ class WorkQueue:
             while here and len(self.reserved) < wanted and refused < _MOST_REFUSED:
                 place = here.pop(self._draw(len(here)))
                 item = int(self._items[place])
-                if self._claim(item, may_have_run_out=item in run_out):
+                if self._claim(item, may_be_expired=item in expired):
                     self._held.add(item)
                     self.reserved.append(item)
                     self._spread = 7 * self._spread // 8
                 else:
                     refused += 1
-                    self._busy_until[place] = self._clock() + self._memory_seconds
+                    self._claimed_until[place] = self._clock() + self._look_ttl_seconds
                     self._spread = min(2 * self._spread + 1, len(free))
             self._drop_done(page)
             if self.reserved:
                 self.reserved.sort()
-                self._say_held()
+                self._report_claimed()
                 return True
         return False
 
@@ -320,16 +320,16 @@ class WorkQueue:
 
     def _at_once(self, n_free: int) -> int:
         """Return how many items to claim per look: work until the next one, up to a fair share."""
-        work = math.ceil(self._memory_seconds / max(self._item_seconds, 1e-9))
-        busy = np.count_nonzero(self._busy_until > self._clock())
+        work = math.ceil(self._look_ttl_seconds / max(self._item_seconds, 1e-9))
+        busy = np.count_nonzero(self._claimed_until > self._clock())
         return max(1, min(work, _MOST_AT_ONCE, n_free // (int(busy) + 1)))
 
-    def _claim(self, item: int, *, may_have_run_out: bool) -> bool:
+    def _claim(self, item: int, *, may_be_expired: bool) -> bool:
         """Claim an item, or take it over if its claim has expired; return whether that worked."""
         key = self._work.claims.key(item)
         if not self._store.exclusive or self._store.put(key, self._lease, if_absent=True):
             return True
-        if not may_have_run_out or item in self._claims(item // PAGE)[0]:  # another was faster
+        if not may_be_expired or item in self._claims(item // PAGE)[0]:  # another was faster
             return False
         self._write(item)  # two may take over at once; the item is done twice, which is harmless
         if self._work.metrics:
@@ -344,15 +344,15 @@ class WorkQueue:
 
         Claims are read first. Otherwise an item that is finished in between would look free.
         """
-        run_out = set[int]()
+        expired = set[int]()
         if self._store.exclusive:
-            live, run_out = self._claims(page)
+            live, expired = self._claims(page)
             others = self._places(live - self._held)
-            self._busy_until[others] = self._clock() + self._memory_seconds
+            self._claimed_until[others] = self._clock() + self._look_ttl_seconds
         self._done[self._places(self._work.done.numbers(self._store, page))] = True
         if self._work.metrics:
             self._meter.set(self._work.metrics.done, self.done())
-        return run_out
+        return expired
 
     def _claims(self, page: int) -> tuple[set[int], set[int]]:
         """Return the items of a page with valid claims, and those with expired claims."""
@@ -375,20 +375,20 @@ class WorkQueue:
             if done:
                 self._done[self._places([item])] = True
             self._held.discard(item)
-        self._say_held()
+        self._report_claimed()
 
-    def _drop_left_overs(self) -> None:
+    def _drop_leftover_claims(self) -> None:
         """Delete the claims of an earlier life of this worker.
 
         If there are many claims, they are left to expire, because every worker would read them all.
         """
-        there = list(islice(self._work.claims.keys(self._store), _MOST_LEFT_OVERS + 1))
-        for key in there if len(there) <= _MOST_LEFT_OVERS else ():
+        found = list(islice(self._work.claims.keys(self._store), _MOST_LEFTOVERS + 1))
+        for key in found if len(found) <= _MOST_LEFTOVERS else ():
             try:
-                left_over = self._store.get(key[0]) == self._lease
+                is_leftover = self._store.get(key[0]) == self._lease
             except ObjectNotFoundError:
                 continue
-            if left_over:
+            if is_leftover:
                 self._store.delete(key[0])
 
     def _write(self, item: int) -> None:
@@ -399,11 +399,11 @@ class WorkQueue:
     def _lease(self) -> bytes:
         return json.dumps({"worker": self._worker.name}).encode()
 
-    def _say_held(self) -> None:
+    def _report_claimed(self) -> None:
         if self._work.metrics:
             self._meter.set(self._work.metrics.claimed, len(self._held))
 
-    def _say_waited(self, seconds: float, *, held_back: bool) -> None:
+    def _report_waited(self, seconds: float, *, held_back: bool) -> None:
         self.waited_seconds += seconds
         if names := self._work.metrics:
             if names.wait_seconds:

@@ -16,9 +16,9 @@ from dist_sae import logs
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.activation_set import ActivationSet
-from dist_sae.data.plan import as_planned, check_model
+from dist_sae.data.plan import check_model, pin_to_plan
 from dist_sae.data.planned_text import PlannedText
-from dist_sae.data.row_filters import admitted
+from dist_sae.data.row_filters import kept_by_token_rules
 from dist_sae.data.tokens import TokenBatch, cut, pack
 from dist_sae.device import own_device
 from dist_sae.dictionaries.interface import Inference
@@ -75,7 +75,7 @@ def cross_entropies(
     """
     from dist_sae.models.spliced import SplicedModel
 
-    run = as_planned(run, activations.plan)
+    run = pin_to_plan(run, activations.plan)
     check_model(run, activations.plan)
     assert isinstance(run.model, HuggingFaceModel)
     sites, writes = tuple(normalisers.by_site), normalisers.writes
@@ -113,7 +113,7 @@ def cross_entropies(
         """
         sums: dict[str, list[float]] = {name: [] for name in passes}
         for batch, counts in zip(batches, predicted, strict=True):
-            keep = admitted(batch, tokenizer.special, exclude, Counter())
+            keep = kept_by_token_rules(batch, tokenizer.special, exclude, Counter())
             if spliced.masked and exclude.special_tokens:  # these positions are [MASK]
                 keep[:, 1:] &= ~counts
             splice = Splice(keep, exclude.over_norm, sae, normalisers)

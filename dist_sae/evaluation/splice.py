@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dist_sae.data.row_filters import of_usual_norm
+from dist_sae.data.row_filters import kept_by_norm
 from dist_sae.dictionaries.interface import Inference
 from dist_sae.dictionaries.normaliser import SiteNormalisers
 
@@ -25,7 +25,7 @@ class Splice:
 
     Args:
         keep: Mask of the rows that no rule about tokens excludes.
-        over_norm: See `of_usual_norm`.
+        over_norm: See `kept_by_norm`.
         sae: The dictionary.
         normalisers: Normalisers of the dictionary's sites.
     """
@@ -122,7 +122,7 @@ class Splice:
         return usual
 
     def _usual_norm(self, acts: Tensor) -> Bool[Tensor, " rows"]:
-        return of_usual_norm(acts[self._keep.to(acts.device)], self._over_norm)
+        return kept_by_norm(acts[self._keep.to(acts.device)], self._over_norm)
 
     def _reconstruct(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Reconstruct all written sites, in the model's scale, on the rows' device."""

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from dist_sae.config import Run
-from dist_sae.data.plan import Plan, as_planned
+from dist_sae.data.plan import Plan, pin_to_plan
 from dist_sae.data.planned_text import PlannedText
 from dist_sae.errors import CorpusError
 from dist_sae.models import Tokenizer, build_tokenizer
@@ -54,7 +54,7 @@ class Texts:
     """
 
     def __init__(self, run: Run, plan: Plan) -> None:
-        run = as_planned(run, plan)
+        run = pin_to_plan(run, plan)
         self.tokenizer: Tokenizer = build_tokenizer(run)
         has_bos = run.activations.prepend_bos and self.tokenizer.bos is not None
         self.context_tokens = run.activations.context_tokens - has_bos

@@ -10,7 +10,7 @@ from dist_sae.config import Run, jobs_of
 from dist_sae.config.fingerprint import PLAN_SECTIONS, as_begun, changes, run_fingerprint
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.identity import moved_paths, plan_settings, setting_changes
-from dist_sae.data.plan import PLAN_KEY, Plan, load_plan, planned
+from dist_sae.data.plan import PLAN_KEY, Plan, load_plan, resolve_from_plan
 from dist_sae.data.shard import existing_units
 from dist_sae.errors import HubUnavailableError, PlanMismatchError, StoreError
 from dist_sae.index.progress import index_progress
@@ -47,7 +47,9 @@ class StoredRun:
         if self._run.train.rows == "all" and (started := self.started_run()):
             # for a child run, "all" means the rows that its parent left
             self._run = self._run.filled(started.model_dump(mode="json"))
-        if self._run.train.rows == "all" and (resolved := planned(self._run, self._activations)):
+        if self._run.train.rows == "all" and (
+            resolved := resolve_from_plan(self._run, self._activations)
+        ):
             self._run = resolved
         return None if self._run.train.rows == "all" else self._run.steps
 

@@ -20,7 +20,7 @@ from dist_sae.checkpoint.trained import (
 from dist_sae.config import Run, jobs_of
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.activation_set import ActivationSet
-from dist_sae.data.plan import PLAN_KEY, Plan, as_planned, load_plan
+from dist_sae.data.plan import PLAN_KEY, Plan, load_plan, pin_to_plan
 from dist_sae.data.upkeep import urls
 from dist_sae.errors import ArgumentError, ConfigError
 from dist_sae.index.texts import Place, Texts, build_example
@@ -295,7 +295,7 @@ class OpenedRun:
         """The run with the model's commit on the hub, if the activation set is in the store."""
         if self._store.size(PLAN_KEY) is None:
             return self.config
-        return as_planned(self.config, self._plan)
+        return pin_to_plan(self.config, self._plan)
 
     @cached_property
     def _reader(self) -> TextReader:

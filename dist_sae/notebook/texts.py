@@ -11,7 +11,7 @@ from torch import Tensor
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.corpus import Document
-from dist_sae.data.row_filters import admitted
+from dist_sae.data.row_filters import kept_by_token_rules
 from dist_sae.data.tokens import cut, pack
 from dist_sae.errors import ArgumentError, ConfigError
 from dist_sae.models import build_source, build_tokenizer
@@ -121,7 +121,7 @@ class TextReader:
         acts, trained = [], []
         for context in contexts:
             (batch,) = pack([context], batch_tokens=len(context.tokens), bos=bos)
-            keep = admitted(batch, self._tokenizer.special, rules.exclude, Counter())
+            keep = kept_by_token_rules(batch, self._tokenizer.special, rules.exclude, Counter())
             found = self._source.run(batch.tokens, batch.mask)
             sites = [found[site] for site in self._run.reads]
             acts.append(torch.cat([of[keep.to(of.device)].float() for of in sites], 1))

@@ -17,7 +17,7 @@ from typing import Any
 from dist_sae.config import Run
 from dist_sae.config.data import SyntheticCorpus
 from dist_sae.data.consumers import Consumers
-from dist_sae.data.plan import Plan, as_planned, check_model, load_plan
+from dist_sae.data.plan import Plan, check_model, load_plan, pin_to_plan
 from dist_sae.data.planned_text import PlannedText
 from dist_sae.data.shard import DTYPES, UnitManifest, existing_units
 from dist_sae.data.work_queue import Worker
@@ -96,7 +96,7 @@ class _Producer:
     ) -> None:
         store = open_store(run.store.activations, run.store.s3, telemetry, stopping)
         plan = load_plan(store, run)
-        self._run = run = as_planned(run, plan)
+        self._run = run = pin_to_plan(run, plan)
         self._store, self._plan, self._worker = store, plan, worker
         self._stopping, self._telemetry = stopping, telemetry
         _warn_of_no_checksums(run, store, plan)
@@ -113,7 +113,7 @@ class _Producer:
         if len(list(existing_units(store))) < len(plan.units):
             check_model(run, plan)  # before any unit is claimed, because it reads all weights
         self.progress = Progress(plan, self._queue, telemetry)
-        self.progress.say(doing="loading the model")
+        self.progress.report(doing="loading the model")
         self._tokenizer = build_tokenizer(run)
         self._text = PlannedText(run, plan, store)
         self._open_source = open_source or (lambda: build_source(run.model, run.activations.sites))
@@ -140,7 +140,7 @@ class _Producer:
                 self._queue.release_all()
         if self._stopping.is_set() and self._queue.pending():
             raise Stopped(f"{self._worker.name}: stopped; start it again to continue")
-        self.progress.say()
+        self.progress.report()
 
     def tokenize_next(self) -> "Future[TokenizedUnit | None]":
         """Claim the next unit and turn its documents into batches, in a thread."""

@@ -15,7 +15,7 @@ from dist_sae.data.corpus import Corpus, CorpusIndex
 from dist_sae.data.estimate import estimate_rows, rows_of_tokens
 from dist_sae.data.identity import model_content
 from dist_sae.data.make_plan import LAYOUT_SETTINGS, make_plan
-from dist_sae.data.plan import PLAN_KEY, Plan, as_planned, find_plan, load_plan, publish_plan
+from dist_sae.data.plan import PLAN_KEY, Plan, find_plan, load_plan, pin_to_plan, publish_plan
 from dist_sae.data.planned_text import store_texts
 from dist_sae.data.shard import DTYPES, ORIGIN_BYTES
 from dist_sae.distributed.deepspeed_keys import check_deepspeed
@@ -32,11 +32,11 @@ _MUCH_LOST = 0.05
 
 
 def plan(run: Run, meter: Meter = UNMETERED) -> Plan:
-    """Create or find the plan of a run's activation set; see `foresee`."""
-    return foresee(run, meter)[0]
+    """Create or find the plan of a run's activation set; see `plan_and_forecast`."""
+    return plan_and_forecast(run, meter)[0]
 
 
-def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
+def plan_and_forecast(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
     """Create or find the plan of a run's activation set, and forecast its units, rows and bytes.
 
     Raises:
@@ -53,7 +53,7 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
     known: CorpusIndex | None = None
     if is_planned:
         earlier = load_plan(store, run)
-        run = as_planned(run, earlier)  # with the plan's commits, even if the hub has newer ones
+        run = pin_to_plan(run, earlier)  # with the plan's commits, even if the hub has newer ones
         known = _known_text(run, earlier)
     try:
         corpus = Corpus(run.corpus, run.store.s3)
@@ -80,16 +80,16 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
     there = found or publish_plan(store, made)
     created, made = there is made and not found, there
     longest, taken_rows = max(jobs, key=lambda job: job[0].steps)
-    told = forecast(longest, made, widths, taken_rows)
+    figures = forecast(longest, made, widths, taken_rows)
     meter.set("dist_sae_plan_units", len(made.units))
-    meter.set("dist_sae_plan_documents", told["documents"])
+    meter.set("dist_sae_plan_documents", figures["documents"])
     meter.set("dist_sae_plan_train_rows", made.train_rows_estimate)
-    logger.info("%s %s: %s", "created" if created else "found", store.url, describe(told))
+    logger.info("%s %s: %s", "created" if created else "found", store.url, describe(figures))
     void = dict.fromkeys(line for job, _ in jobs for line in ineffective_settings(job, made))
-    for warning in (*_warnings(told), *void):
+    for warning in (*_warnings(figures), *void):
         logger.warning("%s", warning)
-    logs.progress("plan", 1, 1, said=describe(told))
-    return made, told
+    logs.progress("plan", 1, 1, said=describe(figures))
+    return made, figures
 
 
 def _known_text(run: Run, plan: Plan) -> CorpusIndex | None:
@@ -155,29 +155,29 @@ def row_bytes(dtype: str, widths: Mapping[str, int]) -> int:
     return sum(DTYPES[dtype].itemsize * d_in + scale + ORIGIN_BYTES for d_in in widths.values())
 
 
-def describe(told: dict[str, Any]) -> str:
+def describe(figures: dict[str, Any]) -> str:
     """Return a forecast as a sentence."""
-    after = f", after its parents' {told['taken_rows']:,} rows" if told["taken_rows"] else ""
+    after = f", after its parents' {figures['taken_rows']:,} rows" if figures["taken_rows"] else ""
     return (
-        f"{told['documents']:,} documents in {told['train_units']} units to train on and "
-        f"{told['heldout_units']} held out; about {told['pass_rows']:,} rows per pass, "
-        f"{told['bytes'] / 1e9:,.2f} GB; the run takes {told['run_rows']:,} rows, "
-        f"{told['passes']:.2g} passes{after}"
+        f"{figures['documents']:,} documents in {figures['train_units']} units to train on and "
+        f"{figures['heldout_units']} held out; about {figures['pass_rows']:,} rows per pass, "
+        f"{figures['bytes'] / 1e9:,.2f} GB; the run takes {figures['run_rows']:,} rows, "
+        f"{figures['passes']:.2g} passes{after}"
     )
 
 
-def _warnings(told: dict[str, Any]) -> Iterator[str]:
-    if told["pass_rows"] > _MUCH_MORE * (told["taken_rows"] + told["run_rows"]):
+def _warnings(figures: dict[str, Any]) -> Iterator[str]:
+    if figures["pass_rows"] > _MUCH_MORE * (figures["taken_rows"] + figures["run_rows"]):
         yield (
-            f"the activation set will have about {told['pass_rows']:,} rows to train on, of which "
-            f"this run takes {told['run_rows']:,}: all are "
-            f"produced; set corpus.max_documents to produce fewer"
+            f"the activation set will have about {figures['pass_rows']:,} rows to train on, of "
+            f"which this run takes {figures['run_rows']:,}: all are produced; set "
+            f"corpus.max_documents to produce fewer"
         )
-    if told["unusable_rows"] > _MUCH_LOST * told["train_rows"]:
+    if figures["unusable_rows"] > _MUCH_LOST * figures["train_rows"]:
         yield (
-            f"about {told['unusable_rows']:,} of {told['train_rows']:,} rows cannot be used in a "
-            f"pass: a document is longer than a stream's share; lower activations.streams "
-            f"({told['streams']}), or split the longest documents"
+            f"about {figures['unusable_rows']:,} of {figures['train_rows']:,} rows cannot be used "
+            f"in a pass: a document is longer than a stream's share; lower activations.streams "
+            f"({figures['streams']}), or split the longest documents"
         )
 
 

@@ -20,22 +20,22 @@ class Progress:
         self._rows = plan.rows_of_units
         self._queue = queue
         self._telemetry = telemetry
-        self._in_hand: dict[int, int] = {}
+        self._in_progress: dict[int, int] = {}
         self._pace = logs.RateLimitedProgress("produce")
         self._began = 0.0
 
-    def within(self, unit: int, n_rows: int, tokenize_seconds: float) -> None:
+    def computed(self, unit: int, n_rows: int, tokenize_seconds: float) -> None:
         """Report how many rows of a unit the model has computed, if a report is due.
 
         Args:
             tokenize_seconds: Time that tokenizing the unit's text took.
         """
-        if unit not in self._in_hand:
+        if unit not in self._in_progress:
             self._began = time.monotonic()
-        self._in_hand[unit] = min(n_rows, self._rows[unit])
+        self._in_progress[unit] = min(n_rows, self._rows[unit])
         if self._pace.take_turn():
             seconds = time.monotonic() - self._began
-            self.say(
+            self.report(
                 **({"rows_per_second": round(n_rows / seconds)} if seconds > 1 else {}),
                 busiest="tokenize" if tokenize_seconds > seconds else "forward",
                 doing="",
@@ -55,22 +55,22 @@ class Progress:
             telemetry.add("dist_sae_produce_seconds_total", seconds, stage=stage)
         telemetry.set("dist_sae_produce_ready_units", self._queue.done())
         busiest = max(manifest.seconds, key=lambda stage: manifest.seconds[stage])
-        self.say(
+        self.report(
             rows=manifest.rows,
             rows_per_second=round(manifest.rows / max(manifest.seconds[busiest], 1e-9)),
             busiest=busiest,
         )
 
-    def say(self, **numbers: Any) -> None:
+    def report(self, **numbers: Any) -> None:
         """Report the progress now."""
         left = self._queue.left()
-        self._in_hand = {unit: rows for unit, rows in self._in_hand.items() if unit in left}
+        self._in_progress = {unit: rows for unit, rows in self._in_progress.items() if unit in left}
         total = sum(self._rows)
         logs.progress(
             "produce",
             total - sum(self._rows[unit] for unit in left),
             total,
-            at_hand=sum(self._in_hand.values()),
+            at_hand=sum(self._in_progress.values()),
             units=self._queue.done(),
             **numbers,
         )

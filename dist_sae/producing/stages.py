@@ -19,7 +19,7 @@ from dist_sae.data.corpus import Document
 from dist_sae.data.orders import spread
 from dist_sae.data.plan import Plan
 from dist_sae.data.planned_text import PlannedText
-from dist_sae.data.row_filters import admitted, of_usual_norm
+from dist_sae.data.row_filters import kept_by_norm, kept_by_token_rules
 from dist_sae.data.shard import SiteRows, SiteShard, UnitManifest, manifest_key, write_shard
 from dist_sae.data.tokens import TokenBatch, cut, pack
 from dist_sae.data.work_queue import WorkQueue
@@ -106,12 +106,12 @@ def compute(
             if stopping.is_set():
                 raise Stopped(f"stopped within unit {work.unit}; start again to continue")
             telemetry.liveness.busy(run.timeouts.hung_seconds)
-            keep = admitted(batch, special, run.activations.exclude, excluded)
+            keep = kept_by_token_rules(batch, special, run.activations.exclude, excluded)
             transfers += forward(batch.tokens, batch.mask, keep)
             telemetry.add("dist_sae_produce_tokens_total", int(batch.mask.sum()))
             origins.append((batch.tokens[keep], batch.positions[keep], batch.documents[keep]))
             n_rows += int(keep.sum())
-            progress.within(work.unit, n_rows, work.seconds["tokenize"])
+            progress.computed(work.unit, n_rows, work.seconds["tokenize"])
     telemetry.liveness.idle()
     origin = tuple(map(torch.cat, zip(*origins, strict=True)))
     return ComputedUnit(work, transfers, origin, excluded)
@@ -180,7 +180,7 @@ def _usual(activations: ActivationsConfig, site: str, rows: SiteRows) -> Tensor:
             f"at position {rows.positions[row]}; "
             f"check the model, or use a wider model.dtype or activations.dtype"
         )
-    return of_usual_norm(rows.acts, activations.exclude.over_norm)
+    return kept_by_norm(rows.acts, activations.exclude.over_norm)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import threading
 
 from dist_sae.config import Run
-from dist_sae.data.plan import as_planned, load_plan
+from dist_sae.data.plan import load_plan, pin_to_plan
 from dist_sae.data.work_queue import Worker
 from dist_sae.distributed.leader import Leader, Work, follow, leading
 from dist_sae.distributed.mesh import join_mesh
@@ -25,7 +25,7 @@ def produce_together(
         RankLostError: Another rank is gone, hangs or has failed.
         PlanMismatchError: The store has no plan, or a plan that does not fit the run.
     """
-    run = as_planned(run, load_plan(open_store(run.store.activations, run.store.s3), run))
+    run = pin_to_plan(run, load_plan(open_store(run.store.activations, run.store.s3), run))
     timeouts = run.timeouts
     with (
         rendezvous(

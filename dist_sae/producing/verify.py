@@ -12,7 +12,7 @@ import xxhash
 from dist_sae.config import Run
 from dist_sae.data.consumers import retired_below
 from dist_sae.data.origin import UnitText
-from dist_sae.data.plan import Plan, as_planned, load_plan
+from dist_sae.data.plan import Plan, load_plan, pin_to_plan
 from dist_sae.data.planned_text import PlannedText
 from dist_sae.data.shard import (
     MANIFESTS,
@@ -87,7 +87,7 @@ def verify(run: Run, *, text: bool = False) -> dict[str, Any]:
 
 def _text_reader(run: Run, plan: Plan, store: ObjectStore) -> Callable[[int], UnitText]:
     """Return a function that reads and tokenizes the text of a unit."""
-    run = as_planned(run, plan)
+    run = pin_to_plan(run, plan)
     tokenizer = build_tokenizer(run)
     text = PlannedText(run, plan, store)
 

@@ -8,7 +8,7 @@ from dist_sae.config import Run, jobs_of
 from dist_sae.config.fingerprint import as_begun, check_same_run
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.backlog import ReadyUnits
-from dist_sae.data.plan import load_plan, planned
+from dist_sae.data.plan import load_plan, resolve_from_plan
 from dist_sae.errors import PlanMismatchError
 from dist_sae.storage import ObjectStore, open_store
 
@@ -28,7 +28,7 @@ def completed_result(run: Run) -> dict[str, float] | None:
         return None
     stored, lineage = checkpoint.scalars["run"], Lineage.from_scalars(checkpoint.scalars)
     # the text, the model and the activations may have been deleted by now
-    run = planned(run, stream_rows=lineage.stream_rows) or as_begun(run, stored)
+    run = resolve_from_plan(run, stream_rows=lineage.stream_rows) or as_begun(run, stored)
     check_settings(checkpoint, run, runs)
     if checkpoint.step < run.steps:
         return None

@@ -20,9 +20,9 @@ from dist_sae.data.make_plan import make_plan
 from dist_sae.data.plan import (
     PLAN_KEY,
     Plan,
-    as_planned,
     check_model,
     load_plan,
+    pin_to_plan,
     publish_plan,
 )
 from dist_sae.errors import PlanMismatchError
@@ -133,8 +133,8 @@ def test_a_run_may_need_fewer_sites_than_the_set_has(home: Path) -> None:
     made = publish_plan(store, make(run))
     one = run_of(home, ["a.txt"], sites=SITES[:1])
     assert load_plan(store, one) == made == publish_plan(store, make(one))
-    assert as_planned(one, made).activations.sites == tuple(SITES)  # producers make all of them
-    assert as_planned(one, made).site == one.site
+    assert pin_to_plan(one, made).activations.sites == tuple(SITES)  # producers make all of them
+    assert pin_to_plan(one, made).site == one.site
     more = run_of(home, ["a.txt"], sites=[*SITES, "resid_post.2"])
     with pytest.raises(PlanMismatchError, match=r"activations\.sites: resid_post\.2 was not rec"):
         load_plan(store, more)
@@ -197,7 +197,7 @@ def test_what_the_hub_had_when_the_plan_was_made_stays(
     made = publish_plan(store, make(run))
     assert made.model_content == {"commit": first}
     branch.write_text(second)
-    planned = as_planned(run, load_plan(store, run))
+    planned = pin_to_plan(run, load_plan(store, run))
     assert isinstance(planned.model, HuggingFaceModel)
     assert planned.model.revision == first
     check_model(planned, made)

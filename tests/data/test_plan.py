@@ -95,7 +95,7 @@ def test_a_plan_of_an_older_version_keeps_its_hash_and_its_streams(tmp_path: Pat
     assert [made.stream_units(v) for v in (0, 1)] == [[0, 2], [1, 3]]
     assert made.rows_of_units == (16, 16, 16, 16, 33)
     assert made.pass_rows == made.train_rows_estimate == 64
-    assert not made.keeps_promise
+    assert not made.guarantees_rows
 
 
 def test_a_plan_that_is_there_stays_however_it_was_made(tmp_path: Path) -> None:

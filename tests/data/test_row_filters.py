@@ -3,7 +3,7 @@ from collections import Counter
 import torch
 
 from dist_sae.config.data import ExcludeConfig
-from dist_sae.data.row_filters import admitted, of_usual_norm
+from dist_sae.data.row_filters import kept_by_norm, kept_by_token_rules
 from dist_sae.data.tokens import Context, TokenBatch, pack
 
 BOS, EOS = 1, 2
@@ -18,7 +18,7 @@ def batch(*contexts: list[int], bos: int | None = BOS) -> TokenBatch:
 
 def kept(tokens: TokenBatch, rules: ExcludeConfig) -> tuple[list[list[int]], dict[str, int]]:
     excluded: Counter[str] = Counter()
-    keep = admitted(tokens, frozenset({BOS, EOS}), rules, excluded)
+    keep = kept_by_token_rules(tokens, frozenset({BOS, EOS}), rules, excluded)
     assert int(keep.sum()) + excluded.total() == keep.numel()
     rows = [row[k].tolist() for row, k in zip(tokens.tokens, keep, strict=True)]
     return rows, {reason: count for reason, count in excluded.items() if count}
@@ -55,30 +55,30 @@ def test_special_tokens_of_the_text_enter_when_they_may_but_bos_in_front_never_d
 def test_padding_is_no_special_token_even_where_its_id_is_one() -> None:
     excluded: Counter[str] = Counter()
     tokens = batch([BOS, 10, 11], [BOS])
-    admitted(tokens, frozenset({0, BOS}), ExcludeConfig(), excluded)
+    kept_by_token_rules(tokens, frozenset({0, BOS}), ExcludeConfig(), excluded)
     assert excluded == {"padding": 2, "special_token": 2, "first_position": 0}
 
 
 def test_counts_add_up_over_batches() -> None:
     excluded: Counter[str] = Counter()
     for _ in range(3):
-        admitted(batch([BOS, 10], [BOS]), frozenset({BOS}), ExcludeConfig(), excluded)
+        kept_by_token_rules(batch([BOS, 10], [BOS]), frozenset({BOS}), ExcludeConfig(), excluded)
     assert excluded == {"padding": 3, "special_token": 6, "first_position": 0}
 
 
 def test_rows_of_unusual_norm_are_told_by_the_median() -> None:
     """Norms 1, 2, 3, 20, 100: the median is 3, so 10 x admits up to 30 and 6 x up to 18."""
     acts = torch.tensor([[1.0, 0], [0, -2], [3, 0], [12, 16], [60, 80]])
-    assert of_usual_norm(acts, 10.0).tolist() == [True, True, True, True, False]
-    assert of_usual_norm(acts, 6.0).tolist() == [True, True, True, False, False]
-    assert of_usual_norm(acts, None).all()
+    assert kept_by_norm(acts, 10.0).tolist() == [True, True, True, True, False]
+    assert kept_by_norm(acts, 6.0).tolist() == [True, True, True, False, False]
+    assert kept_by_norm(acts, None).all()
 
 
 def test_norms_are_taken_in_fp32() -> None:
     """|(100, 9)| = 100.404 is over 1.003 x 100; in bf16 both would be 100.5."""
     acts = torch.tensor([[100.0, 0], [100, 0], [100, 9]], dtype=torch.bfloat16)
-    assert of_usual_norm(acts, 1.003).tolist() == [True, True, False]
+    assert kept_by_norm(acts, 1.003).tolist() == [True, True, False]
 
 
 def test_no_rows_are_no_error() -> None:
-    assert of_usual_norm(torch.zeros(0, 3), 10.0).tolist() == []
+    assert kept_by_norm(torch.zeros(0, 3), 10.0).tolist() == []

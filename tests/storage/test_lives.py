@@ -106,7 +106,7 @@ def test_of_a_planner_only_crashes_count(
         raise error
 
     path = str(write_run(tmp_path))
-    monkeypatch.setattr("dist_sae.producing.planner.foresee", fail)
+    monkeypatch.setattr("dist_sae.producing.planner.plan_and_forecast", fail)
     monkeypatch.setenv(JOB, "job")
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
     for _ in range(7):

@@ -12,7 +12,7 @@ import dist_sae.storage.model_files
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.identity import model_content
-from dist_sae.data.plan import as_planned, check_model, load_plan
+from dist_sae.data.plan import check_model, load_plan, pin_to_plan
 from dist_sae.errors import ModelError, PlanMismatchError
 from dist_sae.models import build_source, build_tokenizer
 from dist_sae.producing.planner import plan
@@ -249,7 +249,7 @@ def test_a_model_is_the_same_from_a_folder_and_from_a_store(
     assert made.model_content == model_content(remote.model)
     store = open_store(remote.store.activations, remote.store.s3)
     assert load_plan(store, remote) == made == plan(remote)
-    check_model(as_planned(remote, made), made)
+    check_model(pin_to_plan(remote, made), made)
     rows = [
         build_source(run.model, tuple(SITES)).run(*random_tokens(5, 3))[SITES[0]]
         for run in (local, remote)
@@ -260,7 +260,7 @@ def test_a_model_is_the_same_from_a_folder_and_from_a_store(
     other = save_model(tmp_path / "other", "gpt2", dtype=torch.float16)
     upload(bucket, other)
     with pytest.raises(PlanMismatchError, match=r"\(.*model\.safetensors.* differ\)"):
-        check_model(as_planned(remote, made), made)
+        check_model(pin_to_plan(remote, made), made)
 
 
 @pytest.mark.system

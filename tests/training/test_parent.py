@@ -14,7 +14,7 @@ from dist_sae.config import load_run
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.errors import DataExhaustedError, DistSaeError, PlanMismatchError
 from dist_sae.kubernetes.stored import StoredRun
-from dist_sae.producing.planner import foresee
+from dist_sae.producing.planner import plan_and_forecast
 from dist_sae.storage import open_store
 from dist_sae.training.completed import completed_result
 from dist_sae.training.start import Start
@@ -87,10 +87,10 @@ def test_all_rows_of_a_child_are_those_that_its_parent_left(activations: str, ha
     settings = ("name=rest", "train.rows=all", "train.parent={run: world}")
     run_, plan_ = load_run(path, settings), load_plan(open_store(activations), load_run(path))
     steps = (plan_.pass_rows - 4800) // 160
-    forecasts = [foresee(run_)[1]]
+    forecasts = [plan_and_forecast(run_)[1]]
     for _ in range(2):  # the second finds it trained
         train(path, *(word for setting in settings for word in ("--set", setting)))
-        forecasts.append(foresee(run_)[1])
+        forecasts.append(plan_and_forecast(run_)[1])
     for told in forecasts:
         assert (told["taken_rows"], told["run_rows"]) == (4800, 160 * steps)
         assert told["passes"] == round(160 * steps / plan_.pass_rows, 3)
