@@ -150,7 +150,7 @@ class Plan(Record):
                 },
             }
         )
-        return validate_run(sections_of(filled), "with what its plan decides")
+        return validate_run(sections_of(filled), "with the values from its plan")
 
     @property
     def first_windows(self) -> int:
@@ -317,7 +317,8 @@ def check_model(run: Run, plan: Plan) -> None:
     if changed:
         raise PlanMismatchError(
             f"model.path {run.model.path}: is not the model that the plan was made for "
-            f"({', '.join(changed)} differ); restore it or set store.activations to another place"
+            f"({', '.join(changed)} differ); restore it or set store.activations to another "
+            f"location"
         )
 
 
@@ -337,7 +338,7 @@ def _content_changes(stored: Plan, new: Plan) -> list[str]:
 
 
 def _mismatch(store: ObjectStore, changed: list[str]) -> PlanMismatchError:
-    remedy = "restore the setting or set store.activations to another place"
+    remedy = "restore the setting or set store.activations to another location"
     if next(existing_units(store), None) is None:
         remedy = f"nothing was produced under it yet: delete {PLAN_KEY} there to plan again"
     return PlanMismatchError(f"{store.url}: has a different plan ({'; '.join(changed)}); {remedy}")

@@ -335,7 +335,7 @@ class WorkQueue:
         if self._work.metrics:
             self._meter.add(self._work.metrics.takeovers, 1)
         logger.warning(
-            "%s %d: taken over; its worker has not renewed its claim", self._work.item, item
+            "took over %s %d, because its worker has not renewed its claim", self._work.item, item
         )
         return True
 

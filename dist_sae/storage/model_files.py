@@ -121,14 +121,14 @@ def _listing(model: HuggingFaceModel) -> tuple[ObjectStore, dict[str, Entry]]:
     }
     missing = ["config.json"] * ("config.json" not in found)
     if not any(fnmatch(name, kind) for name in found for kind in _TOKENIZERS):
-        missing.append("a tokenizer (tokenizer.json)")
+        missing.append("tokenizer (tokenizer.json)")
     if _INDEX in found:
         missing += sorted(_named_in(store.get(_INDEX), model) - found.keys())
     elif not any(name.endswith(WEIGHTS) for name in found):
         missing.append("weights (*.safetensors)")
     if missing:
         raise ModelError(
-            f"model.path {model.path}: there is no {', no '.join(missing)}; copy the model's "
+            f"model.path {model.path}: has no {', no '.join(missing)}; copy the model's "
             f"whole folder there, with weights in safetensors"
         )
     return store, found

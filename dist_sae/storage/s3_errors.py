@@ -53,7 +53,7 @@ _KNOWN_ERRORS: tuple[tuple[str, type[StoreError], str], ...] = (
     (
         "InvalidObjectState",
         StoreError,
-        "is archived (for example in Glacier); restore it, and exempt this place from the "
+        "is archived (for example in Glacier); restore it, and exempt this prefix from the "
         "bucket's rules that archive objects",
     ),
     (

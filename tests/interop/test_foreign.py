@@ -21,7 +21,7 @@ from dist_sae.data.work_queue import Worker
 from dist_sae.kubernetes.stored import StoredRun
 from dist_sae.producing.unit_queue import unit_queue
 from dist_sae.producing.verify import verify
-from dist_sae.storage import ObjectStore, open_store, own
+from dist_sae.storage import ObjectStore, keys, open_store
 from dist_sae.telemetry.history import History, read_history
 from tests.conftest import Bucket
 from tests.runs import TINY, write_run
@@ -131,7 +131,7 @@ def test_what_is_not_ours_is_passed_by_and_named_once(
             for empty in ("claims/", "units/", "tiny/checkpoints/step-00000008/"):
                 put(folder, empty, b"")
     caplog.clear()
-    own.warned.clear()
+    keys.warned.clear()
     with caplog.at_level(logging.WARNING):
         assert numbers(run) == before
         assert numbers(run) == before

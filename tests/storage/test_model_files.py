@@ -177,9 +177,9 @@ def test_a_moved_folder_is_the_same_one_and_a_new_model_is_not(
 @pytest.mark.parametrize(
     ("left_out", "missing"),
     [
-        ("*", "no config.json, no a tokenizer (tokenizer.json), no weights (*.safetensors)"),
+        ("*", "no config.json, no tokenizer (tokenizer.json), no weights (*.safetensors)"),
         ("*.safetensors", "no weights (*.safetensors)"),
-        ("tokenizer.json", "no a tokenizer (tokenizer.json)"),
+        ("tokenizer.json", "no tokenizer (tokenizer.json)"),
         ("model-00002-of-00002.safetensors", "no model-00002-of-00002.safetensors"),
     ],
 )
