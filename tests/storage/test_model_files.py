@@ -198,7 +198,7 @@ def test_one_line_says_what_is_missing(
     with pytest.raises(ModelError) as refused:
         name_or_path(stored(bucket, tmp_path), weights=False)
     told = str(refused.value)
-    assert told.startswith(f"model.path s3://{bucket.name}/models/gpt2: there is {missing}; copy")
+    assert told.startswith(f"model.path s3://{bucket.name}/models/gpt2: has {missing}; copy")
     assert "\n" not in told
 
 
