@@ -26,27 +26,41 @@ RUN_FILE = """\
 
 # The run file
 
-One YAML document describes a whole run. `dist-sae config show RUN.yaml` prints it with all
-defaults, `--set section.key=value` overrides a key, and an unknown key is an error. `null` leaves a
-key open; its meaning says what follows. [The glossary](glossary.md) explains the words.
+One YAML file describes a whole run. This page lists all of its keys, by section. [The
+glossary](glossary.md) explains the words.
 
-Keys have been renamed: `model.shards` is `model.tensor_parallel` now, `processes.shards` is
-`processes.latent_shards`, and `missing_seconds`, `lost_seconds` and `hung_seconds` have moved from
-`train` to `timeouts`. The old names are still read.
+- `dist-sae config show RUN.yaml` prints the run with all defaults.
+- `--set section.key=value` overrides a key on the command line.
+- An unknown key is an error.
+- `null` means that a key is not set. Its meaning says what happens then.
+- The column "values" lists the words that a key accepts. For other keys it shows an example.
 
-The third column has the words that a key takes, or else an example.
+Some keys were renamed, and the old names still work:
+
+| old name | new name |
+|---|---|
+| `model.shards` | `model.tensor_parallel` |
+| `processes.shards` | `processes.latent_shards` |
+| `missing_seconds`, `lost_seconds`, `hung_seconds` in `train` | the same in `timeouts` |
 """
 COMMANDS = """\
 <!-- Generated from dist_sae/commands/ by launch/render.sh: edit the former. -->
 
 # Commands
 
-`RUN` is a run file, or the folder of a run: a path or a URL. Every command that takes it also takes
-`--set KEY=VALUE`, which overrides a key of [the run file](run-file.md), `--job NAME`, which takes
-one job of [a sweep](sweeps.md), and `--json`, which prints the result as one JSON object.
+This page lists all commands and their options. `RUN` is a run file, or the folder of a run (a path or
+a URL). Every command that takes `RUN` also takes these options:
 
-Exit codes: 0 done, 2 something for you to fix (one line says what), 75 stopped and resumable, 1 a
-bug.
+- `--set KEY=VALUE`: override a key of [the run file](run-file.md)
+- `--job NAME`: use one job of [a sweep](sweeps.md)
+- `--json`: print the result as one JSON object
+
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 2 | something for you to fix; one line says what |
+| 75 | stopped; the same command continues |
+| 1 | a bug |
 """
 # examples for keys that have no default and that no run file in launch/runs/ sets
 EXAMPLES: dict[str, Any] = {
