@@ -48,8 +48,8 @@ COMMANDS = """\
 
 # Commands
 
-This page lists all commands and their options. `RUN` is a run file, or the folder of a run (a path or
-a URL). Every command that takes `RUN` also takes these options:
+This page lists all commands and their options. `RUN` is a run file, or the folder of a run (a path
+or a URL). Every command that takes `RUN` also takes these options:
 
 - `--set KEY=VALUE`: override a key of [the run file](run-file.md)
 - `--job NAME`: use one job of [a sweep](sweeps.md)
@@ -144,7 +144,8 @@ def render_run_file() -> str:
         name: _keys(sections_of(field.annotation)[0], "", given=field.default)
         for name, field in parts.items()
     }
-    lines += ["### cluster.PART", "", f"The pods of a part: {', '.join(PODS)}.", ""]
+    about = f"Settings of the pods of one part. PART is one of: {', '.join(PODS)}."
+    lines += ["### cluster.PART", "", about, ""]
     lines += [*_table(pods, "part"), *_about_parts(parts)]
     return "\n".join(lines)
 
