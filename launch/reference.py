@@ -42,6 +42,8 @@ Some keys were renamed, and the old names still work:
 | `model.shards` | `model.tensor_parallel` |
 | `processes.shards` | `processes.latent_shards` |
 | `missing_seconds`, `lost_seconds`, `hung_seconds` in `train` | the same in `timeouts` |
+
+One key is not in a section:
 """
 COMMANDS = """\
 <!-- Generated from dist_sae/commands/ by launch/render.sh: edit the former. -->
