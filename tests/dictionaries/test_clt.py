@@ -1,4 +1,4 @@
-"""Cross-layer transcoders: triangular, by layers, and they find computations across layers."""
+"""Cross-layer transcoders: causality, layer layout and recovery of computations across layers."""
 
 import re
 from typing import NamedTuple
@@ -43,7 +43,7 @@ def sites(name: str, layers: int) -> tuple[str, ...]:
 
 
 def test_one_layer_has_the_loss_of_topk_over_the_batch() -> None:
-    """BatchTopK centres its inputs; its encoder's bias says the same."""
+    """A one-layer CLT has BatchTopK's loss if its b_enc includes BatchTopK's input centering."""
     topk = make(CONFIGS["batchtopk"])
     of_layer = {"reads": None, "n_latents": N_LATENTS}
     clt = make(CONFIGS["clt"].model_copy(update=of_layer))
@@ -59,12 +59,13 @@ def test_one_layer_has_the_loss_of_topk_over_the_batch() -> None:
 
 
 def test_sites_that_are_read_and_written_may_differ_in_width() -> None:
-    """3 layers of width 6 are read, 3 of width 5 written."""
+    """A CLT can read 3 layers of width 6 and write 3 layers of width 5."""
     config = CLTConfig(n_latents=36, k=4, auxk=5, reads=LAYERS[:3], writes=sites("mlp_out", 3))
     sae: Dictionary = build_sae(config, Widths((6,) * 3, (5,) * 3), dtype=torch.float64)
     sae.product_dtype = torch.float64
     assert sae.W_enc.shape == (36, 6)
-    assert sae.W_dec.numel() == 12 * (3 + 2 + 1) * 5  # no pair of a layer and an earlier one
+    # only pairs in which the written layer is not before the read layer
+    assert sae.W_dec.numel() == 12 * (3 + 2 + 1) * 5
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in sae.parameters():
@@ -80,7 +81,7 @@ def test_sites_that_are_read_and_written_may_differ_in_width() -> None:
 @pytest.mark.parametrize("kind", ["clt", "clt_jumprelu"])
 def test_a_layer_is_reconstructed_from_itself_and_earlier_ones(kind: str) -> None:
     sae, x = make(CONFIGS[kind]), rows()
-    sae.objective(sae_rows(x), step())  # a threshold for inference
+    sae.objective(sae_rows(x), step())  # sets the threshold for inference
     before, changed = sae.infer(x).x_hat, x.clone()
     changed[:, 2 * D : 3 * D] *= -3
     after = sae.infer(changed).x_hat
@@ -93,7 +94,7 @@ def test_the_product_meets_each_latent_with_its_layer(
     among: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(select, "CHUNK_LATENTS", 4)
-    monkeypatch.setattr(select, "CHUNK_BYTES", 8 * 4 * 5)  # 5 rows
+    monkeypatch.setattr(select, "CHUNK_BYTES", 8 * 4 * 5)  # blocks of 5 rows
     generator = torch.Generator().manual_seed(0)
     x, W_enc = (torch.randn(n, d, generator=generator).double() for n, d in ((12, 9), (33, 3)))
     full = torch.zeros(33, 3, 3).double()
@@ -104,7 +105,8 @@ def test_the_product_meets_each_latent_with_its_layer(
         if block.starts_new_range:
             lowest = max(opened, default=-1) + 1
         opened += block.latents.tolist()
-        assert int(block.latents.min()) >= lowest  # latents of a chunk are above those before
+        # each chunk's latents come after the previous chunk's
+        assert int(block.latents.min()) >= lowest
         assert (block.latents.diff() > 0).all()
         found[block.rows, block.latents] = block.products
     met = torch.arange(33) if among is None else among
@@ -204,19 +206,19 @@ def test_latents_are_a_multiple_of_the_layers() -> None:
 
 
 class TwoLayers:
-    """Half of the features are computed in layer 0 and write both layers; half are layer 1's own.
+    """Two layers: half of the features start in layer 0 and write both; half are in layer 1 only.
 
     x^0 = sum a_i u_i,  x^1 = sum b_j v_j,  y^0 = sum a_i p_i,  y^1 = sum a_i q_i + sum b_j r_j
 
     Args:
-        shuffled: Rows of layer 1 are those of another row: nothing goes from layer to layer.
+        shuffled: Whether to permute the rows of layer 1, so that no computation spans the layers.
     """
 
     d = 32
-    """Width of a site."""
+    """Width of each site."""
     widths = Widths((d, d), (d, d))
     n_features = 12
-    """Features of a layer."""
+    """Number of features per layer."""
 
     def __init__(self, *, shuffled: bool = False) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -242,7 +244,7 @@ class TwoLayers:
 
 
 class Found(NamedTuple):
-    """Shares of the features that have a latent of their layer, writing at a cosine above .9."""
+    """Share of features, by kind, for which a latent of their layer writes at a cosine above .9."""
 
     across: float
     own: float
@@ -273,7 +275,8 @@ PLANTED: dict[str, DictionaryConfig] = {
 def test_a_computation_over_two_layers_is_found_in_its_layers(kind: str, steps: int) -> None:
     trained = train(TwoLayers(), PLANTED[kind], steps=steps, batch=256, lr=5e-3)
     assert min(found_in(TwoLayers(), trained.sae)) >= 0.95
-    assert trained.l0[-1] == pytest.approx(3, abs=0.6)  # a latent a feature, not one a layer
+    # one latent per feature, not one per feature and layer
+    assert trained.l0[-1] == pytest.approx(3, abs=0.6)
 
 
 def test_nothing_is_found_across_layers_whose_rows_are_shuffled() -> None:

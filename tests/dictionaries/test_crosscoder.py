@@ -1,4 +1,4 @@
-"""Crosscoders: one dictionary of several sites."""
+"""Crosscoders: one dictionary that reads and reconstructs several sites."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ WEIGHTINGS = [
 @pytest.mark.parametrize("settings", WEIGHTINGS, ids=str)
 @pytest.mark.parametrize("selection", ["row", "batch", "relu"])
 def test_gradients_equal_the_dense_reference(selection: str, settings: dict[str, Any]) -> None:
-    """In the reference autograd goes through the constraint on the decoder."""
+    """Gradients match a reference that differentiates through the decoder's constraint."""
     config: DictionaryConfig = CrosscoderReLUConfig(n_latents=N_LATENTS, **settings)
     if selection != "relu":
         config = CrosscoderConfig.model_validate(COUNTS | settings | {"selection": selection})
@@ -84,7 +84,10 @@ def test_one_site_is_the_recipe_without_sites(
 
 @pytest.mark.parametrize("settings", WEIGHTINGS, ids=str)
 def test_decoder_rows_stay_as_they_are_held(settings: dict[str, Any]) -> None:
-    """Their weight over the sites is 1, or sqrt(.15) of shared ones, whose sites are alike."""
+    """A decoder row's norm over the sites stays 1, or sqrt(.15) for shared latents.
+
+    Shared latents also keep the same decoder at every site.
+    """
     sae = make(CrosscoderConfig.model_validate(COUNTS | settings), torch.float32)
     assert isinstance(sae, AcrossSites)
     x = rows(torch.float32, 128)
@@ -130,7 +133,7 @@ def test_shared_latents_of_a_penalised_crosscoder_stay_alike_and_cost_less() -> 
 
 @pytest.mark.parametrize("kind", ["crosscoder", "crosscoder_relu"])
 def test_shared_latents_are_spread_over_the_shards(kind: str) -> None:
-    """A tenth of 64: 9, 19, ..., 59; and in a wider dictionary the same ones."""
+    """Every tenth of the 64 latents is shared: 9, 19, ..., 59. A wider dictionary keeps these."""
     found = []
     for shard in range(4):
         part = make(CONFIGS[kind], axis=LatentAxis(shard=shard, shards=4))
@@ -144,7 +147,10 @@ def test_shared_latents_are_spread_over_the_shards(kind: str) -> None:
 
 
 def test_a_bonus_makes_shared_latents_win() -> None:
-    """A code is worth it where z^2 repays its cost: at .25 of it, from half of z on."""
+    """A shared latent with penalty .25 wins once its projection is longer than the other latent's.
+
+    A code pays off where z^2 exceeds its cost. At a quarter of the cost, that is from half of z.
+    """
     config = CrosscoderConfig(
         n_latents=2, k=1, auxk=0, selection="row", shared_latents=0.5, shared_penalty=0.25
     )
@@ -156,9 +162,10 @@ def test_a_bonus_makes_shared_latents_win() -> None:
         sae.b_enc.zero_()
         sae.b_dec.zero_()
         lengths = sae.W_dec.norm(dim=1, keepdim=True)
-        sae.W_enc.copy_(sae.W_dec / lengths**2)  # a code times its row is a projection
+        # so that a code times its decoder row is a projection
+        sae.W_enc.copy_(sae.W_dec / lengths**2)
         for other, winner in ((-0.95, 0), (-0.85, 1)):
-            # projections have length 3, and (3 + other) / sqrt(2): 1.45 or 1.52
+            # the projections have lengths 3 and (3 + other) / sqrt(2), which is 1.45 or 1.52
             assert sae.encode(torch.tensor([[3.0, other]])).latents.tolist() == [winner]
 
 
@@ -184,7 +191,7 @@ def test_what_makes_no_sense_is_refused() -> None:
 
 
 def test_projecting_takes_no_second_gradient() -> None:
-    """One is as large as the weight."""
+    """Projecting the decoder's gradient allocates no second gradient as large as W_dec."""
     sae, places = make(CONFIGS["crosscoder"]), list[int]()
     combine = sae.kernels.sum_by_latent
 
@@ -201,7 +208,7 @@ def test_projecting_takes_no_second_gradient() -> None:
 
 
 def spans(sites: int, n: int) -> Tensor:
-    """Features that live on neighbouring sites, from one of them to all."""
+    """Return which sites each feature lives on: a random range of neighboring sites."""
     ends = torch.randint(sites, (n, 2), generator=torch.Generator().manual_seed(3)).sort(1).values
     numbers = torch.arange(sites)
     return (numbers >= ends[:, :1]) & (numbers <= ends[:, 1:])
@@ -209,9 +216,10 @@ def spans(sites: int, n: int) -> Tensor:
 
 @pytest.mark.system
 def test_latents_live_where_their_features_do() -> None:
-    """34 of 48 features had a latent when this was written, 97 % of these their span of sites.
+    """Each latent writes the same span of sites as the feature that it found.
 
-    Control: where the sites' rows are of different rows, no latent is of several sites.
+    When this was written, 34 of 48 features had a latent, and 97 % of these had the right span.
+    Control: if the sites' rows come from different rows, no latent spans several sites.
     """
     where, found = spans(6, 48), {}
     for shuffled in (False, True):
@@ -231,11 +239,12 @@ def test_latents_live_where_their_features_do() -> None:
 
 @pytest.mark.system
 def test_what_one_model_has_alone_is_told_from_what_both_have() -> None:
-    """48 features of both models, 16 of one; by the share of the second in a latent's norms.
+    """The second model's share of a latent's norms tells shared features from one model's own.
 
-    All of 48 and 12 were found and told apart at .05 when this was written.
+    There are 48 shared features and 8 of each model alone. When this was written, all 48 shared and
+    12 of the others were found and classified correctly at a share of .05.
 
-    Control: with the rows of the second model shuffled no feature of both is found.
+    Control: with the second model's rows shuffled, at most two shared features are found.
     """
     where, found = torch.ones(64, 2, dtype=torch.bool), {}
     where[48:56, 1] = where[56:, 0] = False
@@ -247,7 +256,7 @@ def test_what_one_model_has_alone_is_told_from_what_both_have() -> None:
         sae = train(world, config, steps=steps, batch=256, lr=5e-3).sae
         features, norms = found_features(world, sae.W_dec, sae.decoder_norms())
         share = norms[:, 1] / norms.sum(1)
-        told = torch.stack([share < 0.95, share > 0.05], 1)  # where it lives
+        told = torch.stack([share < 0.95, share > 0.05], 1)  # which models the latent lives in
         right = (told == where[features]).all(1)
         found[shuffled] = where[features].all(1).sum(), right.double().mean(), len(features)
     n_of_both, accuracy, n_features = found[False]

@@ -1,4 +1,4 @@
-"""How often latents fire."""
+"""Histograms of how often latents fire."""
 
 import torch
 
@@ -11,10 +11,10 @@ def test_latents_are_counted_by_the_share_of_rows_that_they_fire_on() -> None:
     densities = DensityCounter(6, window_rows=10_000)
     for _ in range(10):
         densities.add(torch.tensor([100, 10, 9, 1, 0, 0]), rows=100)
-    # of 1,000 rows: 1, .1, .09, .01 and never; an edge belongs to what is above it
+    # frequencies over 1,000 rows: 1, .1, .09, .01 and 0; a value on an edge counts in the bin above
     assert densities.counts(EDGES, rare=0.05) == (1000, 2, [0, 2, 2], 3)
     densities.add(torch.tensor([0, 0, 0, 0, 1, 0]), rows=3000)
-    # of 4,000: .25, .025, .0225, .0025 and .00025, which is below all edges
+    # frequencies over 4,000 rows: .25, .025, .0225, .0025 and .00025; the last is below all edges
     assert densities.counts(EDGES, rare=0.05) == (4000, 1, [2, 2, 1], 5)
 
 

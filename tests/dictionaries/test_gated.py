@@ -1,4 +1,4 @@
-"""Gated dictionaries: what learns from which term of the loss."""
+"""Gated dictionaries: which loss term trains which parameters."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,10 @@ from tests.dictionaries.recipes import CONFIGS, gradients, make, rows, sae_rows,
 
 
 def test_the_decoder_learns_nothing_from_the_gates() -> None:
-    """A peer forgot to hold it fixed. The gates in turn learn nothing from the reconstruction."""
+    """Gate losses do not train the decoder, and the reconstruction does not train the gates.
+
+    One other implementation forgets to detach the decoder in the gates' auxiliary loss.
+    """
     sae = make(CONFIGS["gated"])
 
     def learnt_from(term: str) -> dict[str, Tensor]:

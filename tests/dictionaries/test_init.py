@@ -1,4 +1,4 @@
-"""Initial dictionaries: what they are, and that shards have their parts of the same one."""
+"""Initial dictionaries: their values, and that each shard starts with its part of the same one."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def batch(number: int, rows: int = BATCH) -> Tensor:
 
 
 def part(axis: LatentAxis, x: Tensor) -> Tensor:
-    """This rank's rows of a global batch."""
+    """Return this rank's rows of a global batch."""
     return x.chunk(axis.replicas * axis.shards)[axis.replica * axis.shards + axis.shard]
 
 
@@ -60,7 +60,7 @@ def parameters(sae: Dictionary) -> dict[str, Tensor]:
 
 
 def check_shards(ranks: list[dict[str, Tensor]], whole: dict[str, Tensor], shards: int) -> None:
-    """Sums over ranks are in another order than over one batch: fp32 differs in the last bits."""
+    """Check that shards match the whole up to fp32 rounding, since ranks sum in another order."""
     for number, found in enumerate(ranks):
         for name, tensor in whole.items():
             expected = tensor if name in SHARED else tensor.chunk(shards)[number % shards]
@@ -68,10 +68,13 @@ def check_shards(ranks: list[dict[str, Tensor]], whole: dict[str, Tensor], shard
 
 
 def test_random_rows_of_a_shard_are_those_of_the_whole() -> None:
-    """3,000 rows are two whole blocks of random numbers and one in part."""
+    """A shard's random rows are a slice of the whole's, also across block boundaries.
+
+    3,000 rows are two full blocks of random numbers and one partial block.
+    """
     whole = torch.empty(3000, 4)
     random_rows(whole, 7, 0)
-    assert len(torch.unique(whole, dim=0)) == 3000  # no block is like another
+    assert len(torch.unique(whole, dim=0)) == 3000  # no two blocks are equal
     for first, stop in ((0, 1500), (1500, 3000), (1000, 1050), (1023, 1025), (2048, 3000)):
         shard = torch.full((stop - first, 4), torch.nan)
         random_rows(shard, 7, first)
@@ -82,7 +85,7 @@ def test_random_rows_of_a_shard_are_those_of_the_whole() -> None:
 
 @pytest.mark.parametrize("seeds", [(0, 1), (3, 4), (0, 2**32 - 1), (1, 1000)])
 def test_another_seed_gives_other_directions(seeds: tuple[int, int]) -> None:
-    """In all blocks: none is another block of the other."""
+    """No block of random rows under one seed repeats any block under another seed."""
     found = []
     for seed in seeds:
         W = torch.empty(8 * 1024, 2)
@@ -109,7 +112,7 @@ def test_shards_begin_as_parts_of_the_same_dictionary(
 
 
 def from_data(axis: LatentAxis, kind: str = "topk") -> dict[str, Tensor]:
-    """64 latents from 72 rows."""
+    """Initialize 64 latents from 72 rows."""
     sae = build_sae(CONFIGS[kind], widths(CONFIGS[kind]), axis)  # type: ignore[arg-type]
     rows = [part(axis, batch(number)) for number in range(3)]
     sae.initialise(sae_rows(rows[0]), seed=5)
@@ -119,7 +122,10 @@ def from_data(axis: LatentAxis, kind: str = "topk") -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "clt" not in kind])
 def test_directions_from_data_begin_anew_with_their_length(kind: str) -> None:
-    """So training leaves the first one out, which takes a product of all rows and latents."""
+    """`initialise_from_data` does not depend on the length computed by `initialise`.
+
+    So training skips that first computation, which multiplies all rows by all latents.
+    """
     found = []
     for rescale in (True, False):
         sae = build_sae(CONFIGS[kind], widths(CONFIGS[kind]))  # type: ignore[arg-type]
@@ -140,7 +146,7 @@ def test_directions_from_data_are_near_those_of_the_first_rows() -> None:
     mixed += 0.6 * random / random.norm(dim=1, keepdim=True)
     expected = mixed / mixed.norm(dim=1, keepdim=True)
     torch.testing.assert_close(found["W_dec"], expected)
-    # the encoder is tied, with one factor for all of it
+    # the encoder is tied to the decoder, scaled by one common factor
     factors = found["W_enc"].norm(dim=1)
     torch.testing.assert_close(factors, factors[:1].expand(N_LATENTS))
     torch.testing.assert_close(found["W_enc"], factors[0] * expected)
@@ -148,7 +154,11 @@ def test_directions_from_data_are_near_those_of_the_first_rows() -> None:
 
 
 def test_latents_from_equal_rows_are_no_copies() -> None:
-    """Rows with one very large coordinate all point the same way; copies would die together."""
+    """Latents that start from nearly parallel rows still differ.
+
+    Rows with one very large coordinate all point the same way, and identical latents would die
+    together.
+    """
     sae = build_sae(TopKConfig(n_latents=48, k=4, auxk=0), D_IN)
     rows = batch(0, 48)
     sae.initialise(sae_rows(rows), seed=5)
@@ -159,7 +169,7 @@ def test_latents_from_equal_rows_are_no_copies() -> None:
 
 
 def unlike(rows: Tensor, bound: float) -> list[int]:
-    """Rows whose cosine with those chosen before them is lower than the bound."""
+    """Return the indices of rows whose cosine with every earlier chosen row is below the bound."""
     chosen: list[int] = []
     for number, row in enumerate(normalize(rows.double())):
         if all(float(row @ normalize(rows[n].double(), dim=0)) < bound for n in chosen):
@@ -169,7 +179,10 @@ def unlike(rows: Tensor, bound: float) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["relu", "gated"])
 def test_a_row_that_is_like_one_before_it_gives_no_direction(kind: str) -> None:
-    """With an L1 penalty; the latents of the others keep their random directions."""
+    """With an L1 penalty, a row close to an earlier one is skipped.
+
+    Latents that get no row keep their random directions.
+    """
     found = from_data(WHOLE, kind)
     rows = torch.cat([batch(number) for number in range(3)])[:N_LATENTS] - found["b_dec"]
     random = torch.empty(N_LATENTS, D_IN)
@@ -194,7 +207,7 @@ KNOWN = 24
 
 
 def widened(kind: str, axis: LatentAxis) -> dict[str, Tensor]:
-    """24 known latents; 40 new ones from 48 rows."""
+    """Widen a dictionary of 24 known latents by 40 new ones, initialized from 48 rows."""
     narrow = make(CONFIGS[kind], torch.float32)
     sae: Dictionary = build_sae(CONFIGS[kind], widths(CONFIGS[kind]), axis)  # type: ignore[arg-type]
     rows = [part(axis, batch(number)) for number in range(2)]
@@ -249,7 +262,7 @@ def test_new_latents_point_at_what_the_known_ones_leave(kind: str) -> None:
 
 
 def test_a_buffer_per_latent_gets_the_mean_of_the_known_ones() -> None:
-    """The mean of 0, 1, ..., 23 is 11.5, on both shards."""
+    """New latents get the known latents' mean, on both shards: 11.5 for 0, 1, ..., 23."""
 
     def on_rank(axis: LatentAxis) -> Tensor:
         sae: Dictionary = build_sae(CONFIGS["topk"], D_IN, axis)  # type: ignore[arg-type]
@@ -267,12 +280,15 @@ def test_a_buffer_per_latent_gets_the_mean_of_the_known_ones() -> None:
 
 @pytest.mark.parametrize("kind", PENALISED)
 def test_new_latents_without_a_count_fire_rarely(kind: str) -> None:
-    """On .3 % of the rows, or known ones would be drowned; not never, or they could not learn."""
+    """New latents of penalized recipes start by firing on .3 % of the rows.
+
+    More would drown out the known latents. A latent that never fires could not learn.
+    """
     sae, x = make(CONFIGS[kind], torch.float32), batch(0, 2000)
     before = sae.b_enc.detach().clone()
     sae.adapt_new_latents(slice(KNOWN, None), x)
     counts = torch.bincount(sae.encode(x).latents, minlength=N_LATENTS)
-    assert set(counts[KNOWN:].tolist()) <= {6, 7}  # rounding decides about the last
+    assert set(counts[KNOWN:].tolist()) <= {6, 7}  # rounding decides about the last row
     assert torch.equal(sae.b_enc[:KNOWN], before[:KNOWN])
     sae.adapt_new_latents(slice(KNOWN, None), x[:20])
     counts = torch.bincount(sae.encode(x[:20]).latents, minlength=N_LATENTS)
@@ -282,13 +298,17 @@ def test_new_latents_without_a_count_fire_rarely(kind: str) -> None:
 @pytest.mark.parametrize(("replicas", "shards"), LAYOUTS)
 @pytest.mark.parametrize("kind", WIDENED)
 def test_shards_are_widened_as_the_whole(kind: str, replicas: int, shards: int) -> None:
-    """16 latents a shard: the first has known ones only, the second both, the others new ones."""
+    """Widening shard by shard gives the same parameters as widening the whole dictionary.
+
+    With four shards of 16 latents, the first shard has only known latents, the second has both
+    kinds, and the others have only new ones.
+    """
     ranks = on_ranks(replicas, shards, lambda axis: widened(kind, axis))
     check_shards(ranks, widened(kind, WHOLE), shards)
 
 
 def begun_again(kind: str, axis: LatentAxis, n_rows: int = BATCH) -> dict[str, Tensor]:
-    """Latents 10 to 39 of 64 are stuck: below every row."""
+    """Return the parameters after reviving latents 10 to 39 of 64, which never fire."""
     sae = make(CONFIGS[kind], torch.float32, axis)
     here = slice(sae.first_latent, sae.first_latent + len(sae.W_enc))
     stuck = torch.zeros(N_LATENTS, dtype=torch.bool)
@@ -302,7 +322,10 @@ def begun_again(kind: str, axis: LatentAxis, n_rows: int = BATCH) -> dict[str, T
 
 @pytest.mark.parametrize("kind", PENALISED)
 def test_stuck_latents_without_a_count_begin_again_where_there_is_error(kind: str) -> None:
-    """24 rows are there for the first 24; the others wait."""
+    """Stuck latents of penalized recipes restart along the error, one row for each latent.
+
+    The 24 rows serve the first 24 stuck latents. The other stuck latents wait.
+    """
     found, before = begun_again(kind, WHOLE), parameters(make(CONFIGS[kind], torch.float32))
     x, error = batch(0), batch(1) - 1
     new, others = slice(10, 34), [*range(10), *range(34, N_LATENTS)]
@@ -313,7 +336,8 @@ def test_stuck_latents_without_a_count_begin_again_where_there_is_error(kind: st
     assert thetas is not None
     fires = (x @ before["W_enc"].T + before["b_enc"] > thetas).any(0)
     fires[10:40] = False
-    assert 0 < fires.sum() < len(others)  # so that it matters which are meant
+    # otherwise the average would not show which latents it is taken over
+    assert 0 < fires.sum() < len(others)
     for name, share in (("W_dec", 1.0), ("W_enc", 0.5)):
         torch.testing.assert_close(normalize(found[name][new]), normalize(expected))
         length = share * before[name][fires].norm(dim=1).mean()
@@ -330,7 +354,7 @@ def test_stuck_latents_without_a_count_begin_again_where_there_is_error(kind: st
 @pytest.mark.parametrize(("replicas", "shards"), LAYOUTS)
 @pytest.mark.parametrize("kind", PENALISED)
 def test_shards_begin_again_as_the_whole(kind: str, replicas: int, shards: int) -> None:
-    """Stuck latents lie on several shards, and one row is for each of the first 24."""
+    """Stuck latents on several shards get the same rows as in the whole dictionary."""
     ranks = on_ranks(replicas, shards, lambda axis: begun_again(kind, axis))
     check_shards(ranks, begun_again(kind, WHOLE), shards)
 
@@ -353,12 +377,15 @@ SELECTS = {
 
 @pytest.mark.parametrize("kind", SELECTS)
 def test_a_dictionary_starts_at_the_scale_that_suits_what_training_keeps(kind: str) -> None:
-    """6 latents a row, on the batch that the factor was computed from, the last one."""
+    """The encoder's initial scale minimizes the error at k_start = 6 latents per row.
+
+    The batch is the last one, from which the scale was computed.
+    """
     sae: Dictionary = build_sae(SELECTS[kind], D_IN)  # type: ignore[arg-type]
     rows = [batch(0), batch(1)]
     sae.initialise(sae_rows(rows[0]), seed=5)
     initialise_from_data(sae, map(sae_rows, rows))
-    if kind != "topk":  # rounding decides whether the least that is kept is above the threshold
+    if kind != "topk":  # rounding decides whether the smallest kept value is above the threshold
         assert len(sae.encode(rows[1]).acts) in (6 * BATCH - 1, 6 * BATCH)
 
     def fvu(scale: float) -> float:
@@ -377,7 +404,10 @@ def test_a_dictionary_starts_at_the_scale_that_suits_what_training_keeps(kind: s
 
 @pytest.mark.parametrize("kind", SELECTS)
 def test_the_encoder_has_a_gradient_at_the_start_with_one_latent_a_row(kind: str) -> None:
-    """At the best length there is none, and rounding would decide about the first steps."""
+    """The initial encoder has a gradient even if one latent per row is active.
+
+    At the optimal scale the gradient would be 0, and rounding would decide the first steps.
+    """
     settings = {"k": 1, "k_start": None, "selection": "row"}
     config, gradients = SELECTS[kind].model_copy(update=settings), []
     for dtype in (torch.float32, torch.float64):
@@ -418,7 +448,10 @@ def test_the_geometric_median_is_that_of_all_rows(replicas: int, shards: int) ->
 def test_penalised_recipes_begin_with_so_many_active_latents(
     kind: str, initial_l0: float, expected: float
 ) -> None:
-    """At most half of them, each on as many rows, whatever was done to the encoder's length."""
+    """Penalized recipes start with initial_l0 active latents per row, at most half of all latents.
+
+    Each latent starts active on the same number of rows, whatever the encoder's scale.
+    """
     changed = {"initial_l0": initial_l0, "n_latents": 512}
     sae: Dictionary = build_sae(CONFIGS[kind].model_copy(update=changed), D_IN)  # type: ignore[arg-type]
     x = batch(0, 2000)
@@ -427,7 +460,8 @@ def test_penalised_recipes_begin_with_so_many_active_latents(
     codes = sae.encode(x)
     assert len(codes.acts) / len(x) == pytest.approx(expected, rel=0.01)
     counts = torch.bincount(codes.latents, minlength=512)
-    assert (counts != counts.mode().values).sum() <= 2  # where two rows are a rounding apart
+    # counts may differ where two rows are within rounding
+    assert (counts != counts.mode().values).sum() <= 2
     found = parameters(sae)
     torch.testing.assert_close(normalize(found["W_enc"]), normalize(found["W_dec"]))
     lengths = found["W_enc"].norm(dim=1)
@@ -440,8 +474,9 @@ def test_penalised_recipes_begin_with_so_many_active_latents(
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (JumpReLUConfig(n_latents=512, sparsity=0.01), 10),  # a tenth of the variance in all
-        (JumpReLUTanhConfig(n_latents=512, sparsity=0.16), 10),  # 16 of which .16 is a hundredth
+        (JumpReLUConfig(n_latents=512, sparsity=0.01), 10),  # a tenth of the total variance
+        # the total variance is 16, and .16 is a hundredth of that
+        (JumpReLUTanhConfig(n_latents=512, sparsity=0.16), 10),
         (JumpReLUTanhConfig(n_latents=512), 50),
         (JumpReLUTanhConfig(n_latents=512, sparsity=None), 200),
         (JumpReLUConfig(n_latents=512, target_l0=13), 26),  # twice the target
@@ -471,10 +506,11 @@ def test_the_number_at_the_start_follows_from_the_penalty(
 def test_thresholds_begin_where_a_code_repays_its_cost(
     config: DictionaryConfig, expected: float, *, is_scaled: bool
 ) -> None:
-    """In units of the rows' norm, 4: a code f explains f^2 of 16 at most, and .2^2 is lambda.
+    """The initial threshold is the activation at which a code repays its penalty.
 
-    They are scaled with the encoder, whose rows had unit norm, unless they are given: once, from
-    whatever the directions are.
+    The rows have norm 4, so a code f explains at most f^2 of 16, and the threshold satisfies .2^2 =
+    lambda. Computed thresholds scale with the encoder, whose rows had unit norm. Given thresholds
+    do not. The scaling is applied once, whichever directions the latents start from.
     """
     sae: Dictionary = build_sae(config, D_IN)  # type: ignore[arg-type]
     sae.initialise(sae_rows(batch(0)), seed=1)

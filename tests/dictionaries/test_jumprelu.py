@@ -33,7 +33,10 @@ def test_a_target_has_the_loss_and_the_gradients_of_the_dense_reference(
 
 @pytest.mark.parametrize(("progress", "aim"), [(0.0, 11.0), (0.05, 8.25), (0.1, 5.5), (0.9, 5.5)])
 def test_the_aimed_l0_goes_from_the_initial_one_to_the_target(progress: float, aim: float) -> None:
-    """Twice the target at first; the penalty pulls from both sides, and not at the aim."""
+    """The aimed L0 falls from twice the target to the target.
+
+    The penalty pulls L0 toward the aim from both sides and has no gradient at the aim.
+    """
     sae = make(TARGET)
     assert isinstance(sae, JumpReLU)
     pulls: list[Tensor] = []
@@ -47,7 +50,7 @@ def test_the_aimed_l0_goes_from_the_initial_one_to_the_target(progress: float, a
 
 @pytest.mark.parametrize(("replicas", "shards"), [(1, 2), (2, 1), (2, 2), (1, 4)])
 def test_l0_is_counted_over_all_shards_and_replicas(replicas: int, shards: int) -> None:
-    """Penalties of a replica's ranks add up to it; its gradient is the mean over replicas."""
+    """A replica's ranks add their penalties up to the whole; gradients average over replicas."""
 
     def penalty(axis: LatentAxis = WHOLE) -> tuple[Tensor, Tensor]:
         sae, parts = make(TARGET, axis=axis), axis.replicas * axis.shards
@@ -62,7 +65,11 @@ def test_l0_is_counted_over_all_shards_and_replicas(replicas: int, shards: int) 
 
 
 def test_thresholds_stay_precise_whatever_the_products_are() -> None:
-    """At the rate of a wide dictionary a bf16 threshold would not move: its last place is 2^-9."""
+    """Thresholds stay in fp32 when products are in bf16.
+
+    At a wide dictionary's learning rate, a bf16 threshold would never move, because its last bit is
+    2^-9 of its value.
+    """
     sae, x = make(CONFIGS["jumprelu"], torch.float32), rows(torch.float32)
     assert isinstance(sae, JumpReLU)
     sae.product_dtype = torch.bfloat16

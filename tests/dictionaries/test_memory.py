@@ -1,4 +1,4 @@
-"""Memory: a dictionary's whole life stays within its state and a bound that no width moves."""
+"""Memory: a dictionary's full life cycle needs its state plus a bound that no width changes."""
 
 from pathlib import Path
 
@@ -41,11 +41,11 @@ LIVES: dict[str, dict[str, object]] = {
 }
 
 BY_DEFAULT = ("batchtopk", "routed", "jumprelu_tanh", "gated", "crosscoder_relu", "clt")
-"""One of those that use their weights alike; the other large ones with `--long`."""
+"""One recipe for each way of using the weights. The other large ones need `--long`."""
 
 
 def live(folder: Path, kind: str, n_latents: int, d_in: int, rows: int, steps: int) -> None:
-    """A dictionary begins, trains, is measured, saved and loaded."""
+    """Initialize, train, evaluate, save and load a dictionary."""
     layout.PART_BYTES = 4 * MIB
     run = life_run(folder, kind, n_latents)
     x = torch.randn(rows, d_in, generator=torch.Generator().manual_seed(0))
@@ -74,13 +74,13 @@ def live(folder: Path, kind: str, n_latents: int, d_in: int, rows: int, steps: i
 def life_run(folder: Path, kind: str, n_latents: int) -> Run:
     config = {"kind": kind, "n_latents": n_latents, **LIVES[kind]}
     run = load_run(write_run(folder, train={"rows": 200_000, "products": "bf16"}))
-    # the sites that it names need not be there
+    # the sites that the recipe names need not exist
     sae: SaeConfig = TypeAdapter(SaeConfig).validate_python(config)
     return run.model_copy(update={"sae": sae})
 
 
 def beyond_state(folder: Path, kind: str, n_latents: int, d_in: int, rows: int, steps: int) -> int:
-    """The most memory that a life takes above its state (`state_bytes`), in bytes."""
+    """Return the peak memory of a life cycle beyond its state (`state_bytes`), in bytes."""
     first, then = (1024, d_in, 16, steps), (n_latents, d_in, rows, steps)
     peak = peak_bytes(live, (folder, kind, *first), (folder, kind, *then))
     run = life_run(folder, kind, n_latents)
@@ -90,9 +90,10 @@ def beyond_state(folder: Path, kind: str, n_latents: int, d_in: int, rows: int, 
 @pytest.mark.system
 @pytest.mark.parametrize("kind", LIVES)
 def test_many_rows_and_latents_need_no_matrix_of_both(tmp_path: Path, kind: str) -> None:
-    """256 rows x 65,536 latents, half of them active where nothing bounds them.
+    """No step materializes a rows x latents matrix, even if half of all pairs are active.
 
-    To hold these entries takes 35 bytes for each pair, 560 MiB; what is held at a time is chunks.
+    Recipes without a fixed k have half of the 256 x 65,536 pairs active. Storing these would take
+    35 bytes per pair, 560 MiB. Working in chunks needs less.
     """
     assert beyond_state(tmp_path, kind, 65_536, 8, 256, steps=1) <= 180 * MIB
 
@@ -102,7 +103,10 @@ def test_many_rows_and_latents_need_no_matrix_of_both(tmp_path: Path, kind: str)
 def test_large_weights_are_there_four_times_and_no_more(
     tmp_path: Path, kind: str, pytestconfig: pytest.Config
 ) -> None:
-    """A weight is 64 MiB; its values, its gradient, two moments and W_enc in bf16 are the state."""
+    """Peak memory is the state plus 60 MiB when a weight is 64 MiB.
+
+    The state is the values, gradient and two moments of each weight, and W_enc in bf16.
+    """
     if kind not in BY_DEFAULT and not pytestconfig.getoption("--long"):
         pytest.skip("a recipe that uses its weights alike is tried; this one needs --long")
     assert beyond_state(tmp_path, kind, 32_768, 512, 16, steps=2) <= 60 * MIB

@@ -1,4 +1,4 @@
-"""The sums by latent in C++, and the memory that they keep. The selection is in test_select.py."""
+"""Sums by latent in C++ and the memory that they reuse. test_select.py tests the selection."""
 
 from functools import partial
 
@@ -26,7 +26,7 @@ def kernels() -> Kernels:
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("d_in", [20, 530])
 def test_sums_equal_the_dense_ones(kernels: Kernels, product: str, pattern: str, d_in: int) -> None:
-    """Twice: what is in the memory of the first is not in the second."""
+    """C++ sums match dense ones twice in a row, so reused memory does not leak into the second."""
     case = make_case(pattern, d_in)
     for _ in range(2):
         assert_close_to_oracle(compute(kernels, product, case), product, case)
@@ -34,7 +34,7 @@ def test_sums_equal_the_dense_ones(kernels: Kernels, product: str, pattern: str,
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_sums_of_values_are_those_of_fp64_whichever_way(kernels: Kernels, pattern: str) -> None:
-    """In the order of the entries, so bit for bit."""
+    """Torch and C++ add values in the order of the entries, so their sums have the same bits."""
     case = make_case(pattern, 20)
     expected = [0.0] * N_LATENTS
     for latent, value in zip(
@@ -50,7 +50,10 @@ def test_sums_of_values_are_those_of_fp64_whichever_way(kernels: Kernels, patter
 def test_gradients_of_a_latent_that_is_always_on_keep_their_digits(
     kernels: Kernels, name: str
 ) -> None:
-    """131,072 rows: one after the other they lose three digits and more."""
+    """Gradients of a latent that fires on all 131,072 rows keep fp32 precision.
+
+    Naive sequential summation would lose three digits or more.
+    """
     kernels = kernels if name == "native" else KERNELS
     n, d_in = 131_072, 2
     generator = torch.Generator().manual_seed(0)
@@ -61,7 +64,7 @@ def test_gradients_of_a_latent_that_is_always_on_keep_their_digits(
     pre_acts = autograd.encode(acts, kernels, entries, rows, weights[0], bias)
     x_hat = autograd.decode(pre_acts, kernels, entries, weights[1], unit_rows=False)
     x_hat.backward(rows)  # type: ignore[no-untyped-call]
-    by_hand = rows.double()[:, 0]  # of the codes: along the decoder row
+    by_hand = rows.double()[:, 0]  # gradient of each code: the row along the decoder row
     expected = [by_hand @ rows.double(), acts.double() @ rows.double(), by_hand.sum()[None]]
     for tensor, sums in zip([*weights, bias], expected, strict=True):
         assert tensor.grad is not None
@@ -71,7 +74,8 @@ def test_gradients_of_a_latent_that_is_always_on_keep_their_digits(
 def test_tensors_need_not_be_contiguous(kernels: Kernels) -> None:
     case = make_case("ragged", 20)
     case = case._replace(
-        coefficients=torch.ones(1).expand(len(case.coefficients)),  # the gradient of a sum
+        # an expanded tensor, as in the gradient of a sum
+        coefficients=torch.ones(1).expand(len(case.coefficients)),
         rows=case.rows.T.contiguous().T,
         W=case.W.T.contiguous().T,
         along=case.along.repeat_interleave(2)[::2],
@@ -90,13 +94,13 @@ def test_gradients_lie_where_those_of_the_step_before_were(kernels: Kernels) -> 
         for weight in (encoder, decoder):
             assert weight.grad is not None
             places.add(weight.grad.data_ptr())
-            weight.grad = None  # as optimisers do
-            others += [torch.empty_like(weight) for _ in range(20)]  # take what is free
+            weight.grad = None  # as optimizers do
+            others += [torch.empty_like(weight) for _ in range(20)]  # occupy the free memory
     assert len(places) == 2
 
 
 def test_memory_that_something_still_has_is_left_alone(kernels: Kernels) -> None:
-    """A gradient, or what is made from it without a copy."""
+    """The memory of a gradient, or of a view of one, is not reused while something refers to it."""
     case = make_case("ragged", 20)
     first = compute(kernels, "sum_by_latent", case)
     row, expected = first[3].detach(), first[3].clone()

@@ -1,4 +1,4 @@
-"""Nested reconstructions: Matryoshka's prefixes, and Multi-TopK."""
+"""Nested reconstructions: Matryoshka prefixes and Multi-TopK."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ def test_prefixes_repeat_with_the_least_period() -> None:
     ],
 )
 def test_every_shard_has_the_same_part_of_every_prefix(settings: dict[str, Any], most: int) -> None:
-    """On all numbers of shards that divide the widths, and on no others."""
+    """Shards get equal parts of every prefix exactly if their number divides the prefix widths."""
     config = MatryoshkaConfig(k=2, auxk=0, **settings)
     numbers = [config.prefix_of(latent) for latent in range(config.n_latents)]
     for prefix, width in enumerate(config.prefix_widths):
@@ -91,7 +91,7 @@ def test_the_fvu_of_a_prefix_is_that_of_its_latents_alone() -> None:
 
 @pytest.mark.parametrize(("kind", "kept"), [("matryoshka", K), ("multi-topk", 3 * K)])
 def test_every_entry_is_decoded_once(kind: str, kept: int) -> None:
-    """However many reconstructions it is part of."""
+    """An active latent is decoded once, however many reconstructions include it."""
     sae, decoded = make(VARIANTS[kind]), []
 
     def combine(coefficients: Tensor, entries: Entries, W: Tensor) -> Tensor:
@@ -104,7 +104,10 @@ def test_every_entry_is_decoded_once(kind: str, kept: int) -> None:
 
 
 def test_multi_topk_teaches_the_latents_beyond_k() -> None:
-    """In a peer's the encoder gets nothing from it. They have not fired, and x_hat is without."""
+    """Latents between k and 3k get a gradient in Multi-TopK, but do not count as fired.
+
+    They do not contribute to x_hat. In plain TopK they get no gradient.
+    """
     x, found = rows(batch=1), {}
     for kind in ("topk", "multi-topk"):
         sae = make(VARIANTS[kind])

@@ -1,4 +1,4 @@
-"""Normalisers of several sites: rows side by side, and what a checkpoint keeps of them."""
+"""Normalizers of several sites: scaled rows side by side, and what a checkpoint stores of them."""
 
 import json
 
@@ -25,7 +25,7 @@ def test_a_site_of_its_own_is_scaled_once_for_inputs_and_targets() -> None:
     rows = normalisers.rows(ACTS)
     assert rows.inputs is rows.targets
     assert rows.inputs.tolist() == [[1.0, 2.0], [3.0, 4.0]]
-    assert ACTS["a"].tolist() == [[2.0, 4.0], [6.0, 8.0]]  # the batch is left as it was
+    assert ACTS["a"].tolist() == [[2.0, 4.0], [6.0, 8.0]]  # the batch is not modified
 
 
 def test_sites_are_scaled_each_and_stand_side_by_side_in_their_order() -> None:

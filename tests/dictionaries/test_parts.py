@@ -1,4 +1,4 @@
-"""The small pieces: schedules, dead counts, initialisation, metrics."""
+"""Small building blocks: schedules, dead counts, initialization and metrics."""
 
 import math
 from typing import Any
@@ -48,7 +48,10 @@ def test_dead_latents_are_counted_in_rows_and_revive() -> None:
 
 
 def test_a_latent_is_stuck_once_in_every_further_window() -> None:
-    """Dead from 20 rows on; stuck when 40, 60, ... are first reached, in batches of 8."""
+    """A latent is dead after 20 idle rows, and stuck once in each further window of 20.
+
+    In batches of 8 rows it is stuck at the first step at or after 40, 60, ... rows.
+    """
     dead = DeadLatents(2, after_rows=20)
     stuck = []
     for batch in range(1, 10):
@@ -67,23 +70,23 @@ def test_firings_ignore_latents_selected_at_zero() -> None:
 
 
 def test_entries_know_their_rows_and_their_order_by_latent() -> None:
-    """Of 4 rows the second and the last are empty."""
+    """Entries of 4 rows, two of them empty, are grouped by row and by latent."""
     entries = Entries(torch.tensor([3, 1, 3, 0, 1]), torch.tensor([0, 2, 2, 5]), 5)
     assert entries.rows.tolist() == [0, 0, 2, 2, 2]
     order, starts = entries.by_latent
     assert entries.latents[order].tolist() == [0, 1, 1, 3, 3]
-    assert order.tolist() == [3, 1, 4, 0, 2]  # of one latent in the order of the rows
+    assert order.tolist() == [3, 1, 4, 0, 2]  # within a latent, in the order of the rows
     assert starts.tolist() == [0, 1, 3, 3, 5]
 
 
 def test_geometric_median_is_not_moved_by_an_outlier() -> None:
-    """Of points on a line it is the median: 2, where the mean is 202."""
+    """The geometric median of points on a line is their median: 2, where the mean is 202."""
     x = torch.tensor([[0.0], [1.0], [2.0], [3.0], [1004.0]])
     assert float(geometric_median(x, WHOLE)) == pytest.approx(2.0, abs=1e-3)
 
 
 def test_initial_reconstruction_has_the_scale_of_least_squared_error() -> None:
-    """There the error is orthogonal to the reconstruction."""
+    """At the initial scale the error is orthogonal to the reconstruction, so it is least."""
     x = 3 * torch.randn(256, 24, generator=torch.Generator().manual_seed(0)) + 1
     sae = build_sae(TopKConfig(n_latents=96, k=8, auxk=0), 24)
     initialise_tied(sae, sae_rows(x), seed=5)
@@ -97,7 +100,10 @@ def test_initial_reconstruction_has_the_scale_of_least_squared_error() -> None:
 
 
 def test_the_running_mean_forgets_its_start_and_follows_the_weights() -> None:
-    """By hand: first it is the weights; then 9/10, 9/11, 9/12 of the way to them; then 1/4."""
+    """The running mean matches values worked out by hand.
+
+    It starts as the weights, then moves 9/10, 9/11 and 9/12 of the way to them, and in the end 1/4.
+    """
     sae = build_sae(ReLUConfig(n_latents=1), 1)
     average, seen, x = WeightAverage(sae, 0.75), [], torch.ones(1, 1)
     with torch.no_grad():
@@ -114,7 +120,10 @@ def test_the_running_mean_forgets_its_start_and_follows_the_weights() -> None:
 
 
 def test_the_running_mean_has_a_threshold_and_unit_rows_of_its_own() -> None:
-    """Latents that were twice as sensitive lately: k of them are active all the same."""
+    """The running mean has its own threshold and unit rows.
+
+    It keeps k latents active per row even if the encoder's weights doubled recently.
+    """
     x = torch.randn(400, 8, generator=torch.Generator().manual_seed(1))
     sae = build_sae(BatchTopKConfig(n_latents=32, k=3, auxk=0), 8)
     initialise_tied(sae, sae_rows(x), seed=2)
@@ -132,18 +141,18 @@ def test_the_running_mean_has_a_threshold_and_unit_rows_of_its_own() -> None:
         torch.testing.assert_close(lengths, 0.95 * live["W_enc"].norm(dim=1))
         torch.testing.assert_close(sae.W_dec.detach().norm(dim=1), torch.ones(32))
         with torch.no_grad():
-            sae.b_dec.add_(1)  # of the mean alone
+            sae.b_dec.add_(1)  # changes only the running mean
     for name, tensor in sae.state_dict().items():
         assert torch.equal(tensor, live[name]), name
 
 
 def test_fit_sums_over_the_set_and_not_over_batches() -> None:
-    """Two batches of different size: the ratio of sums, not the mean of two ratios."""
+    """Fit divides sums over two batches of different size, instead of averaging two ratios."""
     mean = torch.zeros(1)
     fired = torch.tensor([1, 0])
     fit = Fit.empty(2).add(torch.tensor([[1.0]]), Inferred(torch.tensor([[0.0]]), fired), mean)
     fit = fit.add(torch.tensor([[3.0]]), Inferred(torch.tensor([[3.0]]), fired), mean)
-    assert fit.fvu == pytest.approx(1 / 10)  # (1 + 0) / (1 + 9), where the mean of ratios is 1/2
+    assert fit.fvu == pytest.approx(1 / 10)  # (1 + 0) / (1 + 9); the mean of ratios would be 1/2
     assert fit.l0 == 1
     assert fit.densities.tolist() == [1.0, 0.0]
 
@@ -159,15 +168,20 @@ def test_ce_recovered_is_one_for_the_identity_and_zero_for_the_ablation() -> Non
     assert ce_recovered(2.0, 2.0, 10.0) == 1
     assert ce_recovered(2.0, 10.0, 10.0) == 0
     assert ce_recovered(2.0, 4.0, 10.0) == 0.75
-    assert math.isnan(ce_recovered(2.0, 2.0, 2.0))  # no harm, which could be avoided
+    # the ablation does no harm, so there is nothing to recover
+    assert math.isnan(ce_recovered(2.0, 2.0, 2.0))
 
 
 def test_duplicates_are_near_copies_of_other_latents(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 12 latents 0 and 1 are copies, within an expert of 3, and 2 and 11 in different ones."""
+    """Duplicates are counted within experts and across them.
+
+    Of 12 latents, 0 and 1 are near copies within an expert of 3. Latents 2 and 11 are copies in
+    different experts.
+    """
     W_dec = torch.eye(12, 16)
     W_dec[1] = 3 * W_dec[0] + 0.2
     W_dec[11] = 0.2 * W_dec[2]
-    W_dec[7] = -W_dec[6]  # the other way round is another feature
+    W_dec[7] = -W_dec[6]  # the opposite direction is another feature
     for chunk in (16_384, 5):
         monkeypatch.setattr(metrics, "DUPLICATES_CHUNK_LATENTS", chunk)
         assert duplicate_shares(lambda: [W_dec[:5], W_dec[5:]], 12, 4) == pytest.approx(
@@ -177,7 +191,7 @@ def test_duplicates_are_near_copies_of_other_latents(monkeypatch: pytest.MonkeyP
 
 
 class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts numbers that the host takes out of tensors: on CUDA it waits for each."""
+    """Counter of the scalars that the host reads from tensors. On CUDA each read blocks."""
 
     n = 0
 

@@ -58,7 +58,7 @@ def test_the_sparse_and_the_dense_way_give_the_same(
     kind: str, sparse_below: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(penalised, "SPARSE_BELOW", sparse_below)
-    monkeypatch.setattr(penalised, "CHUNK_BYTES", 4 * BATCH * 24)  # chunks of 24, 24 and 16
+    monkeypatch.setattr(penalised, "CHUNK_BYTES", 4 * BATCH * 24)  # chunks of 24, 24 and 16 latents
     check_against_oracle(make(CONFIGS[kind]), "none", 1e-9)
 
 
@@ -86,7 +86,7 @@ def test_inference_in_bounded_memory_decodes_what_it_encodes(
     monkeypatch.setattr(select, "CHUNK_BYTES", 8 * 16 * 10)  # blocks of 10 rows
     config = CONFIGS.get(kind, CONFIGS["routed"].model_copy(update={"selection": "batch"}))
     sae, x = make(config), rows()
-    sae.objective(sae_rows(x), step())  # batch selections have a threshold now
+    sae.objective(sae_rows(x), step())  # sets the threshold of batch selections
     codes, found = sae.encode(x), sae.infer(x)
     torch.testing.assert_close(found.x_hat, sae.decode(codes, x), rtol=1e-12, atol=1e-12)
     counts = torch.bincount(codes.latents[codes.acts > 0], minlength=N_LATENTS)
@@ -94,7 +94,10 @@ def test_inference_in_bounded_memory_decodes_what_it_encodes(
 
 
 def test_auxk_gives_the_encoder_a_gradient() -> None:
-    """A peer's AuxK leaves the encoder without one, and so revives nothing."""
+    """AuxK trains dead latents' encoder rows.
+
+    In one other implementation AuxK gives the encoder no gradient, so it revives nothing.
+    """
     sae, dead = make(CONFIGS["topk"]), some_dead()
     found = gradients(sae, sae.objective(sae_rows(rows()), step(dead)).terms.auxk)
     assert found["W_enc"][dead].norm() > 0
@@ -104,7 +107,7 @@ def test_auxk_gives_the_encoder_a_gradient() -> None:
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
 def test_a_stuck_latent_is_tied_again(kind: str) -> None:
-    """AuxK cannot reach a latent that is negative on every row; re-tying can."""
+    """Re-tying revives a latent that is negative on every row, which AuxK cannot reach."""
     sae, dead = make(CONFIGS[kind]), torch.zeros(N_LATENTS, dtype=torch.bool)
     dead[9] = True
     with torch.no_grad():
@@ -126,7 +129,10 @@ def test_a_stuck_latent_is_tied_again(kind: str) -> None:
 
 
 def test_stuck_latents_that_are_alike_do_not_overshoot() -> None:
-    """At unit length four copies would give four times what a row has along them."""
+    """Reviving several equal latents at once does not overshoot.
+
+    Four copies with unit encoders would reconstruct four times a row's component along them.
+    """
     sae, stuck = make(CONFIGS["topk"]), torch.arange(N_LATENTS) < AUXK
     x = rows()
     error = (x - sae.b_dec).detach()
@@ -135,7 +141,8 @@ def test_stuck_latents_that_are_alike_do_not_overshoot() -> None:
     sae.revive(stuck, x, error)
     e_hat = (error @ sae.W_enc[stuck].T).relu() @ sae.W_dec[stuck]
     assert (error - e_hat).square().sum() < error.square().sum()
-    sae.revive(stuck, x, -error)  # they can take nothing of this away, and stay within reach
+    # these latents cannot reduce this error, so they keep a small length
+    sae.revive(stuck, x, -error)
     lengths = sae.W_enc[stuck].detach().norm(dim=1)
     torch.testing.assert_close(lengths, torch.full_like(lengths, 0.01))
     assert gradients(sae, sae.objective(sae_rows(x), step(stuck)).terms.auxk)["W_enc"][stuck].any()
@@ -143,7 +150,10 @@ def test_stuck_latents_that_are_alike_do_not_overshoot() -> None:
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
 def test_a_stuck_latent_that_hardly_meets_a_row_gets_no_long_encoder(kind: str) -> None:
-    """One row at right angles to it, but for .1 %: at the best length it would be 1,000 long."""
+    """A latent nearly orthogonal to its only row gets an encoder of length 1.
+
+    Their cosine is .001, and the best length would be 1,000.
+    """
     sae, stuck = make(CONFIGS[kind]), torch.arange(N_LATENTS) == 9
     x = rows()[:1]
     centred = (x - sae.b_dec).detach()
@@ -159,8 +169,8 @@ def test_a_stuck_latent_that_hardly_meets_a_row_gets_no_long_encoder(kind: str) 
 def test_latents_selected_at_zero_get_no_gradient(kind: str) -> None:
     sae = make(CONFIGS[kind].model_copy(update={"auxk": 0}))
     with torch.no_grad():
-        sae.b_enc.fill_(-100.0)  # nothing is positive: all k selected latents are at zero
-        sae.b_enc[3] = 100.0  # but for this one
+        sae.b_enc.fill_(-100.0)  # nothing is positive, so all k selected latents are at zero
+        sae.b_enc[3] = 100.0  # except this one
     output = sae.objective(sae_rows(rows()), step())
     assert int(output.active) == BATCH
     assert output.fired.nonzero()[:, 0].tolist() == [3]
@@ -173,7 +183,7 @@ def test_latents_selected_at_zero_get_no_gradient(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
 def test_auxk_does_not_count_the_bias_twice(kind: str) -> None:
-    """Shift the data and b_dec alike: the error is the same, so AuxK must be."""
+    """Shifting the data and b_dec by the same amount changes neither the error nor AuxK."""
     sae, x, now = make(CONFIGS[kind]), rows(), step(some_dead())
     before = sae.objective(sae_rows(x), now).terms.auxk
     with torch.no_grad():
@@ -184,7 +194,11 @@ def test_auxk_does_not_count_the_bias_twice(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka", "routed"])
 def test_auxk_makes_no_gradient_of_its_own(kind: str) -> None:
-    """One is as large as the weight, and autograd would need a third to add the two."""
+    """AuxK adds to the main loss's gradients in place.
+
+    A separate gradient would be as large as the weight, and autograd would need a third to add the
+    two.
+    """
     sae, x, places = make(CONFIGS[kind]), rows(), []
 
     def sum_by_latent(*arguments: Any, **named: Any) -> Tensor:
@@ -216,7 +230,10 @@ def test_auxk_is_zero_when_nothing_is_left_to_explain() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka", "routed"])
 def test_auxk_is_zero_when_all_rows_are_alike(kind: str, dtype: torch.dtype) -> None:
-    """So are their errors, but for rounding, by which it must not divide. On four ranks too."""
+    """AuxK is 0 if all rows are equal, also on four ranks.
+
+    Then all errors are equal up to rounding, and AuxK must not divide by their variance.
+    """
     x = rows(dtype)[:1].expand(BATCH, D_IN).contiguous()
 
     def losses(axis: LatentAxis = WHOLE) -> LossTerms:
@@ -235,7 +252,10 @@ def test_auxk_is_zero_when_all_rows_are_alike(kind: str, dtype: torch.dtype) -> 
 
 
 def test_fvu_by_hand() -> None:
-    """Two latents along the axes, k = 1: x = (3, 1) keeps 3, loses 1; (0, 2) is kept whole."""
+    """FVU matches a calculation by hand with two latents along the axes and k = 1.
+
+    x = (3, 1) keeps 3 and loses 1. x = (0, 2) is kept whole.
+    """
     sae = TopK(TopKConfig(n_latents=2, k=1, auxk=0), 2, dtype=torch.float64)
     sae.product_dtype = torch.float64
     with torch.no_grad():
@@ -284,7 +304,10 @@ def test_sparsity_penalties_rise_with_the_run() -> None:
 
 
 def test_the_l0_gradient_counts_the_entries_in_the_window() -> None:
-    """On a grid around the threshold d(sum H)/dtheta = -count / eps, whole and not half (B10.3)."""
+    """The pseudo-derivative of L0 is -count / eps, not half of that (B10.3).
+
+    It is checked on a grid of values around the threshold.
+    """
     eps, theta = 0.5, torch.full((1,), 1.0, dtype=torch.float64, requires_grad=True)
     z = torch.linspace(0, 2, 20_001, dtype=torch.float64)[:, None]
     jump(z, theta, eps).sum().backward()  # type: ignore[no-untyped-call]
@@ -298,7 +321,10 @@ def test_the_l0_gradient_counts_the_entries_in_the_window() -> None:
 
 
 def test_l1_shrinks_a_single_feature_by_half_of_lambda() -> None:
-    """One latent, unit norm, x = a: (a - f)^2 + lambda f is least at f = a - lambda / 2."""
+    """L1 shrinks a code by lambda / 2.
+
+    With one unit-norm latent and x = a, (a - f)^2 + lambda f is least at f = a - lambda / 2.
+    """
     sae = ReLU(ReLUConfig(n_latents=1, sparsity=0.6, sparsity_warmup_share=0), 1)
     sae.product_dtype = torch.float32
     with torch.no_grad():
@@ -314,7 +340,7 @@ def test_l1_shrinks_a_single_feature_by_half_of_lambda() -> None:
 
 
 def test_jumprelu_and_topk_do_not_shrink() -> None:
-    """The penalty does not depend on how strongly a latent is active."""
+    """JumpReLU's penalty does not depend on the activation, so it does not shrink codes."""
     sae = JumpReLU(JumpReLUConfig(n_latents=1, sparsity=0.1, sparsity_warmup_share=0), 1)
     with torch.no_grad():
         sae.W_enc.fill_(1.0)
@@ -328,7 +354,10 @@ def test_jumprelu_and_topk_do_not_shrink() -> None:
 
 
 def test_bf16_products_select_nearly_the_same() -> None:
-    """bf16 has 8 bits: the values agree to .4 %, so the reconstruction does to about that."""
+    """bf16 products change the FVU by less than 1 %.
+
+    bf16 has 8 bits, so values agree to .4 %, and the reconstruction to about the same.
+    """
     for kind in KINDS:
         sae, x = make(CONFIGS[kind], torch.float32), rows(torch.float32)
         exact = sae.objective(sae_rows(x), step(some_dead())).terms.fvu
@@ -342,7 +371,10 @@ def test_bf16_products_select_nearly_the_same() -> None:
 def test_bf16_products_are_the_encoders_alone(
     kind: str, sparse_below: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Values and the decoder's gradient follow from rounded pre-activations in fp32."""
+    """Only the encoder's products are in bf16.
+
+    Values and the decoder's gradient are computed in fp32 from the rounded pre-activations.
+    """
     monkeypatch.setattr(penalised, "SPARSE_BELOW", sparse_below)
     sae, x = make(CONFIGS[kind], torch.float32), rows(torch.float32)
     assert isinstance(sae, penalised.Penalised)
@@ -363,7 +395,8 @@ def test_bf16_products_are_the_encoders_alone(
 
 def test_batchtopk_at_inference_is_a_threshold_that_keeps_k_on_average() -> None:
     sae, x = make(CONFIGS["batchtopk"], torch.float32), rows(torch.float32, 512)
-    assert len(sae.encode(x).acts) > K * len(x)  # before the first step: all that is positive
+    # before the first step everything positive is active
+    assert len(sae.encode(x).acts) > K * len(x)
     for _ in range(3):
         sae.objective(sae_rows(x), step())
     codes = sae.encode(x)
@@ -385,7 +418,7 @@ def test_the_recipe_with_more_dead_than_auxk_uses_auxk_of_them() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_read_and_what_is_reconstructed_may_differ(kind: str) -> None:
-    """Selections and codes follow the inputs; error, loss and b_dec the targets."""
+    """Codes depend on the inputs; the error, the loss and b_dec depend on the targets."""
     x, targets = rows(), rows().flip(0) + 2.0
     sae, now = make(CONFIGS[kind]), step()
     x_hat = x - sae.objective(sae_rows(x), now).error

@@ -1,6 +1,7 @@
-"""Every recipe finds a known dictionary and keeps its latents alive.
+"""Every recipe recovers a known dictionary and keeps its latents alive.
 
-By default in a small world, for seconds; with `--long` in the worlds of docs/measured.md.
+By default these tests train in small worlds for seconds. With `--long` they use the worlds of
+docs/measured.md.
 """
 
 from itertools import pairwise
@@ -38,8 +39,8 @@ N = 128
 FLAT = World(d_in=64, n_features=N, l0=3, zipf=0.0)
 WINDOW = 20_000
 RECIPES: dict[str, tuple[DictionaryConfig, int, int]] = {
-    # (recipe, steps, features that it found in them when this was written)
-    # from random directions: some rows have one feature alone, and would give it away
+    # (recipe, steps, features found in these steps when this was written). Latents start from
+    # random directions, because some rows contain a single feature and would give it away.
     "topk": (
         TopKConfig(n_latents=N, k=3, auxk=16, dead_after_rows=WINDOW, init="random"),
         600,
@@ -76,10 +77,10 @@ RECIPES: dict[str, tuple[DictionaryConfig, int, int]] = {
 
 
 def check_recovery(world: World, config: DictionaryConfig, steps: int, found: int) -> None:
-    """As many latents as features, all equally frequent: most features get a latent of their own.
+    """Check that training finds about `found` features of a world with one latent per feature.
 
-    The initial dictionary must not know the truth (largest cosine < .8), and 40 steps must not do,
-    or the test would pass for a wrong reason.
+    The initial dictionary must not contain the truth (largest cosine < .8), and 40 steps must not
+    suffice. Otherwise the test could pass for the wrong reason.
     """
     n, early = config.n_latents, dict[int, Recovery]()
 
@@ -105,16 +106,17 @@ SMALL = TopKConfig(n_latents=48, k=2, auxk=6, dead_after_rows=WINDOW, init="rand
 
 @pytest.mark.system
 def test_topk_recovers_a_small_flat_world() -> None:
-    """Within a second or two; it found 41 of 48 features when this was written."""
+    """TopK recovers a small world in seconds: 41 of 48 features when this was written."""
     world = World(d_in=32, n_features=48, l0=2, zipf=0.0)
     check_recovery(world, SMALL, steps=200, found=41)
 
 
 @pytest.mark.system
 def test_rows_without_features_give_no_features() -> None:
-    """Control: rows of the same covariance. FVU was .56 when this was written, with features .23.
+    """Control: training on featureless rows of the same covariance finds no features.
 
-    A dictionary beats the PCA there, too (.83): that alone is no evidence of features.
+    When this was written FVU was .56, and .23 with features. The dictionary beats PCA (.83) on
+    these rows too, so beating PCA alone is not evidence of features.
     """
     world = World(d_in=32, n_features=48, l0=2, zipf=0.0)
     fvu, matched = [], []
@@ -128,7 +130,10 @@ def test_rows_without_features_give_no_features() -> None:
 
 @pytest.mark.system
 def test_latents_that_are_pushed_down_come_back() -> None:
-    """Of 64 at least 90 % fire again within 5 windows (98 steps), FVU within 2 %."""
+    """At least 90 % of 64 suppressed latents fire again within 5 windows (98 steps).
+
+    FVU returns to within 2 % of its value before.
+    """
     counts: dict[int, int] = {}
     were_dead = torch.zeros(N, dtype=torch.bool)
     config = TopKConfig(n_latents=N, k=3, auxk=16, dead_after_rows=10_000)
@@ -150,7 +155,7 @@ def test_latents_that_are_pushed_down_come_back() -> None:
 
 @pytest.mark.system
 def test_jumprelu_tanh_starts_with_the_l0_that_was_asked_for() -> None:
-    """About 10,000 active latents per row where there are at least 100,000."""
+    """JumpReLU with tanh starts with about 10,000 active latents per row of at least 100,000."""
     x = World(d_in=32, n_features=256, l0=4, zipf=1.0).batch(0, 1024)
     sae = JumpReLUTanh(JumpReLUTanhConfig(n_latents=131_072, initial_l0=10_000), 32)
     sae.initialise(sae_rows(x), seed=0)
@@ -171,7 +176,7 @@ def test_sparsity_falls_with_the_coefficient(
     recipe: type[JumpReLUConfig | JumpReLUTanhConfig | ReLUConfig],
     coefficients: tuple[float, ...],
 ) -> None:
-    """L0 is monotone in lambda, promptly, and no latent dies of it."""
+    """L0 falls as lambda rises, within 150 steps, and few latents die."""
     l0 = []
     for coefficient in coefficients:
         config = recipe(n_latents=N, sparsity=coefficient, dead_after_rows=WINDOW)
@@ -187,9 +192,10 @@ ZIPF = World(d_in=64, n_features=512, l0=10, zipf=1.0)
 @pytest.mark.system
 @pytest.mark.usefixtures("_long")
 def test_l0_of_jumprelu_follows_the_coefficient_over_two_orders_of_magnitude() -> None:
-    """By a factor of 3.5 or more for each: 136, 39, 6.6 when written.
+    """JumpReLU's L0 falls at least threefold for each tenfold rise of lambda.
 
-    By default over one: `test_sparsity_falls_with_the_coefficient`.
+    When this was written L0 was 136, 39 and 6.6. `test_sparsity_falls_with_the_coefficient` covers
+    one order of magnitude by default.
     """
     found = []
     for coefficient in (0.0003, 0.003, 0.03):
@@ -203,7 +209,7 @@ def test_l0_of_jumprelu_follows_the_coefficient_over_two_orders_of_magnitude() -
 @pytest.mark.system
 @pytest.mark.parametrize("target", [16, 23, 32, 64])
 def test_jumprelu_ends_at_its_target_l0(target: int, request: pytest.FixtureRequest) -> None:
-    """Within 10 %, on rows that it was not trained on, and no latent dies of it."""
+    """L0 ends within 10 % of its target on rows not used in training, and few latents die."""
     if target != 23 and not request.config.getoption("--long"):
         pytest.skip("the other targets: with --long")
     config = JumpReLUConfig(n_latents=256, target_l0=target, dead_after_rows=50_000)
@@ -216,7 +222,7 @@ def test_jumprelu_ends_at_its_target_l0(target: int, request: pytest.FixtureRequ
 @pytest.mark.system
 @pytest.mark.parametrize(
     ("config", "f1", "mcc"),
-    [  # (recipe, what it had when this was written)
+    [  # (recipe, F1 and MCC when this was written)
         (JumpReLUConfig(n_latents=N, sparsity=0.022), 0.526, 0.655),
         (JumpReLUTanhConfig(n_latents=N, sparsity=0.5), 0.538, 0.634),
         (ReLUConfig(n_latents=N, sparsity=2.4), 0.511, 0.612),
@@ -225,7 +231,10 @@ def test_jumprelu_ends_at_its_target_l0(target: int, request: pytest.FixtureRequ
 def test_penalised_recipes_learn_a_world_of_trees(
     config: DictionaryConfig, f1: float, mcc: float
 ) -> None:
-    """512 features, 6.8 at a time, of which 128 latents can learn some, in 200 steps."""
+    """Penalized recipes learn a world of feature trees in 200 steps.
+
+    There are 512 features, 6.8 active at a time. The 128 latents can learn some of them.
+    """
     world = TreeWorld(64, 512, roots=8, depth=2)
     found = scores(world, train(world, config, steps=200, batch=512, lr=5e-3).sae)
     assert found.f1 >= f1 - 0.03
@@ -235,10 +244,11 @@ def test_penalised_recipes_learn_a_world_of_trees(
 
 @pytest.mark.system
 def test_prefixes_keep_parents_from_being_absorbed_by_their_children() -> None:
-    """20 features with four children each, 3.9 of 100 at a time, k = 3; a prefix may hold the 20.
+    """A Matryoshka prefix as wide as the number of parents reduces absorption by children.
 
-    When this was written parents lost .247 of their recall where a child fired, with a prefix .027.
-    Without its error in the loss .247 again: that is what does it.
+    20 parents have four children each, 3.9 of 100 features are active at a time, and k = 3. When
+    this was written, parents lost .247 of their recall where a child fired, and .027 with a prefix.
+    With the prefix's error left out of the loss they lost .247 again, so this term is what helps.
     """
     world = TreeWorld(64, 100, roots=20, depth=1)
     settings: dict[str, Any] = {"n_latents": 100, "k": 3, "auxk": 8, "dead_after_rows": WINDOW}
@@ -262,10 +272,11 @@ def _long(request: pytest.FixtureRequest) -> None:
 @pytest.mark.system
 @pytest.mark.usefixtures("_long")
 def test_topk_recovers_every_feature_of_a_flat_world() -> None:
-    """6.1 M rows, as many latents as features. 600 steps must not do.
+    """TopK recovers all 512 features of a flat world in 6.1 M rows, and not already in 600 steps.
 
-    Small batches at a high rate, and k from above: in large batches two latents that share a
-    feature keep to it (1,024 rows: .9969 and 511; 512 rows: .9993 and 512, two seeds).
+    It needs small batches, a high rate, and k annealed from above. In larger batches two latents
+    that share a feature keep sharing it (mean matched cosine and features found, two seeds: .9969
+    and 511 with 1,024 rows; .9993 and 512 with 512 rows).
     """
     world = World(d_in=128, n_features=512, l0=6, zipf=0.0)
     config = TopKConfig(
@@ -284,7 +295,7 @@ def test_topk_recovers_every_feature_of_a_flat_world() -> None:
 
     trained = train(world, config, steps=12_000, batch=512, lr=6e-3, each=look)
     mcc, matched = mean_matched_cosine(world.directions, trained.sae.W_dec)
-    assert early[0] < 50  # rows with a single feature
+    assert early[0] < 50  # some rows contain a single feature
     assert early[600] < 500
     assert mcc >= 0.995
     assert matched == 512
@@ -293,13 +304,14 @@ def test_topk_recovers_every_feature_of_a_flat_world() -> None:
 @pytest.mark.system
 @pytest.mark.usefixtures("_long")
 def test_topk_recovers_zipf_features_up_to_its_width() -> None:
-    """6.1 M rows of 2,048 features at s = 1, 512 latents: .893 and .896 when written.
+    """TopK finds about 512 of 2,048 Zipf features (s = 1) with 512 latents, in 6.1 M rows.
 
-    f50 x alive is .824, the 512th frequency times 512, if just the most frequent are found, and
-    more for any others: there are more features below f50 than as far above it, so a fit that is
-    less steep expects more of them, and has to put f50 higher to expect 512. Less than that needs
-    more features than latents, or another world than `World` says: one whose clipped frequencies
-    did not sum to l0 gave .805, where .732 was the least.
+    f50 x alive was .893 and .896 when this was written. It is .824, the 512th frequency times 512,
+    if the most frequent features are found and no others. Any other set gives more: there are more
+    features below f50 than equally far above it. A less steep fit expects more of them, so it needs
+    a higher f50 to expect 512. A lower value would need more features than latents, or a world
+    other than `World` describes. One world whose clipped frequencies did not sum to l0 gave .805,
+    where .732 was the least.
     """
     world = World(d_in=128, n_features=2048, l0=6, zipf=1.0)
     config = TopKConfig(n_latents=512, k=6, auxk=64, dead_after_rows=100_000)
@@ -317,10 +329,11 @@ def test_topk_recovers_zipf_features_up_to_its_width() -> None:
 def test_auxk_keeps_latents_alive_that_die_without_it(
     recipe: type[TopKConfig | BatchTopKConfig], rows: int
 ) -> None:
-    """At most 1 % dead; the ablation must show more, or it proves nothing.
+    """AuxK keeps 99 % of latents alive; more than twice as many die without it.
 
-    A latent of BatchTopK that comes back fires rarely at first, since all rows compete: 17 were
-    idle for 100,000 rows at the end, and none for 300,000 (from data points 19 and 2).
+    The ablation must show more dead latents, or the test proves nothing. A revived BatchTopK latent
+    fires rarely at first, because all rows compete. At the end 17 latents were idle for 100,000
+    rows and none for 300,000 (from data points 19 and 2).
     """
     world = World(d_in=128, n_features=2048, l0=6, zipf=1.0)
     idle = {}
@@ -335,10 +348,10 @@ def test_auxk_keeps_latents_alive_that_die_without_it(
 @pytest.mark.system
 @pytest.mark.usefixtures("_long")
 def test_the_pre_act_penalty_keeps_latents_of_jumprelu_tanh_alive() -> None:
-    """At most 1 % dead with lambda_P; 100 of 256 were without when this was written.
+    """With lambda_P at most 1 % of latents die. Without it 100 of 256 did when this was written.
 
-    Four times as many features as latents, so that all have a use. lambda_P is far above its
-    default here; it costs sparsity (L0 4.6, not 2.1) and features found (36, not 59).
+    There are four times as many features as latents, so all latents have a use. lambda_P is far
+    above its default here. It costs sparsity (L0 4.6, not 2.1) and features found (36, not 59).
     """
     world = World(d_in=64, n_features=1024, l0=4, zipf=1.0)
     dead = {

@@ -1,4 +1,4 @@
-"""A step gives the same bits each time on a GPU too: nothing in it is added up atomically there."""
+"""A training step gives the same bits each time on a GPU too, because no sum uses atomic adds."""
 
 from typing import Any
 
@@ -23,14 +23,15 @@ _IN_NO_ORDER = {
     *("index_add", "index_put", "index_reduce", "put", "scatter_add", "scatter_reduce"),
     *("bincount", "cumsum", "histc"),
 }
-"""Operations that sum floats in no fixed order on CUDA, by `torch.use_deterministic_algorithms`.
+"""Operations that sum floats in no fixed order on CUDA, per `torch.use_deterministic_algorithms`.
 
-`index_put` does so only where it accumulates."""
+`index_put` does so only with `accumulate=True`.
+"""
 _WITH_A_DENSE_WAY = (*PENALISED, "crosscoder_relu", "clt_jumprelu")
 
 
 class NothingAtomic(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Fails on operations on floats whose result depends on the order of a GPU's threads."""
+    """Mode that fails on float operations whose result depends on the order of a GPU's threads."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -53,7 +54,7 @@ class NothingAtomic(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def test_no_step_adds_up_floats_in_no_order(
     kind: str, sparse_below: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forward, backward, constraints, AuxK, reviving, and the codes at inference."""
+    """Forward, backward, constraints, AuxK, reviving and inference sum floats in a fixed order."""
     monkeypatch.setattr(penalised, "SPARSE_BELOW", sparse_below)
     monkeypatch.setattr(base, "SPARSE_BELOW", sparse_below)
     config = VARIANTS.get(kind, CONFIGS["routed"].model_copy(update={"selection": "batch"}))

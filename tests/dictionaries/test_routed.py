@@ -1,4 +1,4 @@
-"""Routed dictionaries: what is sent where, and that it changes nothing but the cost."""
+"""Routed dictionaries: which rows go where, and that sharding changes only the cost."""
 
 from collections.abc import Callable
 
@@ -73,7 +73,7 @@ def test_one_expert_is_an_exact_dictionary(dead: Tensor | None, selection: str, 
 
 
 def test_a_row_meets_its_expert_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The saving: what other experts would make of a row is never computed."""
+    """Pre-activations are computed only for a row's own expert, which is what routing saves."""
     sae, computed = routed(), []
     keep_largest = sae.kernels.keep_largest
 
@@ -115,7 +115,7 @@ def test_gates_and_selections_equal_the_dense_reference(
 
 @pytest.mark.parametrize("per_row", [1, 2])
 def test_what_is_trained_is_what_is_used(per_row: int) -> None:
-    """`encode` and `decode` give the reconstruction whose error training sees."""
+    """`encode` and `decode` give the reconstruction that the training loss is computed from."""
     sae = routed(experts_per_row=per_row, k=per_row * K)
     error = rows() - sae.decode(sae.encode(rows()), rows())
     torch.testing.assert_close(sae.objective(sae_rows(rows()), step()).error, error)
@@ -123,7 +123,7 @@ def test_what_is_trained_is_what_is_used(per_row: int) -> None:
 
 @pytest.mark.parametrize("per_row", [1, 2])
 def test_a_batch_selection_uses_what_lies_above_the_threshold(per_row: int) -> None:
-    """Of the experts that a row is sent to, and of no others."""
+    """At inference, a batch selection keeps a row's codes above the threshold in its experts."""
     sae = routed(experts_per_row=per_row, selection="batch", k=3)
     now = step()
     kept = sum(float(sae.objective(sae_rows(rows()), now).active) for _ in range(2))
@@ -150,7 +150,7 @@ def test_a_batch_selection_uses_what_lies_above_the_threshold(per_row: int) -> N
 def test_experts_on_several_ranks_give_what_one_rank_gives(
     replicas: int, shards: int, case: str
 ) -> None:
-    """Also where a rank's experts get no row at all."""
+    """Experts on several ranks give one rank's results, also if a rank's experts get no rows."""
     settings: dict[str, dict[str, object]] = {
         "r = 2": {"experts_per_row": 2, "k": 2 * K},
         "capacity": {"capacity": 1.0},
@@ -178,7 +178,7 @@ def test_experts_on_several_ranks_give_what_one_rank_gives(
     dropped = sum(output.routing.dropped for output, _ in parts if output.routing)
     assert (dropped > 0) == (case == "capacity")
     if case == "capacity" and replicas > 1:
-        return  # it is of a replica's share of the batch
+        return  # capacity is computed from a replica's share of the batch
     assert dropped == whole.routing.dropped
     for name, wanted in whole.terms._asdict().items():
         found = sum(getattr(output.terms, name) for output, _ in parts) / replicas
@@ -204,7 +204,7 @@ def test_an_expert_over_capacity_drops_its_last_rows_and_counts_them() -> None:
 
 
 def test_the_balance_term_is_nothing_when_all_are_equally_busy() -> None:
-    """And its gradient leads away from a busy expert."""
+    """The balance loss is 0 under equal load; its gradient moves rows off busy experts."""
     sae = routed(balance_coefficient=0.5)
     with torch.no_grad():
         sae.W_router.zero_()
@@ -239,7 +239,10 @@ def test_balancing_by_bias_moves_rows_without_a_loss() -> None:
 
 
 def test_a_bias_may_send_a_row_where_p_is_nothing() -> None:
-    """exp(-200) is 0 in fp32; the gate is 1 all the same, and gradients are finite."""
+    """A balancing bias may route a row to an expert whose probability underflows to 0.
+
+    exp(-200) is 0 in fp32. The gate must still be 1 and the gradients finite.
+    """
     config = RoutedConfig(n_latents=N_LATENTS, experts=E, k=K, auxk=AUXK, balance="bias")
     sae = make(config, torch.float32)
     assert isinstance(sae, Routed)
@@ -258,7 +261,7 @@ def test_a_bias_may_send_a_row_where_p_is_nothing() -> None:
 
 
 def test_the_first_batch_is_spread_evenly_whatever_the_data() -> None:
-    """Rows with one very large coordinate, as language models have them."""
+    """Initial routing is balanced even if rows have a huge coordinate, as language models do."""
     x = rows(torch.float32, 512)
     x[:, 3] += 40.0 + 10 * x[:, 4]
     config = RoutedConfig(n_latents=N_LATENTS, experts=E, k=K, auxk=AUXK)
@@ -284,7 +287,7 @@ def test_directions_come_from_rows_that_come_to_the_expert() -> None:
     for expert in range(E):
         mine = places[experts == expert]
         expected = torch.arange(len(mine)) + expert * WIDTH
-        expected[WIDTH:] = N_LATENTS  # an expert that is full takes no more
+        expected[WIDTH:] = N_LATENTS  # a full expert takes no more rows
         assert torch.equal(mine, expected)
 
 
@@ -304,7 +307,7 @@ def test_auxk_teaches_the_router_nothing() -> None:
 def test_a_router_that_is_not_finite_makes_the_gradient_so(
     update: Callable[[dict[str, Tensor]], None],
 ) -> None:
-    """Which stops the run before the update."""
+    """NaN in the router reaches the gradient, so the run stops before the update."""
     sae = routed()
     state = sae.state_dict()
     update(state)

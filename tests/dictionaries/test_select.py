@@ -1,8 +1,7 @@
-"""Selections against a dense stable sort, for batches made to mislead them.
+"""Selections against a dense stable sort, on adversarial batches.
 
-x is the identity, so that the pre-activations are what a case wants them to be, exactly. Shards are
-parts of the rows of W_enc whose keys are merged as `ShardedAxis.kth_largest` does it, in threads
-where ranks talk to each other.
+x is the identity, so the pre-activations are exactly what a case asks for. Shards are row ranges of
+W_enc whose keys are merged as in `ShardedAxis.kth_largest`. Ranks that communicate are threads.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ def random(n: int, *, digits: int | None = None) -> Tensor:
 
 
 def concentrated(n: int, *, last: bool) -> Tensor:
-    """Everything large is in the first or in the last eighth."""
+    """Return a batch whose large values are all in the first or in the last eighth."""
     found, eighth = random(n), max(1, n // 8)
     part = slice(n - eighth, n) if last else slice(eighth)
     found[:, part] += 100.0
@@ -58,7 +57,7 @@ CASES: dict[str, Callable[[int], Tensor]] = {
 
 
 def oracle(pre_acts: Tensor, k: int, among: Tensor | None = None) -> list[list[int]]:
-    """The first k of a stable descending sort: of equal ones the lower latents."""
+    """Return the first k latents of a stable descending sort, so ties go to the lower latents."""
     latents = torch.arange(pre_acts.shape[1]) if among is None else among
     order = pre_acts[:, latents].sort(dim=1, descending=True, stable=True).indices[:, :k]
     return [sorted(row) for row in latents[order].tolist()]
@@ -89,7 +88,7 @@ def selected(
     dtype: torch.dtype = torch.float32,
     implementation: Kernels = TORCH,
 ) -> list[list[int]]:
-    """The selection of `RowTopK`, shard by shard; checks the values too."""
+    """Return the latents that `RowTopK` selects shard by shard, after checking the values too."""
     n = pre_acts.shape[1]
     x, W_enc, b_enc = torch.eye(len(pre_acts)), pre_acts.T.contiguous(), torch.zeros(n)
     here, n_local = [], n // shards
@@ -119,7 +118,7 @@ def selected(
 def test_topk_is_the_stable_sorts(
     case: str, chunk: int, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Widths that are and that are not multiples of groups and chunks; k up to all latents."""
+    """The selection matches the sort for widths that do and do not fill groups and chunks."""
     monkeypatch.setattr(select, "CHUNK_LATENTS", chunk)
     for n in (4, 60, 100, 256):
         pre_acts = CASES[case](n)
@@ -134,7 +133,10 @@ def test_topk_is_the_stable_sorts(
 def test_topk_among_some_is_the_stable_sorts(
     case: str, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As AuxK chooses among dead latents: none of a shard, fewer than k, all of them."""
+    """A selection among some latents, as AuxK makes among dead ones, matches the sort.
+
+    The subsets include none of a shard's latents, fewer than k, and all latents.
+    """
     monkeypatch.setattr(select, "CHUNK_LATENTS", 48)
     n = 256
     pre_acts = CASES[case](n)
@@ -156,7 +158,10 @@ def test_topk_among_some_is_the_stable_sorts(
 def test_ties_of_bf16_across_chunks_go_to_the_lower_latent(
     shards: int, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """bf16 has 8 bits: of 512 values about 1 to 2 no more than 129 differ."""
+    """Ties between bf16 values go to the lower latent, even across chunks.
+
+    bf16 has 8 bits, so 512 values from 1 to 2 take at most 129 distinct values.
+    """
     monkeypatch.setattr(select, "CHUNK_LATENTS", 32)
     pre_acts = (1 + torch.rand(ROWS, 512, generator=torch.Generator().manual_seed(1))).bfloat16()
     assert all(len(row.unique()) < 130 for row in pre_acts)
@@ -174,7 +179,10 @@ def test_ties_of_bf16_across_chunks_go_to_the_lower_latent(
 @pytest.mark.parametrize("implementation", ["torch", "native"])
 @pytest.mark.parametrize("n", [6, 80])
 def test_minus_zero_is_zero(n: int, implementation: str) -> None:
-    """Given as a product, since no sum of products is -0 unless all of them are."""
+    """-0 ties with 0.
+
+    -0 is passed in as a product, because a sum of products is -0 only if all of them are.
+    """
     products = torch.zeros(1, n)
     products[0, ::2] = -0.0
     assert products.signbit().any()
@@ -217,7 +225,7 @@ def test_the_largest_of_a_batch_are_all_there(
     largest: Callable[..., Candidates | None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And of each value, the lower latents before the higher ones."""
+    """The candidates include the batch's largest values, and among ties the lowest latents."""
     monkeypatch.setattr(select, "CHUNK_LATENTS", chunk)
     for n in (4, 60, 256):
         pre_acts = CASES[case](n)
@@ -238,7 +246,10 @@ def test_the_largest_of_a_batch_are_all_there(
 def test_of_a_multiple_of_sixteen_rows_no_few_are_left_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A product of few rows is rounded differently, and shards have blocks of different heights."""
+    """The blocks of a multiple of 16 rows leave no small remainder.
+
+    Products of few rows round differently, and shards have blocks of different heights.
+    """
     monkeypatch.setattr(select, "CHUNK_BYTES", 4 * 30 * 20)
     for n, heights in ((30, [16, 16, 16]), (15, [32, 16]), (60, [10, 10, 10, 10, 8])):
         blocks = select.products(torch.zeros(48, 5), torch.zeros(n, 5), torch.float32)
@@ -273,7 +284,11 @@ def test_the_queued_selection_of_all_above_their_bound_is_the_other(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n", [1, 63, 64, 200, 1000])
 def test_native_finds_what_torch_finds_above_bounds(n: int, dtype: torch.dtype) -> None:
-    """In the same order; of equal numbers none, of NaN none, of all of them all."""
+    """C++ returns the same entries as torch, in the same order.
+
+    The bounds include values equal to some products, which do not count, and NaN products. An
+    infinite bound keeps nothing or everything.
+    """
     generator = torch.Generator().manual_seed(n)
     products = torch.randn(37, n, generator=generator).to(dtype)
     products[3] = float("nan")
@@ -291,7 +306,10 @@ def test_native_finds_what_torch_finds_above_bounds(n: int, dtype: torch.dtype) 
 
 
 def test_a_queued_selection_that_does_not_fit_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every block has 10,000 above the bound, where few are expected."""
+    """The queued selection returns None if far more values exceed the bound than expected.
+
+    Here every block has 10,000 values above the bound.
+    """
     monkeypatch.setattr(select, "CHUNK_LATENTS", 1000)
     W_enc = torch.arange(1.0, 3001)[:, None].expand(-1, 10).contiguous()
 
@@ -309,7 +327,7 @@ def _theta(sae: Dictionary) -> float:
 
 
 def batch_oracle(pre_acts: Tensor, count: int) -> set[tuple[int, int]]:
-    """(Row, latent) of the largest positive ones; of equals lower latents, then earlier rows."""
+    """Return (row, latent) of the largest positive values, lower latents first, then rows."""
     flat = pre_acts.T.flatten()
     order = flat.sort(descending=True, stable=True).indices[:count].tolist()
     return {(i % len(pre_acts), i // len(pre_acts)) for i in order if flat[i] > 0}
@@ -363,7 +381,8 @@ def test_the_kth_largest_by_radix_is_the_sorts(numbers: str, ranks: int) -> None
     values = NUMBERS[numbers](torch.Generator().manual_seed(3))
     descending = values.sort(descending=True).values
     small = bool((values >= -(2**31)).all() and (values < 2**31).all())
-    last = values[len(values) - 3 :]  # three; the first rank has the others, those between nothing
+    # the last rank has three numbers, the first has the rest, and a rank in between has none
+    last = values[len(values) - 3 :]
     shares = {1: [values], 2: [values[:-3], last], 3: [values[:-3], values[:0], last]}[ranks]
     for bits in (32, 64) if small else (64,):
         for k in sorted({1, 2, len(values) // 2, len(values) - 1, len(values)}):

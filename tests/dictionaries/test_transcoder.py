@@ -1,4 +1,4 @@
-"""Transcoders: they read some sites and write others."""
+"""Transcoders: dictionaries that read some sites and write others."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ CONFIG = TranscoderConfig(n_latents=N_LATENTS, k=K, auxk=AUXK, auxk_coefficient=
 
 
 def pairs(batch: int = 96, number: int = 0, dtype: torch.dtype = torch.float32) -> Rows:
-    """Targets are a linear function of the inputs and of their absolute values."""
+    """Return inputs, and targets that are linear in the inputs and in their absolute values."""
     generator = torch.Generator().manual_seed(7)
     linear, bent = torch.randn(2, WIDTHS.d_in, WIDTHS.d_out, generator=generator) / 4
     generator = torch.Generator().manual_seed(8 + number)
@@ -65,9 +65,10 @@ def test_gradients_equal_the_dense_reference(selection: str, *, skip: bool) -> N
 
 @pytest.mark.parametrize("selection", ["row", "batch"])
 def test_one_that_reads_what_it_writes_is_topk_in_other_coordinates(selection: str) -> None:
-    """With b_enc = b_enc' - W_enc b_dec, losses are the same, and gradients by the chain rule.
+    """A transcoder that writes the site it reads is TopK in other coordinates.
 
-    TopK leaves the gradient along its unit decoder rows out, a transcoder does not.
+    With b_enc = b_enc' - W_enc b_dec the losses are equal, and the gradients follow by the chain
+    rule. TopK drops the gradient along its unit decoder rows. A transcoder does not.
     """
     kind = {"row": TopKConfig, "batch": BatchTopKConfig}[selection]
     topk = make(kind(n_latents=N_LATENTS, k=K, auxk=AUXK, auxk_coefficient=0.25))
@@ -120,7 +121,7 @@ def test_its_encoder_learns_from_the_second_step_on() -> None:
 
 
 def trained(skip: bool, targets_of: int = 0, steps: int = 120) -> tuple[float, float]:  # noqa: FBT001
-    """FVU in the last steps, and of the best linear map; targets may be those of other rows."""
+    """Return the FVU of the last steps and of the best linear map; targets may be shifted."""
     config = CONFIG.model_copy(update={"skip": skip, "k": 8})
     sae: Dictionary = build_sae(config, WIDTHS)
     x, y = pairs(4096, 1000)
@@ -148,7 +149,10 @@ def trained(skip: bool, targets_of: int = 0, steps: int = 120) -> tuple[float, f
 
 @pytest.mark.system
 def test_it_learns_what_a_linear_map_cannot() -> None:
-    """A skip takes what is linear. Control: with the targets of other rows there is nothing."""
+    """A transcoder learns the nonlinear part, and a skip connection takes the linear part.
+
+    Control: with the targets of other rows nothing is learned.
+    """
     latents, linear = trained(skip=False)
     both, _ = trained(skip=True)
     nothing, _ = trained(skip=True, targets_of=1, steps=60)
@@ -158,10 +162,10 @@ def test_it_learns_what_a_linear_map_cannot() -> None:
 
 
 class Rewriting:
-    """48 features, 2 at a time: the rows that are read and written have them in other directions.
+    """World of 48 features, 2 at a time, whose directions differ between read and written rows.
 
     Args:
-        shuffled: Whether what is written is of other rows than what is read.
+        shuffled: Whether the written rows come from other rows than the read ones.
     """
 
     widths = Widths((24,), (24,))
@@ -176,7 +180,11 @@ class Rewriting:
 
 @pytest.mark.system
 def test_it_beats_a_pca_of_its_targets_only_where_its_inputs_tell() -> None:
-    """The PCA has the targets themselves. FVU .24 when this was written, PCA .73, control .98."""
+    """A transcoder beats a PCA of its targets, unless its inputs are unrelated to them.
+
+    The PCA sees the targets themselves. When this was written the FVU was .24, PCA's .73, and the
+    control's .98.
+    """
     config = TranscoderConfig(n_latents=48, k=3, auxk=8, dead_after_rows=20_000)
     for shuffled in (False, True):
         world = Rewriting(shuffled=shuffled)
@@ -187,7 +195,10 @@ def test_it_beats_a_pca_of_its_targets_only_where_its_inputs_tell() -> None:
 
 
 def test_a_stuck_latent_begins_again_near_an_input() -> None:
-    """It cannot be tied to its decoder row, which is of other sites."""
+    """A stuck latent restarts near an input.
+
+    It cannot be re-tied to its decoder row, because that row belongs to other sites.
+    """
     sae, stuck = make(CONFIG, sites=WIDTHS), torch.arange(N_LATENTS) % 8 == 1
     with torch.no_grad():
         sae.b_enc[stuck] = -50.0
@@ -209,7 +220,10 @@ def test_a_stuck_latent_begins_again_near_an_input() -> None:
 
 @pytest.mark.parametrize(("replicas", "shards"), [(1, 2), (2, 2)])
 def test_shards_are_widened_and_revived_as_the_whole(replicas: int, shards: int) -> None:
-    """24 known latents of 64, the others from rows; then eight of all begin again."""
+    """Widening and reviving shard by shard gives the same parameters as the whole dictionary.
+
+    24 of 64 latents are known and the others start from rows. Then every eighth latent is revived.
+    """
 
     def on_rank(axis: LatentAxis) -> dict[str, Tensor]:
         sae = make(CONFIG, torch.float32, axis, sites=WIDTHS)

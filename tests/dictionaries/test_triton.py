@@ -1,7 +1,7 @@
-"""The Triton kernels: against dense products in fp64, and against plain torch.
+"""The Triton kernels against dense products in fp64 and against plain torch.
 
-They run on the GPU if there is one, else in Triton's interpreter. In the compiler:
-test_triton_compiles.py.
+They run on the GPU if there is one, else in Triton's interpreter. test_triton_compiles.py runs the
+compiler.
 """
 
 import mmap
@@ -34,7 +34,7 @@ from tests.dictionaries.products import (
 
 @pytest.fixture(autouse=True)
 def dirty_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernels do not write is NaN, not by luck zero."""
+    """Fill new memory with NaN, so that elements the kernels do not write are not zero by luck."""
 
     def new_nan(like: Tensor, size: int | tuple[int, ...], **kwargs: Any) -> Tensor:
         if not like.is_floating_point():
@@ -46,19 +46,22 @@ def dirty_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("pattern", PATTERNS)
-# narrower than a block, whole vectors and not; several blocks of columns, the last not full
+# one width smaller than a block, and one of several blocks, the last of them partial
 @pytest.mark.parametrize("d_in", [20, 530])
 def test_products_equal_the_dense_ones(product: str, pattern: str, d_in: int) -> None:
     case = make_case(pattern, d_in)
     value = compute(kernels.KERNELS, product, case)
     assert_close_to_oracle(value, product, case)
-    # the plain ones, in the same bound: the two differ by no more than rounding
+    # plain torch meets the same bound, so the two differ only by rounding
     assert_close_to_oracle(compute(plain.KERNELS, product, case), product, case)
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_products_are_summed_in_fp32_when_tensors_are_bf16(product: str) -> None:
-    """A sum in bf16 would be off by far more than the one rounding that the bound allows."""
+    """bf16 products are accumulated in fp32.
+
+    A bf16 sum would be off by far more than the one rounding that the bound allows.
+    """
     case = make_case("hot", 200, torch.bfloat16)
     assert_close_to_oracle(compute(kernels.KERNELS, product, case), product, case)
 
@@ -91,7 +94,8 @@ def test_tensors_need_not_be_contiguous(product: str) -> None:
     case = make_case("ragged", 20)
     one = torch.ones(1, device=DEVICE)
     case = case._replace(
-        coefficients=one.expand(len(case.coefficients)),  # the gradient of a sum
+        # an expanded tensor, as in the gradient of a sum
+        coefficients=one.expand(len(case.coefficients)),
         rows=case.rows.T.contiguous().T,
         W=case.W.T.contiguous().T,
         along=case.along.repeat_interleave(2)[::2],
@@ -100,7 +104,7 @@ def test_tensors_need_not_be_contiguous(product: str) -> None:
 
 
 def test_coefficients_stay_in_their_row() -> None:
-    """Rows are summed four entries at a time; what is NaN after the end of one is not its own."""
+    """A NaN after the end of a row does not reach its sum, which loads entries in fours."""
     case = make_case("ragged", 20)
     clean = kernels.combine(case.coefficients, case.entries, case.W)
     case.coefficients[6:] = torch.nan  # from row 4 on
@@ -115,7 +119,10 @@ def test_coefficients_stay_in_their_row() -> None:
 def test_long_segments_are_summed_in_chunks(
     product: str, pattern: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row 4 of "ragged" has 17 entries from the 7th on, latent 7 of "hot" 18."""
+    """Segments longer than a chunk are summed correctly.
+
+    Row 4 of "ragged" has 17 entries, from the 7th on. Latent 7 of "hot" has 18.
+    """
     monkeypatch.setattr(kernels, "CHUNK_ENTRIES", chunk)
     case = make_case(pattern, 530)
     assert_close_to_oracle(compute(kernels.KERNELS, product, case), product, case)
@@ -158,7 +165,10 @@ def test_gradients_equal_those_of_plain_torch() -> None:
 
 @pytest.mark.parametrize("product", ["combine", "gather_dot"])
 def test_offsets_in_w_may_exceed_an_int32(product: str) -> None:
-    """The last row begins at element 2^31 of memory that is reserved but hardly ever touched."""
+    """Offsets beyond int32 work: the last row starts at element 2^31.
+
+    The memory is reserved, but almost none of it is touched.
+    """
     d_in, n_latents = 2**14, 2**17 + 1
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     memory = mmap.mmap(-1, 2 * n_latents * d_in, flags=private)

@@ -1,6 +1,7 @@
-"""The Triton kernels in the compiler, which takes less than the interpreter and needs no GPU.
+"""The Triton kernels in the compiler, which is stricter than the interpreter and needs no GPU.
 
-By default for Hopper and one width; with `--long` all widths, types and an older architecture.
+By default this covers Hopper and one width. With `--long` it covers all widths, dtypes and an older
+architecture.
 """
 
 import json
@@ -50,16 +51,19 @@ def test_every_configuration_compiles_without_spills(said: list[dict[str, Any]])
     found = said[:-1]
     assert {kernel["kernel"] for kernel in found} == _NAMES
     assert [kernel for kernel in found if kernel["spilt"]] == []
-    # a thread has four columns or more of a block: 16 bytes of fp32, 8 of bf16
+    # each thread has at least four columns of a block: 16 bytes of fp32, 8 of bf16
     wide = [k for k in found if k["d_in"] != _UNALIGNED and k["dtype"] == "float32"]
     assert [k for k in wide if "SLOTS" not in k and not k["wide_loads"]] == []
-    # of selections too, but for those whose rows of products do not all begin at 16 bytes
+    # selections too, except where rows of products are not all aligned to 16 bytes
     selections = [k for k in wide if "SLOTS" in k]
     assert {k["SLOTS"] for k in selections if k["wide_loads"]} == {k["SLOTS"] for k in selections}
 
 
 def test_other_numbers_of_rows_are_not_tuned_again(said: list[dict[str, Any]]) -> None:
-    """A step of a routed dictionary with several shards has others each time."""
+    """A new number of rows does not trigger autotuning again.
+
+    In a routed dictionary with several shards the number differs at each step.
+    """
     first, *others = said[-1]["tuned"]
     assert first > 0
     assert others == [first, first]

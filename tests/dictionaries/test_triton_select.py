@@ -1,6 +1,7 @@
-"""The selection in Triton gives the keys that plain torch gives, bit for bit.
+"""The selection in Triton gives the same keys as plain torch, bit for bit.
 
-On the GPU if there is one, else in Triton's interpreter. In the compiler: test_triton_compiles.py.
+It runs on the GPU if there is one, else in Triton's interpreter. test_triton_compiles.py runs the
+compiler.
 """
 
 import sys
@@ -22,7 +23,7 @@ _ROWS = 2
 
 
 def check(best: Tensor, products: Tensor, bias: Tensor, latents: Tensor) -> Tensor:
-    """Both give the same set, which is returned; what they were given stays."""
+    """Check that Triton selects torch's keys and leaves its inputs alone; return the keys."""
     before = best.clone()
     given = [part.to(DEVICE) for part in (best, products, bias, latents)]
     found = triton.KERNELS.keep_largest(*given).cpu()
@@ -41,7 +42,11 @@ def nothing(k: int) -> Tensor:
 def test_the_largest_over_two_chunks_are_plain_torchs(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several tiles, the last not full; k of one, no power of two, more than a chunk has."""
+    """The selection over two chunks matches torch.
+
+    The cases have several tiles, the last one partial, and k that is 1, not a power of two, or
+    larger than a chunk.
+    """
     monkeypatch.setattr(triton_select, "TILE_PRODUCTS", 16)
     for n, k in ((60, 1), (60, 5), (40, 27)):
         pre_acts = CASES[case](n)[:_ROWS]
@@ -59,7 +64,7 @@ def test_of_equals_the_lower_latent_is_kept_whichever_comes_first() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_biases_are_added_in_fp32(dtype: torch.dtype) -> None:
-    """bf16 sums would tie where fp32 ones do not."""
+    """Biases are added in fp32, because bf16 sums would tie where fp32 sums do not."""
     generator = torch.Generator().manual_seed(0)
     products = (1 + torch.rand(_ROWS, 100, generator=generator)).to(dtype)
     bias = torch.rand(100, generator=generator) / 256
@@ -90,7 +95,11 @@ def test_latents_may_be_any_and_tensors_not_contiguous() -> None:
 
 
 def test_what_does_not_fit_a_warp_is_left_to_torch() -> None:
-    """fp64 rounded to fp32 only after the bias, and k beyond what registers hold."""
+    """Inputs that the kernel cannot handle fall back to torch.
+
+    These are fp64 products, which are rounded to fp32 only after the bias, and k too large for
+    registers.
+    """
     products = torch.tensor([[1.0, 1.0 + 2**-30, 1.0]] * _ROWS, dtype=torch.float64)
     check(nothing(1), products, torch.zeros(3, dtype=torch.float64), torch.arange(3))
     check(nothing(1100), torch.ones(_ROWS, 3), torch.zeros(3), torch.arange(3))

@@ -1,4 +1,4 @@
-"""Updates: Adam, unit rows and the copy for products, by all kernels, against fp64."""
+"""Updates: Adam, unit rows and the bf16 copy, in all kernels, against fp64."""
 
 import sys
 from typing import NamedTuple
@@ -15,7 +15,7 @@ KERNELS = ["torch", "native", *(["triton"] if sys.platform == "linux" else [])]
 
 
 class Case(NamedTuple):
-    """A tensor, and what an update changes beside it."""
+    """A tensor and everything else that an update changes."""
 
     W: Tensor
     gradient: Tensor
@@ -49,14 +49,14 @@ def clone(case: Case) -> Case:
 
 
 def take(update: Update, case: Case, step: Adam, *, unit_rows: bool = False) -> Case:
-    """The case after an update, which may write its gradient too."""
+    """Return the updated case with the original gradient, which the update may overwrite."""
     done = clone(case)
     update(*done[:4], step, unit_rows=unit_rows, copy=done.copy)
     return done._replace(gradient=case.gradient)
 
 
 def oracle(case: Case, number: int, scale: float, *, unit_rows: bool) -> tuple[Tensor, ...]:
-    """W and the moments after an update, by the formulas of Kingma and Ba, in fp64."""
+    """Return W and its moments after an update by Kingma and Ba's formulas, in fp64."""
     (b1, b2), (W, gradient, m, v, _) = BETAS, (part.double() for part in case)
     gradient = gradient / scale
     m, v = b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * gradient.square()
@@ -66,7 +66,7 @@ def oracle(case: Case, number: int, scale: float, *, unit_rows: bool) -> tuple[T
 
 @pytest.fixture(params=KERNELS)
 def kernels(request: pytest.FixtureRequest) -> tuple[Update, torch.device]:
-    """Updates, and a device on which they run."""
+    """The update function of each kernel implementation, and a device that it runs on."""
     if request.param == "native":
         if reason := native.available():
             pytest.skip(reason)
@@ -98,20 +98,20 @@ def test_an_update_is_adams(
     case = make_case(*shape, device=device)
     found = take(update, case, adam(number, device, scale), unit_rows=unit_rows)
     W, m, v = oracle(case, number, scale, unit_rows=unit_rows)
-    # a few roundings of what is added up
+    # a few roundings of the summed terms
     size = case.exp_avg.abs() + case.gradient.abs()
     assert ((found.exp_avg.double() - m).abs() <= 2**-22 * size).all()
     torch.testing.assert_close(found.exp_avg_sq.double(), v, rtol=2**-21, atol=0)
     torch.testing.assert_close(found.W.double(), W, rtol=2**-21, atol=2**-22)
     rounded = found.W
     if request.node.callspec.params["kernels"] == "triton" and device.type == "cpu":
-        # its interpreter cuts bits off
+        # the interpreter truncates instead of rounding
         rounded = (rounded.view(torch.int32) & -(2**16)).view(torch.float32)
     assert torch.equal(found.copy, rounded.to(torch.bfloat16))
 
 
 def test_without_a_finite_gradient_nothing_changes(kernels: tuple[Update, torch.device]) -> None:
-    """Not even rows of another norm."""
+    """A step whose gradient is not finite changes nothing, not even row norms."""
     update, device = kernels
     case = make_case(4, 48, device=device)
     case.copy.copy_(case.W)
@@ -146,7 +146,7 @@ def test_rows_wider_than_a_program_and_fp64_are_updated_too(
 )
 @pytest.mark.parametrize("shape", [(4096,), (7, 768), (3, 1000)])
 def test_updates_in_cpp_have_torchs_bits(shape: tuple[int, ...]) -> None:
-    """So that a run may go on with other kernels, and is what it was before there were these."""
+    """The C++ update gives torch's bits, so a run can continue with other kernels unchanged."""
     if reason := native.available():
         pytest.skip(reason)
     device = torch.device("cpu")
