@@ -20,7 +20,10 @@ _MOST_NAMED = 3
 
 
 class DistSaeError(Exception):
-    """An error that the user can fix, printed without a traceback. Each class has an exit code."""
+    """An error that the user can fix, printed without a traceback. Each class has an exit code.
+
+    Names of classes are values of the label `error` of metrics, so they do not change.
+    """
 
     exit_code = EXIT_USER
 
@@ -47,7 +50,7 @@ class HubUnavailableError(ModelError, CorpusError):
     exit_code = EXIT_RESUMABLE
 
 
-class MissingWeightsError(ModelError):
+class LacksWeightsError(ModelError):
     """Some of a model's weights are missing from its files.
 
     Attributes:
@@ -94,7 +97,7 @@ class RankLostError(DistSaeError):
     exit_code = EXIT_RESUMABLE
 
 
-class RestartLimitError(DistSaeError):
+class LivesSpentError(DistSaeError):
     """A pod was restarted too many times in a row without making progress."""
 
 
@@ -106,7 +109,7 @@ class AbandonedError(DistSaeError):
     """No run has read the activation set for `store.consumer_expiry_hours`, so producers stop."""
 
 
-class RunInUseError(DistSaeError):
+class RunTakenError(DistSaeError):
     """Another process is training this run. A restart continues once that process has ended."""
 
     exit_code = EXIT_RESUMABLE

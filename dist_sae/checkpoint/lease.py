@@ -20,7 +20,7 @@ from typing import Literal
 from dist_sae.errors import (
     CorruptObjectError,
     ObjectNotFoundError,
-    RunInUseError,
+    RunTakenError,
     Stopped,
     StoreError,
 )
@@ -85,7 +85,7 @@ class TrainerLease:
         """Acquire the lease.
 
         Raises:
-            RunInUseError: Another trainer holds the run.
+            RunTakenError: Another trainer holds the run.
             Stopped: A stop was requested while waiting for the lease.
         """
         self._await_free()
@@ -150,8 +150,8 @@ class TrainerLease:
         except (ObjectNotFoundError, CorruptObjectError):  # a damaged lease has no holder
             return None
 
-    def _taken(self, holder: Holder) -> RunInUseError:
-        return RunInUseError(
+    def _taken(self, holder: Holder) -> RunTakenError:
+        return RunTakenError(
             f"{self._store.url}/{self._run}: is already being trained by process {holder.pid} on "
             f"{holder.host}; stop that process first, or give this run another name"
         )

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dist_sae.config.data import HuggingFaceModel, layer_of
-from dist_sae.errors import HeadlessError, MissingWeightsError
+from dist_sae.errors import HeadlessError, LacksWeightsError
 from dist_sae.models.loading import HEADS, describe, errors_of, load, without_layers
 from dist_sae.models.sites import blocks
 
@@ -75,7 +75,7 @@ def load_head(config: HuggingFaceModel, site: str) -> Head:
             with errors_of(config):
                 model = load(without_layers(with_layers, above=-1), config, description)
                 return _head(model, config.path)
-        except MissingWeightsError as exc:
+        except LacksWeightsError as exc:
             reason = f"its files contain no head that predicts tokens (no {exc.names[0]})"
     raise HeadlessError(f"model.path {config.path}: {reason}")
 

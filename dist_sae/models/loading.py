@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.device import moved, own_device
-from dist_sae.errors import HubUnavailableError, MissingWeightsError, ModelError
+from dist_sae.errors import HubUnavailableError, LacksWeightsError, ModelError
 from dist_sae.hub import is_unavailable
 from dist_sae.models.sharding import Divider, choose_divider
 from dist_sae.models.sites import blocks
@@ -186,7 +186,7 @@ def load(
     Raises:
         ModelError: The files are not safetensors. Pickles are refused, because reading one can run
             any code.
-        MissingWeightsError: The files lack some of the weights.
+        LacksWeightsError: The files lack some of the weights.
     """
     device = own_device()
     warn_if_emulated("model.dtype", config.dtype, device)
@@ -209,7 +209,7 @@ def load(
     # transformers gives missing weights random values. A pooler above the layers is not needed.
     missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
     if missing:
-        raise MissingWeightsError(config.path, missing)
+        raise LacksWeightsError(config.path, missing)
     return model.eval().to(device) if divider is None else model.eval()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.device import moved
-from dist_sae.errors import HeadlessError, MissingWeightsError
+from dist_sae.errors import HeadlessError, LacksWeightsError
 from dist_sae.models.loading import (
     DTYPES,
     HEADS,
@@ -150,7 +150,7 @@ def load_with_head(
         try:
             with errors_of(config):
                 model = load(model_class, config, description, divider)
-        except MissingWeightsError as exc:
+        except LacksWeightsError as exc:
             if any(name.startswith(f"{model_class.base_model_prefix}.") for name in exc.names):
                 raise
             reason = f"its files contain no head that predicts tokens (no {exc.names[0]})"

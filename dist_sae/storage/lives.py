@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Literal
 
 from dist_sae.config import Run
-from dist_sae.errors import EXIT_CRASHED, ObjectNotFoundError, RestartLimitError
+from dist_sae.errors import EXIT_CRASHED, LivesSpentError, ObjectNotFoundError
 from dist_sae.storage.base import ObjectStore
 from dist_sae.storage.records import Record, read_record, seal
 
@@ -50,7 +50,7 @@ class Life:
         """Record that there is work to do; only the first call has an effect.
 
         Raises:
-            RestartLimitError: Too many lives before this one made no progress.
+            LivesSpentError: Too many lives before this one made no progress.
         """
 
     def progressed(self) -> None:
@@ -89,7 +89,7 @@ class PodLife(Life):
             lives = read_record(Lives, self._store, self._key)
             before = lives.in_a_row if lives.job == self._job else 0
         if before > self._retries:
-            raise RestartLimitError(
+            raise LivesSpentError(
                 f"{self._who}: {before} starts in a row ended without {_PROGRESS[self._part]} "
                 f"(cluster.{self._part}.retries {self._retries}); find the reason with "
                 f"`dist-sae logs RUN {self._part} --previous`, fix it"

@@ -10,7 +10,7 @@ import pytest
 
 from dist_sae.checkpoint import lease
 from dist_sae.checkpoint.lease import Holder, TrainerLease
-from dist_sae.errors import RunInUseError
+from dist_sae.errors import RunTakenError
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.storage.records import read_record, seal
 
@@ -39,7 +39,7 @@ def hold(store: ObjectStore, stopping: threading.Event | None = None) -> Trainer
 
 
 def test_the_second_trainer_of_a_run_is_refused_in_one_line(store: ObjectStore) -> None:
-    with hold(store), pytest.raises(RunInUseError) as caught, hold(store):
+    with hold(store), pytest.raises(RunTakenError) as caught, hold(store):
         pass
     (line,) = str(caught.value).splitlines()
     assert line.startswith(f"{store.url}/run: is already being trained by process ")
@@ -70,7 +70,7 @@ def test_a_trainer_that_was_killed_and_is_not_reaped_is_dead(store: ObjectStore)
         started = Path(f"/proc/{process.pid}/stat").read_text().split()[21]  # see proc(5)
         its = {"pid": process.pid, "started": started, "life": "killed"}
         store.put(KEY, seal(mine.model_copy(update=its)))
-        with pytest.raises(RunInUseError), hold(store):
+        with pytest.raises(RunTakenError), hold(store):
             pass
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
@@ -93,7 +93,7 @@ def test_a_trainer_elsewhere_that_renews_its_hold_is_alive(
 
     thread = threading.Thread(target=live)
     thread.start()
-    with pytest.raises(RunInUseError, match="process 7 on far"), hold(store):
+    with pytest.raises(RunTakenError, match="process 7 on far"), hold(store):
         pass
     over.set()
     thread.join()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dist_sae.config import load_run
-from dist_sae.errors import RestartLimitError
+from dist_sae.errors import LivesSpentError
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.storage.lives import PodLife
 from tests.kubernetes.controllers import Job
@@ -134,7 +134,7 @@ def live(world: World, store: ObjectStore, code: int, *, progress: bool) -> None
         life = PodLife(store, "run", "trainer", index, job=world.job.uid, retries=6)
         try:
             life.begin()
-        except RestartLimitError as error:
+        except LivesSpentError as error:
             world.end(index, error.exit_code)
             continue
         if progress:

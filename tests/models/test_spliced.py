@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dist_sae.config.data import HuggingFaceModel
-from dist_sae.errors import HeadlessError, MissingWeightsError
+from dist_sae.errors import HeadlessError, LacksWeightsError
 from dist_sae.models.huggingface import HuggingFaceSource
 from dist_sae.models.spliced import SplicedModel
 from tests.models.test_huggingface import CONFIGS, LAYERS, D, hf, random_tokens, save_model
@@ -170,5 +170,5 @@ def test_models_that_predict_no_tokens_say_why(tmp_path: Path) -> None:
         .replace('"num_hidden_layers": 3', '"num_hidden_layers": 4')
     )
     (damaged / "config.json").write_text(text)
-    with pytest.raises(MissingWeightsError, match=r"layers\.3"):
+    with pytest.raises(LacksWeightsError, match=r"layers\.3"):
         SplicedModel(HuggingFaceModel(path=str(damaged)), ("resid_post.0",))

@@ -11,7 +11,7 @@ from dist_sae.errors import (
     EXIT_RESUMABLE,
     EXIT_USER,
     HubUnavailableError,
-    RestartLimitError,
+    LivesSpentError,
 )
 from dist_sae.storage import open_store
 from dist_sae.storage.lives import JOB, Part, PodLife, this_life
@@ -29,7 +29,7 @@ def test_too_many_lives_without_progress_end_the_run(tmp_path: Path) -> None:
     for _ in range(1 + RETRIES):
         life(str(tmp_path)).begin()
     for _ in range(2):  # it stays so
-        with pytest.raises(RestartLimitError) as caught:
+        with pytest.raises(LivesSpentError) as caught:
             life(str(tmp_path)).begin()
         assert caught.value.exit_code == EXIT_USER
     words = (

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import dist_sae
+import dist_sae.errors
 import dist_sae.telemetry.server
 from dist_sae.commands.cli import main
 from dist_sae.errors import NonFiniteError, Stopped, TelemetryError
@@ -89,6 +90,21 @@ def test_how_a_process_ended_is_among_its_metrics(
     ends = {dict(key)["error"]: v for (name, key), v in found.items() if "run_failed" in name}
     assert of_rank(telemetry.render().decode(), "dist_sae_run_finished") == {"0": finished}
     assert ends == failed
+
+
+def test_errors_keep_the_names_that_alerts_may_match() -> None:
+    """The names are values of the label `error`, so a rename breaks alerts and silences."""
+    names = """
+        AbandonedError AccessError ArgumentError ClusterError ConfigError CorpusError
+        CorruptObjectError DataExhaustedError DistSaeError DivergedError EndpointError
+        EndpointUnavailableError ForbiddenError HeadlessError HubUnavailableError JobsFailedError
+        LacksWeightsError LatentNotFoundError LivesSpentError ModelError NoIndexError
+        NonFiniteError NotStartedError ObjectNotFoundError PartFailedError PlanMismatchError
+        ProcessFailedError RankLostError RejectedError RunTakenError Stopped StoreError
+        StoreFullError TelemetryError UnavailableError UnitMissingError
+    """
+    found = {name for name, kind in vars(dist_sae.errors).items() if isinstance(kind, type)}
+    assert found == set(names.split())
 
 
 def test_a_process_that_is_scraped_stays_until_its_last_values_were_seen() -> None:
