@@ -24,7 +24,11 @@ class Counting(Wrapped):
 def test_rows_end_with_the_limit_and_nothing_is_read_beyond_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Units 1 and 3 in this order; the limit is the first one's rows and one more, or its own."""
+    """Reading stops at the row limit, and no block beyond the limit is fetched.
+
+    Reads units 1 and 3 in this order. The limit is the first unit's rows plus one, or exactly its
+    rows.
+    """
     run = make_run(tmp_path)
     fill(run, RowNumbers(), monkeypatch)
     store = Counting(open_activation_set(run).store)
@@ -60,7 +64,7 @@ def test_a_reader_that_does_not_wait_names_the_missing_unit(
 def test_a_reader_of_limited_patience_ends_when_no_producer_is_at_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It waits while one is, and says once what it waits for."""
+    """A reader with limited patience waits while a producer works, and logs this once."""
     monkeypatch.setattr(dist_sae.data.activation_set, "POLL_SECONDS", (0.0, 0.001))
     caplog.set_level("INFO")
     run = make_run(tmp_path)
@@ -72,7 +76,7 @@ def test_a_reader_of_limited_patience_ends_when_no_producer_is_at_work(
         def entries(self, prefix: str = "") -> Iterator[Entry]:
             if prefix.startswith("claims/"):
                 self.looks += 1
-                if self.looks <= 6:  # longer than the patience
+                if self.looks <= 6:  # the claim disappears only after the patience has run out
                     yield Entry("claims/00000016.json", 0, 1.0)
             for entry in super().entries(prefix):
                 yield entry._replace(age_seconds=1e4)

@@ -1,4 +1,4 @@
-"""How many units there are to read, with few requests."""
+"""Counting the units that are ready to be read, with few requests."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ PLAN = Plan.model_construct(settings={}, files=(), document_rows=1.0, n_train_un
 
 
 class Listing(Wrapped):
-    """Of a store, what lists the manifests of units."""
+    """A store that lists the manifests of the given units and records the listed prefixes."""
 
     def __init__(self, folder: Path, units: set[int]) -> None:
         super().__init__(open_store(str(folder)))
@@ -41,7 +41,7 @@ def test_units_are_counted_and_complete_pages_are_not_listed_again(tmp_path: Pat
     assert ready.count() == 1002
     assert store.asked == ["units/00000", "units/00001", "units/00002"]
     store.asked.clear()
-    store.units |= {1001, 2499, 2500}  # the last one is held out
+    store.units |= {1001, 2499, 2500}  # the last one, 2500, is held out
     assert ready.count() == 1004
     assert store.asked == ["units/00001", "units/00002"]
 

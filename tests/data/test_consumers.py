@@ -1,4 +1,4 @@
-"""How far runs have come, and what is deleted behind them."""
+"""How far runs have read, and which data is deleted behind them."""
 
 import json
 import threading
@@ -24,7 +24,7 @@ from tests.world import RowNumbers, Wrapped, fill
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """16 training units in 4 streams."""
+    """A run with 16 training units in 4 streams."""
     return make_run(tmp_path)
 
 
@@ -45,7 +45,7 @@ def registration_of(
 
 
 class Finished(Registration):
-    """Waits until what can be deleted is deleted."""
+    """A registration that waits after each checkpoint until all deletable data is deleted."""
 
     def checkpointed(self, cursors: Mapping[int, StreamCursor], *, ended: bool = False) -> None:
         super().checkpointed(cursors, ended=ended)
@@ -53,7 +53,7 @@ class Finished(Registration):
 
 
 def everywhere(first: int) -> dict[int, StreamCursor]:
-    """All four streams at windows that begin with their unit `first`."""
+    """Return cursors of all four streams, each in the window that starts with its unit `first`."""
     return {stream: StreamCursor(0, first, 0) for stream in range(4)}
 
 
@@ -84,14 +84,14 @@ def test_the_position_is_that_of_the_slowest_stream(store: ObjectStore, plan: Pl
     assert consumers.slowest() == (9, "r")  # unit 2 of stream 1 is 1 + 4 * 2
     registration.advance(
         {0: StreamCursor(1, 0, 200), 1: StreamCursor(0, 3, 90)}
-    )  # the others are in their second pass
+    )  # streams 2 and 3 keep their cursors; those absent count as in their second pass
     assert consumers.slowest() == (13, "r")
 
 
 def test_a_run_of_one_pass_that_has_ended_still_reads_its_last_windows(
     store: ObjectStore, plan: Plan
 ) -> None:
-    """Streams 0 and 1 read theirs again, until the others have come to their ends."""
+    """The last window of a finished stream stays, for rereading until all streams end."""
     registration = registration_of(store, plan)
     registration.register({})
     for cursors in (
@@ -110,23 +110,27 @@ def test_what_every_run_has_behind_it_is_deleted(store: ObjectStore, plan: Plan)
     fast.checkpointed(everywhere(2))
     fast.checkpointed(everywhere(3))
     assert readable(store, plan) == list(range(17))
-    slow.advance(everywhere(3))  # not saved yet
+    slow.advance(everywhere(3))  # reported, but not yet in a checkpoint
     fast.checkpointed(everywhere(3))
     assert readable(store, plan) == list(range(17))
-    slow.checkpointed(everywhere(1))  # and this one may turn out to be damaged
+    # one checkpoint is not enough, because it may turn out to be damaged
+    slow.checkpointed(everywhere(1))
     assert readable(store, plan) == list(range(17))
     slow.checkpointed(everywhere(2))
     assert readable(store, plan) == list(range(4, 17))
     slow.checkpointed({}, ended=True)
     assert readable(store, plan) == list(range(12, 17))
     fast.checkpointed({}, ended=True)
-    assert readable(store, plan) == [16]  # held-out units stay
+    assert readable(store, plan) == [16]  # held-out units are never deleted
 
 
 def test_a_run_that_had_ended_begins_again_though_all_is_deleted(
     store: ObjectStore, plan: Plan
 ) -> None:
-    """Killed after its last word, it starts from its last checkpoint and reads nothing more."""
+    """A run that ended can start again from its last checkpoint, even though all data is deleted.
+
+    This happens if it is killed after its last report. It reads nothing more.
+    """
     registration_of(store, plan).checkpointed({}, ended=True)
     assert retired_below(store) == 16
     registration_of(store, plan).register(everywhere(3), ended=True)
@@ -182,7 +186,7 @@ def test_nothing_is_kept_for_an_abandoned_run(store: ObjectStore, plan: Plan) ->
 
 
 def test_a_run_that_waits_reports_again_until_it_ends(store: ObjectStore, plan: Plan) -> None:
-    """Its last report as it was, and nothing before the first one."""
+    """A waiting run repeats its last report unchanged, and reports nothing before the first one."""
     reports: list[bytes] = []
     several = threading.Event()
 
@@ -200,12 +204,13 @@ def test_a_run_that_waits_reports_again_until_it_ends(store: ObjectStore, plan: 
         registration.register(everywhere(1))
         registration.advance(everywhere(2))
         assert several.wait(60)
-    assert len(list(groupby(reports))) == 2  # the first, perhaps repeated, and then the second
+    # the first report, perhaps repeated, and then the second
+    assert len(list(groupby(reports))) == 2
     assert Consumers(store, 1.0).slowest() == (8, "r")
 
 
 def test_a_repeated_report_never_overwrites_a_newer_one(store: ObjectStore, plan: Plan) -> None:
-    """The store takes its time with the repetition, and the run ends meanwhile."""
+    """A slow repetition of an old report does not overwrite the report that the run has ended."""
     repeating, newer, repeated = threading.Event(), threading.Event(), threading.Event()
     reached: list[int] = []
 
@@ -214,7 +219,7 @@ def test_a_repeated_report_never_overwrites_a_newer_one(store: ObjectStore, plan
             repeats = threading.current_thread().name == "consumer"
             if repeats:
                 repeating.set()
-                newer.wait(0.5)  # does not come: it waits for this one
+                newer.wait(0.5)  # always times out, because the newer report waits for this one
             reached.append(json.loads(data)["reached"])
             if repeats:
                 repeated.set()
@@ -252,7 +257,10 @@ def test_a_run_that_ends_before_all_units_are_made_deletes_those_there_are(
 
 
 def test_shards_are_deleted_together_while_saving_goes_on(store: ObjectStore, plan: Plan) -> None:
-    """The store does not answer before the second report; 16 units take one request."""
+    """Deletion runs in the background and takes one request for 16 units.
+
+    The store does not finish deleting before the second report.
+    """
     reported, asked = threading.Event(), list[int]()
 
     class Slow(Wrapped):
@@ -296,7 +304,8 @@ def test_a_crash_between_the_word_and_the_deed_leaves_orphans_that_gc_finds(
     with pytest.raises(KeyboardInterrupt):
         registration_of(Dying(store), plan).register(everywhere(1))
     assert retired_below(store) == 4
-    assert gc(run, hours=1.0, delete=True)["orphans"] == 0  # too young to be sure
+    # too young: a producer may still be about to name the shards in a manifest
+    assert gc(run, hours=1.0, delete=True)["orphans"] == 0
     found = gc(run, hours=0.0, delete=False)
     assert (found["orphans"], found["deleted"]) == (4, False)
     assert readable(store, plan) == list(range(17))
@@ -307,7 +316,7 @@ def test_a_crash_between_the_word_and_the_deed_leaves_orphans_that_gc_finds(
 def test_gc_finds_what_dead_and_slow_producers_left(
     run: Run, store: ObjectStore, plan: Plan
 ) -> None:
-    """A shard of a unit without manifest, and a second one of a unit that has one."""
+    """`gc` finds a shard of a unit without a manifest, and a second shard of a unit with one."""
     named = read_manifest(store, 3).sites["synthetic"].key
     store.put("shards/synthetic/00000003-aaaaaaaa.tar", b"12345")
     store.delete("units/00000005.json")
@@ -333,7 +342,10 @@ def test_gc_finds_what_dead_and_slow_producers_left(
 def test_a_manifest_cannot_choose_what_is_deleted(
     store: ObjectStore, plan: Plan, named: str
 ) -> None:
-    """It is sealed as ours are: whoever writes to the bucket can do that."""
+    """A manifest with keys outside its own unit and site deletes nothing.
+
+    The manifest has a valid seal, because anyone who can write to the bucket can seal one.
+    """
     manifest = read_manifest(store, 2)
     shard = manifest.sites["synthetic"].model_copy(update={"key": named})
     store.put(manifest_key(2), seal(manifest.model_copy(update={"sites": {"synthetic": shard}})))

@@ -18,7 +18,7 @@ from dist_sae.data.corpus import Corpus, Document
 from dist_sae.errors import AccessError, CorpusError
 from tests.conftest import Bucket
 
-# blank ones between the documents; a lone CR, which ends no line; characters of 1 to 4 bytes
+# Blank texts between documents, a lone CR (which ends no line), characters of 1 to 4 bytes.
 TEXTS = [
     "one",
     "",
@@ -36,7 +36,7 @@ def files(*paths: Path | str, **options: Any) -> Corpus:
 
 
 def read_all(corpus: Corpus) -> list[str]:
-    """All texts; their numbers must count from zero."""
+    """Return all texts, and check that documents are numbered from zero."""
     index = corpus.index()
     documents = list(corpus.read(index.files, index.spans))
     assert [document.number for document in documents] == list(range(len(documents)))
@@ -45,7 +45,7 @@ def read_all(corpus: Corpus) -> list[str]:
 
 
 def message(corpus: Corpus) -> str:
-    """What `index` complains of, in one line."""
+    """Return the error message of `index`, which must be one line."""
     with pytest.raises(CorpusError) as caught:
         corpus.index()
     assert "\n" not in str(caught.value)
@@ -54,7 +54,7 @@ def message(corpus: Corpus) -> str:
 
 def as_json_lines(texts: list[str], field: str = "text") -> bytes:
     lines = [json.dumps({"id": i, field: text}) for i, text in enumerate(texts)]
-    return "\n".join(lines).encode()  # without a line end at the end
+    return "\n".join(lines).encode()  # without a newline at the end
 
 
 def write_txt(path: Path) -> None:
@@ -89,7 +89,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 
 @pytest.fixture(params=WRITERS)
 def sample(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """TEXTS in a file of every format."""
+    """A file with TEXTS, in each supported format."""
     path = tmp_path / f"sample{request.param}"
     WRITERS[request.param](path)
     return path
@@ -118,7 +118,7 @@ def test_neighbours_travel_together_in_large_corpora(
     index = corpus.index()
     assert [(span.first, span.count) for span in index.spans] == [(0, 2), (2, 2)]
     assert index.files == alone.files
-    # blank texts lie within the spans
+    # a span of several documents includes the blank texts between them
     assert list(corpus.read(index.files, index.spans[1:])) == [
         Document(2, DOCUMENTS[2]),
         Document(3, DOCUMENTS[3]),
@@ -272,7 +272,8 @@ def test_corpus_without_text_is_an_error(tmp_path: Path, suffix: str) -> None:
         (b'{"id": 1, "body": "a"}', ":1: no 'text' (it has id, body); set corpus.text_field"),
         (b'{"text": 3}', ":1: 'text' is int, not a string; set corpus.text_field"),
         (b'{"text": "a"}\n{"text": "\xff"}', ":2: not UTF-8; convert the file"),
-        (b'{"text": "a"}\n' + b"[" * 100_000, ":2: not valid JSON: "),  # deeper than Python's stack
+        # nested deeper than Python's recursion limit
+        (b'{"text": "a"}\n' + b"[" * 100_000, ":2: not valid JSON: "),
     ],
 )
 def test_bad_json_lines_are_named_by_file_and_line(
@@ -312,14 +313,15 @@ def test_damaged_file_is_an_error(tmp_path: Path, suffix: str, damage: str) -> N
     content = path.read_bytes()
     left = {"cut short": content[:-10], "cut to nothing": b""}
     path.write_bytes(left.get(damage, b"no such format" * 9))
-    (tmp_path / "whole.txt").write_text("a")  # not all text is missing
+    # so that the corpus is not empty without the damaged file
+    (tmp_path / "whole.txt").write_text("a")
     assert message(files(tmp_path / "whole.txt", path)).startswith(f"{path}: ")
 
 
 def test_damaged_pages_of_a_file_are_an_error(tmp_path: Path) -> None:
     sound = gzip.compress(as_json_lines([str(i) for i in range(1000)]))
     path = tmp_path / "a.jsonl.gz"
-    # a wrong checksum at the end; a block of the type 3, which there is not, after the header
+    # a wrong checksum at the end; a block of type 3, which does not exist, after the header
     for position, byte in ((len(sound) - 8, sound[-8] ^ 1), (10, 0b111)):
         damaged = bytearray(sound)
         damaged[position] = byte
@@ -372,7 +374,7 @@ def test_synthetic_documents_are_their_numbers() -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A data set in place of the hub; returns what it was asked for."""
+    """Replace the hub by a local data set, and return the recorded load requests."""
     asked: list[dict[str, Any]] = []
 
     def load(name: str, subset: str | None, **options: Any) -> datasets.Dataset:

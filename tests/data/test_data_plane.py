@@ -1,7 +1,8 @@
 """The stream contract under faults: whatever fails or dies, the trainer sees the same batches.
 
-Each seed is a schedule: what the network and the server do to which request, which process is
-killed when, how many producers and ranks come after. By default two; with `--long` 50.
+Each seed determines a schedule: which requests the network and the server disturb and how, which
+process is killed when, and how many ranks the reader has after each restart. Two seeds run by
+default, 50 with `--long`.
 """
 
 import json
@@ -38,7 +39,10 @@ STEPS = 28
 
 
 def world(folder: Path, server: Server, endpoint: str, name: str) -> Run:
-    """16 training units of about 120 rows in 4 streams; 28 batches of 64 rows use nearly all."""
+    """Return a run with 16 training units of about 120 rows in 4 streams.
+
+    Its 28 batches of 64 rows use nearly all rows.
+    """
     client = server.client()
     if name not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]:
         client.create_bucket(Bucket=name)
@@ -58,7 +62,7 @@ def world(folder: Path, server: Server, endpoint: str, name: str) -> Run:
 
 
 class Schedule:
-    """Two producers and a reader, killed and started again until the reader is done."""
+    """Two producers and a reader that are killed and restarted until the reader is done."""
 
     def __init__(self, run: Run, folder: Path, seed: int | None) -> None:
         self._settings = run.model_dump(mode="json")
@@ -67,7 +71,10 @@ class Schedule:
         self.kills = 0
 
     def run(self, meanwhile: Iterable[None] = ()) -> dict[int, dict[str, Any]]:
-        """What the reader saw last of each step; `meanwhile` is advanced again and again."""
+        """Return the last line that the reader logged for each step.
+
+        Advances `meanwhile` at every look at the processes.
+        """
         chance, ticks = self._random, iter(meanwhile)
         until = time.monotonic() + LIMIT_SECONDS
         producers = [self._producer(i, 0) for i in range(2)]
@@ -86,7 +93,7 @@ class Schedule:
                 self.kills += victim.is_alive()
                 victim.kill()
                 victim.join()
-                again = chance.random() < 0.6  # after some deaths there is peace
+                again = chance.random() < 0.6  # sometimes a process is not killed again
                 kill_at[i] = time.monotonic() + (chance.uniform(0.1, 2.0) if again else 1e9)
                 if i == 2:
                     reader = self._reader()
@@ -101,7 +108,7 @@ class Schedule:
             process.join(timeout=max(0.0, until - time.monotonic()))
             assert process.exitcode == 0
         lines = (self._folder / "log.jsonl").read_text().splitlines()
-        # a line that a kill cut in two is of a step that was repeated
+        # a line that a kill cut in two belongs to a step that was repeated
         steps = [json.loads(line) for line in lines if line.endswith("}") and line.startswith("{")]
         return {line["step"]: line for line in steps}
 
@@ -128,7 +135,7 @@ def seaweedfs(server: Callable[[str], Server]) -> Server:
 def calm(
     tmp_path_factory: pytest.TempPathFactory, seaweedfs: Server
 ) -> Iterator[dict[int, dict[str, Any]]]:
-    """What a reader sees when nothing happens."""
+    """The batches of a reader in a run without faults."""
     folder = tmp_path_factory.mktemp("calm")
     with pytest.MonkeyPatch.context() as patch:
         _use_credentials(patch)
@@ -157,7 +164,11 @@ def test_whatever_happens_the_same_batches_are_seen(
     monkeypatch: pytest.MonkeyPatch,
     seed: int,
 ) -> None:
-    """Every row once, every batch bitwise, nothing corrupt taken, nothing needed deleted."""
+    """Faults and kills change no batch.
+
+    Every row is read once, every batch is bitwise the same, no corrupt object is accepted, and no
+    data is deleted that is still needed.
+    """
     _use_credentials(monkeypatch)
     chance = random.Random(seed)
     rates = {kind: chance.choice([0.0, 0.02, 0.08]) for kind in KINDS}
@@ -177,13 +188,13 @@ def test_whatever_happens_the_same_batches_are_seen(
     assert (found["retired_units"], found["missing_units"], found["bad_objects"]) == (16, 0, {})
     orphans = gc(run.model_copy(update={"store": _direct(run, seaweedfs)}), hours=0.0, delete=True)
     store = open_store(run.store.activations, S3Config(endpoint_url=seaweedfs.endpoint_url))
-    assert len(list(store.keys("shards/"))) == 1, orphans  # the held-out unit's
+    assert len(list(store.keys("shards/"))) == 1, orphans  # the shard of the held-out unit
 
 
 def test_a_server_that_dies_comes_back_to_the_same_batches(
     tmp_path: Path, calm: dict[int, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL in the midst of reading and writing; everybody waits, nobody fails."""
+    """After a SIGKILL of the server in mid-request, all processes wait for it and none fails."""
     _use_credentials(monkeypatch)
     with seaweedfs_server() as server:
         run = world(tmp_path, server, server.endpoint_url, "dies")
@@ -195,7 +206,7 @@ def test_a_server_that_dies_comes_back_to_the_same_batches(
 
 
 def _dies_once(server: Server, log: Path) -> Iterator[None]:
-    """Down for a second, from the moment that the reader has taken some steps."""
+    """Kill the server after a quarter of the reader's steps, and restart it a second later."""
     assert server.kill is not None
     assert server.start is not None
     while not (log.exists() and log.read_text().count("digest") >= STEPS // 4):

@@ -1,4 +1,4 @@
-"""Documents dealt by size: units, and above all streams, of equal rows."""
+"""Documents are dealt by size: units, and above all streams, get equal numbers of rows."""
 
 from collections import Counter
 
@@ -38,7 +38,10 @@ def streams_of(rows: Rows, dealt: list[list[int]], streams: int) -> list[int]:
 def test_streams_have_equal_rows_and_units_as_equal_as_documents_allow(
     rows: Rows, unit_rows: int, most: float
 ) -> None:
-    """Dealing equal numbers of documents left 41 % of a heavy-tailed corpus unused."""
+    """Streams get equal rows, and units nearly so.
+
+    Dealing equal numbers of documents would leave 41 % of a heavy-tailed corpus unused.
+    """
     streams, order = 4, permutation(len(rows), 0)
     targets = Layout(streams, 4, unit_rows, unit_rows).targets(int(rows.sum()) // streams)
     dealt = deal(rows, order, targets, streams)
@@ -51,7 +54,7 @@ def test_streams_have_equal_rows_and_units_as_equal_as_documents_allow(
 
 
 def test_which_documents_meet_is_random() -> None:
-    """Two documents of one length share a unit as often as chance has it, whatever their places."""
+    """Two documents of equal length share a unit as often as by chance, wherever they are."""
     rows, targets = np.full(64, 10), np.full(4, 80)
     together = Counter(
         other
@@ -66,7 +69,7 @@ def test_which_documents_meet_is_random() -> None:
 
 
 def test_the_first_units_are_small_and_windows_double() -> None:
-    """900,000 rows: the first windows are 7 % of them; a unit of the largest is 4,096."""
+    """The first windows have 7 % of 900,000 rows, and the largest units have 4,096 rows."""
     layout = choose_layout(
         np.full(9000, 100),
         streams=None,
@@ -88,7 +91,8 @@ def test_the_first_units_are_small_and_windows_double() -> None:
         (np.full(10**5, 10**4), {"streams": 64}, (64, 4, 65_536, 512)),
         (np.full(100, 20), {}, (8, 4, 512, 512)),
         (np.full(10**4, 100), {"unit_rows": 16_384, "window_units": 2}, (8, 2, 16_384, 16_384)),
-        (np.array([30_000, 30_000, *one_liners(1000)]), {}, (2, 4, 2048, 2048)),  # two books
+        # two books, so at most two streams of equal rows
+        (np.array([30_000, 30_000, *one_liners(1000)]), {}, (2, 4, 2048, 2048)),
         (np.full(10**4, 100), {"trainers": 3, "batch_rows": 4080}, (6, 4, 4096, 2048)),
     ],
 )
@@ -107,11 +111,15 @@ def test_held_out_is_a_share_of_the_rows_and_no_giant() -> None:
         assert sorted([*train, *held_out]) == list(range(len(rows)))
         assert abs(rows[held_out].sum() / rows.sum() - 0.05) < 0.02
     train, held_out = hold_out(np.array([70, 90, 80]), np.arange(3), 0.05)
-    assert held_out.tolist() == [0]  # every one is longer than all that is to be held out
+    assert held_out.tolist() == [0]  # every document has more rows than the held-out share
 
 
 def test_no_unit_has_only_documents_that_give_no_rows() -> None:
-    """The giant leaves its stream's other unit empty; of the rest one in four gives nothing."""
+    """Every unit gets at least one document with rows.
+
+    In the first case a giant document fills its stream, so the stream's other unit would stay
+    empty. One in four of the remaining documents has no rows.
+    """
     rows = np.array([100, 3, 3, 3, 0])
     dealt = deal(rows, np.arange(5), np.array([10, 10]), streams=2)
     assert sorted(document for unit in dealt for document in unit) == [0, 1, 2, 3, 4]

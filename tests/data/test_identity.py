@@ -1,4 +1,4 @@
-"""A plan is known by its settings, its text and its model, wherever these lie."""
+"""A plan is identified by its settings, text and model, wherever text and model are stored."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ SITES = ["resid_post.0", "resid_post.1"]
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, and the user's: two files of text, and what a model's folder has."""
+    """The home and current folder, with two text files and a model's folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in "ab":
@@ -133,7 +133,8 @@ def test_a_run_may_need_fewer_sites_than_the_set_has(home: Path) -> None:
     made = publish_plan(store, make(run))
     one = run_of(home, ["a.txt"], sites=SITES[:1])
     assert load_plan(store, one) == made == publish_plan(store, make(one))
-    assert pin_to_plan(one, made).activations.sites == tuple(SITES)  # producers make all of them
+    # producers make all sites of the plan
+    assert pin_to_plan(one, made).activations.sites == tuple(SITES)
     assert pin_to_plan(one, made).site == one.site
     more = run_of(home, ["a.txt"], sites=[*SITES, "resid_post.2"])
     with pytest.raises(PlanMismatchError, match=r"activations\.sites: resid_post\.2 was not rec"):
@@ -152,7 +153,7 @@ def test_a_run_goes_on_with_text_and_model_elsewhere(home: Path) -> None:
 
 
 def test_a_plan_of_an_earlier_version_is_the_same_plan(home: Path) -> None:
-    """Without contents, and without a key that came later; its hash is what it was."""
+    """A plan of an earlier version, without content checksums and a later key, keeps its hash."""
     run = run_of(home, ["a.txt", "b.txt"])
     store = open_store(run.store.activations)
     made = publish_plan(store, make(run))
@@ -162,7 +163,7 @@ def test_a_plan_of_an_earlier_version_is_the_same_plan(home: Path) -> None:
         del content[new]
     for file in content["files"]:
         del file["bytes"]
-    del content["settings"]["activations"]["block_rows"]  # has the default's value
+    del content["settings"]["activations"]["block_rows"]  # an absent key has its default value
     run = run_of(home, ["a.txt", "b.txt"], block_rows=4096)
     store.put(PLAN_KEY, json.dumps(content).encode())
     store.put(PLAN_KEY, changed(store.get(PLAN_KEY)))
@@ -182,7 +183,7 @@ def test_a_plan_of_an_earlier_version_is_the_same_plan(home: Path) -> None:
 def test_what_the_hub_had_when_the_plan_was_made_stays(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model's branch moves on: producers load the commit that was planned."""
+    """Producers load the commit of the model that was planned, even after its branch moves on."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
     folder = home / "hub" / "models--some--model"
     first, second = "1" * 40, "2" * 40
@@ -213,7 +214,10 @@ def test_what_the_hub_had_when_the_plan_was_made_stays(
 
 
 def test_a_run_of_the_same_name_is_known_by_content_where_there_is_a_plan(home: Path) -> None:
-    """As that on a cluster, or in the store; text and model were moved since."""
+    """A stored run with the same name is compared by content if there is a plan.
+
+    Text and model were moved, as for a run on a cluster or in the store.
+    """
     run = run_of(home, ["a.txt", "b.txt"])
     made = make(run)
     (home / "there").mkdir()
@@ -231,7 +235,10 @@ def test_a_run_of_the_same_name_is_known_by_content_where_there_is_a_plan(home: 
 def test_planning_again_asks_for_what_was_planned(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The data set has a new commit, and the run names none."""
+    """Planning again reads the planned commit of a data set.
+
+    The data set has a newer commit, and the run file names no commit.
+    """
     commits = ["1" * 40, "2" * 40]
     texts = {commits[0]: [f"text {i}" for i in range(100)], commits[1]: ["other"]}
     monkeypatch.setattr(
@@ -263,7 +270,7 @@ def test_planning_again_asks_for_what_was_planned(
     assert plan(run) == made
     store = open_store(run.store.activations)
     with monkeypatch.context() as m:
-        m.delattr(datasets, "load_dataset")  # whoever needs no text reads none
+        m.delattr(datasets, "load_dataset")  # loading a plan reads no text
         for revision in ("main", *commits):
             corpus = run.corpus.model_copy(update={"revision": revision})
             pinned = run.model_copy(update={"corpus": corpus})

@@ -1,4 +1,4 @@
-"""Units that are not there yet, and units that are damaged."""
+"""Units that do not exist yet, and units that are damaged."""
 
 import threading
 from collections.abc import Iterator
@@ -32,7 +32,10 @@ def test_units_that_come_late_and_in_any_order_are_waited_for(
 def test_whether_producers_run_is_asked_only_where_nothing_tells(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, sign: str
 ) -> None:
-    """Signs of them: a claim, or a unit made within the time of a lease; or a supervisor."""
+    """The warning "are producers running?" appears only without a sign of producers.
+
+    A sign is a claim, a unit written within the time of a lease, or a supervisor.
+    """
     caplog.set_level("INFO")
     monkeypatch.setattr(dist_sae.data.activation_set, "POLL_SECONDS", (0.0, 0.001))
     monkeypatch.setattr(dist_sae.data.activation_set, "LOG_EVERY_SECONDS", 0.0)
@@ -73,7 +76,10 @@ def test_waiting_for_a_unit_ends_when_the_run_is_stopped(world: World) -> None:
 
 
 def test_a_run_that_is_stopped_still_gets_the_data_that_is_there(world: World) -> None:
-    """The trainer decides when to stop; the loader only ends its waits."""
+    """A stopped loader still returns existing data: it only stops waiting.
+
+    When to stop training is up to the trainer.
+    """
     stopping = threading.Event()
     stopping.set()
     assert len(batches(open_activation_set(world.run, stopping), range(3))) == 3

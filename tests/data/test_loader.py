@@ -1,4 +1,4 @@
-"""Batches of a rank: the same for any number of ranks, from any step on, and not too early."""
+"""A rank's batches: the same for any number of ranks and from any step, and not read too early."""
 
 import threading
 import time
@@ -23,9 +23,9 @@ from tests.world import Wrapped, batches, only, open_activation_set, open_loader
 
 @pytest.mark.parametrize(("ranks", "rows"), [(2, 64), (4, 64), (8, 64), (3, 48)])
 def test_ranks_divide_each_global_batch(world: World, ranks: int, rows: int) -> None:
-    """Ranks' parts, one after the other, are bitwise the batch of a single rank.
+    """The parts of all ranks, concatenated, are bitwise the batch of a single rank.
 
-    Of four streams two ranks may share each, or three ranks all.
+    There are four streams: several ranks may share one stream, or three ranks may share all four.
     """
     steps = range(world.full_batches)
     whole = batches(open_activation_set(world.run), steps, rows=rows)
@@ -41,7 +41,11 @@ def test_ranks_divide_each_global_batch(world: World, ranks: int, rows: int) -> 
 def test_resuming_at_a_step_gives_the_batches_that_an_undisturbed_run_sees(
     world: World, start: int
 ) -> None:
-    """Within a block, at and across the end of a window (372 of 496 rows), in the second pass."""
+    """A resumed run gets the same batches as an undisturbed one.
+
+    Starts within a block, at and across the end of a window (372 of 496 rows), and in the second
+    pass.
+    """
     stop = min(start + 8, 2 * world.full_batches)
     whole = batches(open_activation_set(world.run), range(stop), passes=2)
     resumed = batches(open_activation_set(world.run), range(start, stop), passes=2)
@@ -58,7 +62,7 @@ def test_resuming_with_another_number_of_ranks_changes_nothing(world: World) -> 
 
 
 def test_a_resumed_run_reads_no_manifest_of_units_that_it_has_behind_it(world: World) -> None:
-    """With the cursors that its last batch had; and gives the same rows as without."""
+    """With its last cursors, a resumed run reads no old manifests and gets the same rows."""
 
     class Asked(Wrapped):
         keys_asked: ClassVar[set[str]] = set()
@@ -82,7 +86,10 @@ def test_a_resumed_run_reads_no_manifest_of_units_that_it_has_behind_it(world: W
 def test_the_loader_does_not_run_ahead_of_the_trainer(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two batches wait and one is in hand: with nobody taking any, a fourth is never begun."""
+    """With no batch taken, the loader assembles three batches and does not begin a fourth.
+
+    Two batches wait in the queue and the third is blocked on it.
+    """
     begun = threading.Semaphore(0)
     real = Stream.put
 
@@ -92,7 +99,7 @@ def test_the_loader_does_not_run_ahead_of_the_trainer(
 
     monkeypatch.setattr(Stream, "put", put)
     with open_loader(open_activation_set(world.run), range(world.full_batches)) as loader:
-        for _ in range(3 * 4):  # 4 streams
+        for _ in range(3 * 4):  # each batch puts rows of 4 streams
             assert begun.acquire(timeout=30)
         assert not begun.acquire(timeout=0.3)
         next(iter(loader))
@@ -111,7 +118,7 @@ def test_leaving_the_loader_ends_its_thread(world: World) -> None:
 
 
 def test_waiting_is_measured(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A unit that takes .3 s to appear costs the first batch that; no wait is counted twice."""
+    """The first batch reports a wait of .3 s for its unit, and no wait is counted twice."""
     monkeypatch.setattr(dist_sae.data.activation_set, "POLL_SECONDS", (0.3, 0.3))
     store = LateUnits(world.store, 0)
     store.hidden = [manifest_key(0)]
@@ -127,13 +134,16 @@ def test_waiting_is_measured(world: World, monkeypatch: pytest.MonkeyPatch) -> N
 def test_whoever_waits_for_a_batch_is_told_while_it_lasts(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reporter counts the time: after a long wait there may be nobody to count it."""
+    """The reporter is called while a batch is late.
+
+    It counts the time during the wait, because the process may be killed before a long wait ends.
+    """
     monkeypatch.setattr(dist_sae.data.loader, "LOOK_UP_SECONDS", 0.05)
     told: list[float] = []
     told_twice = threading.Event()
 
     class Held(Wrapped):
-        """A unit cannot be read before the reporter has been told twice."""
+        """A store that delays unit 0 until the reporter has been called twice."""
 
         def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
             if key == manifest_key(0):
@@ -149,7 +159,7 @@ def test_whoever_waits_for_a_batch_is_told_while_it_lasts(
     with open_loader(units, range(1)) as loader:
         first = loader.next(tell)
     assert first is not None
-    assert told == sorted(told)  # for how long it has lasted
+    assert told == sorted(told)  # each call reports the time waited so far
     assert 0.05 <= told[0] < told[-1] <= first.waited_seconds
 
 
@@ -157,7 +167,7 @@ def test_whoever_waits_for_a_batch_is_told_while_it_lasts(
 def test_batches_for_a_gpu_are_assembled_in_pinned_memory(
     world: World, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    """From there it fetches them by itself, as they are stored."""
+    """Batches for a GPU are pinned, so that the GPU can copy them asynchronously."""
     pinned: list[bool] = []
     empty = torch.empty
 

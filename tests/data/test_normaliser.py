@@ -15,7 +15,10 @@ from tests.world import RowNumbers, Wrapped, batches, fill, open_activation_set,
 
 
 class Normal(RowNumbers):
-    """Rows drawn about (3, -1) with deviations (2, .5), by the number of the row."""
+    """Rows drawn from a normal distribution with mean (3, -1) and standard deviation (2, .5).
+
+    The seed is the number of the row.
+    """
 
     def run(self, tokens: Tensor, _: Tensor) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(int(tokens[0, 0]))
@@ -39,7 +42,7 @@ class Constant(RowNumbers):
 def test_scale_mean_and_variance_are_those_of_the_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After scaling E|x|^2 = d_in = 2; all training rows are measured, held-out ones are not."""
+    """The normalizer measures all training rows and no held-out rows. Scaled, E|x|^2 = d_in = 2."""
     run = make_run(tmp_path, train={"rows": 64, "batch_rows": 4})
     made = fill(run, Normal(), monkeypatch)
     activation_set = open_activation_set(run)
@@ -51,7 +54,7 @@ def test_scale_mean_and_variance_are_those_of_the_rows(
         for stream in range(4)
     )
     x = torch.cat(batches(activation_set, range(shortest), rows=4)).double()
-    assert rows - len(x) <= 4 * 16  # all but the ends of the streams
+    assert rows - len(x) <= 4 * 16  # batches omit only the ends of the streams
     assert float((x * normaliser.scale).square().sum(1).mean()) == pytest.approx(2, rel=0.02)
     torch.testing.assert_close(
         normaliser.mean, x.mean(0) * normaliser.scale, rtol=0.02, atol=0.02, check_dtype=True
@@ -65,7 +68,10 @@ def test_scale_mean_and_variance_are_those_of_the_rows(
 def test_only_as_many_units_are_measured_as_needed_in_their_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training may start when the first units are there; every rank measures the same ones."""
+    """Only the first units are measured, in order, until they have enough rows.
+
+    So training can start as soon as these units exist, and every rank measures the same ones.
+    """
     run = make_run(tmp_path)
     fill(run, Normal(), monkeypatch)
     activation_set = open_activation_set(run)
@@ -84,7 +90,7 @@ def test_constant_activations_are_an_error(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_each_site_has_its_own_normaliser_of_the_same_rows(tmp_path: Path) -> None:
-    """Sites of other widths; a manifest is read once, however many sites it has."""
+    """Sites of different widths get their own normalizers, and each manifest is read only once."""
     run = make_run(tmp_path)
     made, store = plan(run), Counting(open_store(run.store.activations))
     acts: dict[str, list[Tensor]] = {"narrow": [], "wide": []}

@@ -1,4 +1,4 @@
-"""`store verify --text` tells rows of other text, rows that are lost, and rows that come twice."""
+"""`store verify --text` finds rows of other text, lost rows and repeated rows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +17,12 @@ from dist_sae.producing.verify import verify
 from tests.producing.producers import LetterSource, letters_run, start, with_source
 from tests.world import Letters
 
-TEXTS = ["abcdefgh" + "abcdefghijklm"[n % 13] * (1 + n // 13) for n in range(60)]  # all differ
+# all texts differ
+TEXTS = ["abcdefgh" + "abcdefghijklm"[n % 13] * (1 + n // 13) for n in range(60)]
 
 
 class Shouts(Letters):
-    """Reads one text in capitals, and one without its end."""
+    """A tokenizer that reads one text in capitals and drops the last letter of another."""
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         changed = [
@@ -45,7 +46,7 @@ def produced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Letters
 def test_rows_of_the_planned_text_are_sound(produced: Run, tmp_path: Path) -> None:
     found = verify(produced, text=True)
     assert found["bad_objects"] == {}
-    # all letters but for the first of each context of 4
+    # all letters but the first of each context of 4
     assert found["rows_compared_with_text"] == sum(len(text) - -(-len(text) // 4) for text in TEXTS)
     assert verify(produced) == {
         key: value for key, value in found.items() if key != "rows_compared_with_text"
@@ -80,7 +81,10 @@ def test_a_row_that_comes_twice_is_told() -> None:
 
 
 def test_a_unit_without_rows_has_no_fault() -> None:
-    """All rows of its document are left out: its block is empty, or it has no block."""
+    """A unit without rows is sound, whether it has an empty block or no block.
+
+    All rows of its document are excluded.
+    """
     text = UnitText([Document(0, "a")], Letters(), context_tokens=4, bos=None)
     empty = torch.empty(0, dtype=torch.int32)
     nothing = SiteRows(torch.empty(0, 2), empty, empty, empty)

@@ -35,7 +35,7 @@ def index(documents: int, per_span: int = 1) -> CorpusIndex:
 
 
 def dealt(run: Run, index: CorpusIndex, document_rows: float) -> Plan:
-    """The plan of documents of one length."""
+    """Return the plan of documents of equal length."""
     counts = np.array([span.count for span in index.spans])
     return make_plan(run, index, np.rint(counts * document_rows).astype(np.int64))
 
@@ -50,7 +50,10 @@ def documents_of(made: Plan, units: range) -> list[int]:
 
 
 def test_the_plan_follows_from_corpus_and_settings_alone(tmp_path: Path) -> None:
-    """Golden hash: the same on every machine. Sets that exist keep the plan that they have."""
+    """The plan's hash is the same on every machine.
+
+    A changed golden hash would make existing activation sets unusable.
+    """
     one = dealt(make_run(tmp_path), index(128), 16.0)
     other = dealt(make_run(tmp_path / "elsewhere"), index(128), 16.0)
     assert one.hash == other.hash
@@ -69,7 +72,7 @@ def test_what_a_plan_decides_leaves_jobs_of_other_kinds_their_own_settings(tmp_p
 
 
 def old_plan(run: Run, documents: int = 8) -> Plan:
-    """As plans were before documents were dealt by size."""
+    """Return a plan from before documents were dealt by size."""
     settings = plan_settings(make_plan(run, index(documents), np.full(documents, 16)).resolve(run))
     return Plan(
         settings=settings,
@@ -81,7 +84,7 @@ def old_plan(run: Run, documents: int = 8) -> Plan:
 
 
 def test_a_plan_of_an_older_version_keeps_its_hash_and_its_streams(tmp_path: Path) -> None:
-    """Both by the version that made it. Rows were estimated by documents then."""
+    """A plan of an older version keeps its hash and streams, and its rows per document."""
     settings: dict[str, Any] = {"streams": 2, "window_units": 4, "unit_rows": 65536, "seed": 0}
     made = Plan(
         settings={"activations": settings | {"dtype": "bf16"}, "corpus": {"max_documents": None}},
@@ -165,7 +168,10 @@ def test_a_store_with_another_plan_is_refused_and_the_setting_named(
 
 
 def test_settings_that_only_change_speed_or_training_keep_the_plan(tmp_path: Path) -> None:
-    """And `make` it again finds it there."""
+    """Settings of speed or training do not change the plan.
+
+    Planning again finds the stored plan.
+    """
 
     def language_model(**model: int) -> Run:
         return make_run(
@@ -236,7 +242,10 @@ def test_a_plan_of_a_later_version_names_the_versions(tmp_path: Path) -> None:
 def test_each_document_is_in_one_unit_and_units_divide_among_streams(
     tmp_path: Path, streams: int, documents: int, per_span: int, rows: float
 ) -> None:
-    """The last case: documents longer than a unit (120 rows). No unit is empty."""
+    """Each document is in exactly one unit, no unit is empty, and streams get equally many units.
+
+    In the last case, documents are longer than a unit (120 rows).
+    """
     run = make_run(tmp_path, activations={"streams": streams, "heldout_share": 0.1})
     made = dealt(run, index(documents, per_span), rows)
     assert made.n_train_units % streams == 0
@@ -269,7 +278,7 @@ def test_documents_without_rows_make_no_unit(tmp_path: Path) -> None:
 
 
 def test_units_have_about_the_rows_that_were_asked_for(tmp_path: Path) -> None:
-    """122 documents x 16 rows to train on, in units of about 120: 16 units of 7 or 8 documents."""
+    """122 documents x 16 rows in units of about 120 rows give 16 units of 7 or 8 documents."""
     made = dealt(make_run(tmp_path), index(128), 16.0)
     assert made.n_train_units == 16
     assert {len(made.units[u]) for u in made.train_units} == {7, 8}
@@ -288,7 +297,7 @@ def test_too_few_documents_for_the_streams_is_said(tmp_path: Path) -> None:
 
 
 def test_less_than_one_batch_is_said(tmp_path: Path) -> None:
-    # 3 of the 64 documents are held out
+    # 3 of the 64 documents are held out, so 61 rows are left
     with pytest.raises(CorpusError, match=r"about 61 rows to train on, less than one batch.*64"):
         dealt(make_run(tmp_path), index(64), 1.0)
 
@@ -308,7 +317,11 @@ def test_max_documents_takes_a_sample_of_the_corpus(tmp_path: Path) -> None:
 
 
 def test_small_first_units_count_for_how_far_producers_must_run_ahead(tmp_path: Path) -> None:
-    """72,000 rows to begin with, and 32 units of 2,048 in the first windows: 64 + 34 at once."""
+    """The check of `max_ahead_units` takes into account that the first units are small.
+
+    72,000 rows are needed to begin, and the first windows have 32 units of 2,048 rows, so 64 + 34
+    units must fit at once.
+    """
 
     def run(ahead: int) -> Run:
         return make_run(

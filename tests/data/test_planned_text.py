@@ -1,4 +1,4 @@
-"""What is read is what was planned, by its content, wherever it lies now."""
+"""Only the planned text is read. Files are identified by content, wherever they are."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def write(path: Path, *lines: str) -> Path:
 
 
 def read(corpus: Corpus, index: CorpusIndex, *spans: int) -> list[str]:
-    """The texts of a unit of these spans, or of all."""
+    """Return the texts of a unit with these spans, or of all spans."""
     unit = spans or range(len(index.spans))
     checksums = index.checksums([unit])
     chosen = [index.spans[i] for i in unit]
@@ -37,7 +37,7 @@ def read(corpus: Corpus, index: CorpusIndex, *spans: int) -> list[str]:
 
 
 def unchanged_but_for(path: Path, change: Callable[[], object]) -> None:
-    """Do what gives a file other bytes, and set its times back."""
+    """Call `change`, then restore the file's times."""
     before = path.stat()
     change()
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -76,7 +76,7 @@ def test_a_plan_without_checksums_still_notices_a_new_file(tmp_path: Path) -> No
 def test_a_file_written_anew_while_it_is_read_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By its state, where the plan has no checksums."""
+    """Without checksums in the plan, the change is noticed by the file's state."""
     path = write(tmp_path / "a.txt", *LINES)
     corpus = files(path, txt_documents="line")
     index = corpus.index()._replace(digests=None)
@@ -100,7 +100,7 @@ def test_lines_that_no_longer_parse_are_a_change_not_bad_json(tmp_path: Path) ->
 
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_files_are_found_by_their_content(tmp_path: Path, suffix: str) -> None:
-    """Moved, renamed, in another order, beside a new one, under each other's names."""
+    """Files are found by content after a move, a rename, a reordering, or a swap of their names."""
     a, b = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
     WRITERS[suffix](a)
     with pytest.MonkeyPatch.context() as patch:
@@ -182,7 +182,7 @@ def test_a_data_set_that_is_another_one_is_named(tmp_path: Path) -> None:
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """Says which commit every revision of every data set is."""
+    """A hub that reports the same commit for every revision of every data set."""
 
     def do_GET(self) -> None:
         answer = json.dumps({"id": "some/texts", "sha": COMMIT}).encode()

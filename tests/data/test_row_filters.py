@@ -25,7 +25,10 @@ def kept(tokens: TokenBatch, rules: ExcludeConfig) -> tuple[list[list[int]], dic
 
 
 def test_each_row_is_left_out_for_one_reason_and_counted() -> None:
-    """Row 1: BOS, EOS within. Row 2: BOS, and two of padding."""
+    """Each excluded row is counted under exactly one reason.
+
+    Context 1 has BOS and an EOS inside. Context 2 has BOS and two padding tokens.
+    """
     tokens = batch([BOS, 10, EOS, 12], [BOS, 20])
     rows, excluded = kept(tokens, ExcludeConfig(special_tokens=True, first_positions=1))
     assert rows == [[10, 12], [20]]
@@ -67,7 +70,10 @@ def test_counts_add_up_over_batches() -> None:
 
 
 def test_rows_of_unusual_norm_are_told_by_the_median() -> None:
-    """Norms 1, 2, 3, 20, 100: the median is 3, so 10 x admits up to 30 and 6 x up to 18."""
+    """Rows are excluded by their norm relative to the median.
+
+    Norms are 1, 2, 3, 20 and 100, so the median is 3. 10 x admits up to 30, and 6 x up to 18.
+    """
     acts = torch.tensor([[1.0, 0], [0, -2], [3, 0], [12, 16], [60, 80]])
     assert kept_by_norm(acts, 10.0).tolist() == [True, True, True, True, False]
     assert kept_by_norm(acts, 6.0).tolist() == [True, True, True, False, False]
@@ -75,7 +81,10 @@ def test_rows_of_unusual_norm_are_told_by_the_median() -> None:
 
 
 def test_norms_are_taken_in_fp32() -> None:
-    """|(100, 9)| = 100.404 is over 1.003 x 100; in bf16 both would be 100.5."""
+    """Norms are computed in fp32.
+
+    |(100, 9)| = 100.404 exceeds 1.003 x 100. In bf16 both would be 100.5.
+    """
     acts = torch.tensor([[100.0, 0], [100, 0], [100, 9]], dtype=torch.bfloat16)
     assert kept_by_norm(acts, 1.003).tolist() == [True, True, False]
 

@@ -58,7 +58,10 @@ def test_blocks_hold_the_rows_in_order(store: ObjectStore, dtype: str) -> None:
     [(2047, [512, 512, 512, 511]), (600, [256, 256, 88]), (200, [200]), (9000, [2250] * 4)],
 )
 def test_a_small_unit_has_four_blocks(store: ObjectStore, rows: int, blocks: list[int]) -> None:
-    """Blocks have at least 256 rows. Training needs one block of each unit to begin."""
+    """A small unit is split into up to four blocks of at least 256 rows.
+
+    Training needs one block of each unit to begin, so it can begin sooner.
+    """
     shard = write_shard(store, 7, "resid_post.3", random_rows(rows, 1), 4096, "bf16")
     assert [block.rows for block in shard.blocks] == blocks
     assert read_block(store, shard, 0).acts.shape == (blocks[0], 1)
@@ -67,7 +70,7 @@ def test_a_small_unit_has_four_blocks(store: ObjectStore, rows: int, blocks: lis
 def test_plain_webdataset_reads_a_shard(store: ObjectStore, tmp_path: Path) -> None:
     rows = random_rows(50, 3)
     shard = write_shard(store, 7, "resid_post.3", rows, 20, "fp32")
-    with warnings.catch_warnings():  # WebDataset leaves its file to the garbage collector
+    with warnings.catch_warnings():  # WebDataset does not close its file
         warnings.simplefilter("ignore", ResourceWarning)
         samples = list(webdataset.WebDataset(str(tmp_path / shard.key), shardshuffle=False))
     assert [sample["__key__"] for sample in samples] == [f"00000007-00000{n}" for n in range(3)]
@@ -80,7 +83,10 @@ def test_plain_webdataset_reads_a_shard(store: ObjectStore, tmp_path: Path) -> N
 
 
 def test_the_tar_adds_less_than_one_per_cent(store: ObjectStore) -> None:
-    """At the default block of 4096 rows x 576 bf16, tokens and places not counted as overhead."""
+    """The tar format adds under 1 % at the default block of 4096 rows x 576 bf16.
+
+    Tokens, positions and documents are counted as payload.
+    """
     rows = random_rows(8192, 576, torch.bfloat16)
     shard = write_shard(store, 0, "s", rows, 4096, "bf16")
     payload = sum(column.numel() * column.element_size() for column in rows)
@@ -88,7 +94,10 @@ def test_the_tar_adds_less_than_one_per_cent(store: ObjectStore) -> None:
 
 
 def test_the_same_rows_give_the_same_bytes(store: ObjectStore) -> None:
-    """Under different names: attempts never write over each other."""
+    """The same rows give the same bytes, but under different keys.
+
+    So two attempts at a unit never overwrite each other.
+    """
     rows = random_rows(50, 3)
     one = write_shard(store, 7, "s", rows, 20, "fp32")
     other = write_shard(store, 7, "s", SiteRows(*(c.clone() for c in rows)), 20, "fp32")
@@ -98,7 +107,10 @@ def test_the_same_rows_give_the_same_bytes(store: ObjectStore) -> None:
 
 
 def test_rows_that_are_views_of_a_larger_tensor_are_stored_alone(store: ObjectStore) -> None:
-    """A slice across columns is not contiguous, and safetensors would refuse or store it all."""
+    """A column slice of a larger tensor is stored without the rest of the tensor.
+
+    Such a slice is not contiguous, so safetensors would refuse it or store the whole tensor.
+    """
     wide = random_rows(50, 12)
     rows = wide._replace(acts=wide.acts[:, 4:7])
     shard = write_shard(store, 7, "s", rows, 25, "bf16")
@@ -115,7 +127,10 @@ def test_checksums_and_sizes_are_those_of_the_bytes(store: ObjectStore) -> None:
 
 
 def test_sums_are_those_of_the_stored_values_in_fp64(store: ObjectStore) -> None:
-    """bf16 sums would be off by whole units here: 999 rows about 100."""
+    """Sums are accumulated in fp64.
+
+    For 999 rows near 100, sums in bf16 would be off by whole units.
+    """
     rows = random_rows(999, 4)
     rows = rows._replace(acts=rows.acts + 100)
     shard = write_shard(store, 7, "s", rows, 128, "fp32")
@@ -136,7 +151,7 @@ def damaged(store: ObjectStore, shard: SiteShard, data: bytes) -> None:
 
 
 def test_int8_rounds_each_row_to_its_own_scale(store: ObjectStore) -> None:
-    """To within half of max|x| / 127, and to the levels worked out by hand."""
+    """int8 errors are at most half of max|x| / 127, and the levels match those computed by hand."""
     rows = random_rows(50, 8, torch.float32)
     rows.acts[3] = 0
     rows.acts[4] *= 1e4
@@ -150,17 +165,18 @@ def test_int8_rounds_each_row_to_its_own_scale(store: ObjectStore) -> None:
         acts[5] * 127 / 2, torch.tensor([127.0, -127.0, 1.0, 0.0, 64.0, -32.0, 0.0, -1.0])
     )
     assert torch.equal(torch.cat([block.tokens for block in read]), rows.tokens)
-    # what the normaliser is measured on is what is read
+    # the normalizer is measured on the values that readers get
     total = torch.tensor(shard.sum, dtype=torch.float64)
     torch.testing.assert_close(total, acts.double().sum(0), rtol=1e-12, atol=1e-12)
 
 
 def test_int8_spends_no_levels_on_columns_that_are_always_large(store: ObjectStore) -> None:
-    """Rows with a column about 60 and one about -40 beside 62 of variance 1.
+    """Columns that are always large cost no int8 levels, because their mean is subtracted.
 
-    Levels are 60 / 127 wide with one scale per row, and a uniform error has a twelfth of their
-    square: 64 (60 / 127)^2 / 12 of a variance of 63 + 16 are .015. Of levels in deviations from the
-    mean, 2.6 / 127 wide on average, it is 3.5e-5.
+    The rows have a column near 60, a column near -40, and 62 columns of variance 1. With one scale
+    per row, levels are 60 / 127 wide. A uniform error has a twelfth of their square as variance: 64
+    (60 / 127)^2 / 12, or .015 of the rows' variance of 63 + 16. For deviations from the mean,
+    levels are 2.6 / 127 wide on average, and the error is 3.5e-5.
     """
     rows = random_rows(400, 64, torch.float32)
     rows.acts[:, 3] = 60 + 4 * rows.acts[:, 3]
@@ -196,14 +212,14 @@ def test_a_cut_shard_is_found(store: ObjectStore) -> None:
 
 
 def test_a_block_is_one_ranged_read(store: ObjectStore) -> None:
-    """A reader of one block does not fetch the shard."""
+    """Reading a block fetches only the bytes of that block."""
     shard = write_shard(store, 7, "s", random_rows(50, 3), 20, "fp32")
     data = store.get(shard.key)
     block = shard.blocks[1]
     zeros = io.BytesIO(bytes(len(data)))
     zeros.seek(block.offset)
     zeros.write(data[block.offset : block.offset + block.bytes])
-    damaged(store, shard, zeros.getvalue())  # all else is gone
+    damaged(store, shard, zeros.getvalue())  # every byte outside the block is zero
     read_block(store, shard, 1)
 
 

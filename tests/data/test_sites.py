@@ -1,4 +1,4 @@
-"""Several sites of one activation set, read together: the same rows in the same order."""
+"""Several sites of an activation set, read together: the same rows in the same order."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +19,10 @@ WIDTHS = {"narrow": 2, "wide": 5, "unread": 3}
 
 
 def numbered(unit: int, n: int) -> dict[str, Tensor]:
-    """Rows of a unit: the row's number first, then the width of the site."""
+    """Return a unit's rows at all sites.
+
+    Column 0 is the row's number. The other columns are the width of the site.
+    """
     acts = {site: torch.full((n, width), float(width)) for site, width in WIDTHS.items()}
     for of_site in acts.values():
         of_site[:, 0] = 1000 * unit + torch.arange(n)
@@ -28,7 +31,7 @@ def numbered(unit: int, n: int) -> dict[str, Tensor]:
 
 @pytest.fixture
 def world(tmp_path: Path) -> tuple[ObjectStore, Plan]:
-    """16 training units of 90 to 105 rows, in blocks of 8; 4 streams, 3 units at a time."""
+    """16 training units of 90 to 105 rows in blocks of 8, and 4 streams with windows of 3 units."""
     run = make_run(tmp_path)
     made, store = plan(run), open_store(run.store.activations)
     for unit in range(len(made.units)):
@@ -40,7 +43,10 @@ def world(tmp_path: Path) -> tuple[ObjectStore, Plan]:
 def test_a_batch_has_the_rows_of_one_site_alone_at_all_sites(
     world: tuple[ObjectStore, Plan], start: int
 ) -> None:
-    """On one rank and on two; with the same cursors, and nothing of other sites."""
+    """Batches of two sites have the same rows and cursors as batches of one site, on 1 and 2 ranks.
+
+    No other site is in the batch.
+    """
     both, steps = ActivationSet(*world, ("wide", "narrow")), range(start, 30)
     with open_loader(ActivationSet(*world, ("narrow",)), steps, passes=2) as loader:
         alone = list(loader)
@@ -61,7 +67,10 @@ def test_a_batch_has_the_rows_of_one_site_alone_at_all_sites(
 
 
 def test_rows_read_again_are_the_same_at_all_sites(world: tuple[ObjectStore, Plan]) -> None:
-    """The streams have 384, 388, 392 and 396 rows in a pass; 25 batches take 400 of each."""
+    """Repeated rows at the end of a stream are the same at all sites.
+
+    The streams have 384, 388, 392 and 396 rows in a pass, and 25 batches take 400 from each.
+    """
     with open_loader(ActivationSet(*world, ("narrow", "wide")), range(25)) as loader:
         batches = list(loader)
     assert sum(batch.repeated_rows for batch in batches) == 16 + 12 + 8 + 4
@@ -70,7 +79,11 @@ def test_rows_read_again_are_the_same_at_all_sites(world: tuple[ObjectStore, Pla
 
 
 def test_a_manifest_is_read_once_for_all_sites(world: tuple[ObjectStore, Plan]) -> None:
-    """Four manifests: of the first window's three units, and of the next window's, opened ahead."""
+    """Each manifest is read once for all sites.
+
+    There are four: the three units of the first window, and the next window's unit, which is opened
+    ahead.
+    """
 
     class Asked(Wrapped):
         manifests = 0
@@ -118,4 +131,4 @@ def test_a_unit_without_the_same_rows_at_all_sites_is_refused(
     with open_loader(both, range(23)) as loader, pytest.raises(CorruptObjectError, match=said):
         list(loader)
     with open_loader(ActivationSet(*world, ("narrow",)), range(23)) as loader:
-        assert len(list(loader)) == 23  # it reads that site alone
+        assert len(list(loader)) == 23  # a reader of one site does not check the others

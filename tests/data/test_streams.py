@@ -1,4 +1,4 @@
-"""Rows of a stream: all of them, in which order, and what comes after the last."""
+"""The rows of a stream: that all are read, in which order, and what follows the last one."""
 
 import weakref
 from collections import Counter
@@ -38,7 +38,7 @@ from tests.world import (
 
 @pytest.fixture(scope="module")
 def old_world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Under a plan as they were before documents were dealt by size."""
+    """A store whose plan is from before documents were dealt by size."""
     run = make_run(tmp_path_factory.mktemp("old"))
     store = open_store(run.store.activations)
     made = plan(run)
@@ -70,7 +70,11 @@ def test_one_pass_has_every_training_row_once(world: World) -> None:
 def test_the_next_window_is_read_when_half_of_the_present_one_is_taken(
     world: World, rows: int, units: list[int]
 ) -> None:
-    """A window of stream 1 has three units of 124 rows; its second one is the last unit."""
+    """The next window is read once half of the current window is taken.
+
+    The first window of stream 1 has three units of 124 rows, and the second one has only the last
+    unit.
+    """
     read = set[str]()
 
     class Asked(Wrapped):
@@ -90,10 +94,11 @@ def test_the_next_window_is_read_when_half_of_the_present_one_is_taken(
 def test_a_stream_that_ends_early_reads_its_last_window_again(
     world: World, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Streams 2 and 3 have 480 rows, or 30 batches, of which the last window, a unit, has 112.
+    """A stream that ends early repeats its last window, on any number of ranks and from any step.
 
-    Ten batches more repeat 160 rows of both and 144 of the others, which have 496; on any number
-    of ranks, and from any step on.
+    Streams 2 and 3 have 480 rows, or 30 batches, of which 112 are in the last window (one unit).
+    Ten more batches repeat 160 rows of each of these, and 144 rows of the other streams, which have
+    496.
     """
     monkeypatch.setattr(dist_sae.data.streams, "MOST_REPEATED_SHARE", 0.4)
     steps, activation_set = range(world.full_batches + 10), open_activation_set(world.run)
@@ -113,7 +118,7 @@ def test_a_stream_that_ends_early_reads_its_last_window_again(
         assert same(whole[35:], resumed)
     for stream, rows in enumerate(world.stream_rows):
         given_rows = ids([batch[16 * stream : 16 * stream + 16] for batch in whole])
-        assert len(set(given_rows)) == rows  # all of it, and nothing of another stream
+        assert len(set(given_rows)) == rows  # every row of this stream, and no row of another one
         last = set(given_rows[rows - 112 : rows])
         assert set(given_rows[rows:]) <= last
         assert max(Counter(given_rows).values()) <= 3
@@ -123,7 +128,10 @@ def test_a_stream_that_ends_early_reads_its_last_window_again(
 def test_another_number_of_passes_goes_on_where_the_rows_are(
     world: World, monkeypatch: pytest.MonkeyPatch, before: int, after: int
 ) -> None:
-    """Stream 2 had ended; the place of its last window then lies in another pass."""
+    """A changed number of passes continues at the same rows.
+
+    Stream 2 had ended, so the cursor within its last window belongs to another pass.
+    """
     monkeypatch.setattr(dist_sae.data.streams, "MOST_REPEATED_SHARE", 2.0)
     activation_set, n = open_activation_set(world.run), world.stream_rows[2]
     start = n * min(before, after) + 40
@@ -141,7 +149,11 @@ def test_another_number_of_passes_goes_on_where_the_rows_are(
 def test_no_more_is_read_again_than_an_estimate_may_be_wrong_by(
     world: World, monkeypatch: pytest.MonkeyPatch, passes: int, steps: int, share: float
 ) -> None:
-    """Wherever reading begins. 5% of 480 rows are 24; 1% less than a document of 16 each pass."""
+    """Repeating rows ends with an error at a fixed share of the stream, wherever reading begins.
+
+    5 % of 480 rows are 24. 1 % is less than one document of 16 rows per pass, so the document
+    counts.
+    """
     monkeypatch.setattr(dist_sae.data.streams, "MOST_REPEATED_SHARE", share)
     activation_set, stop = open_activation_set(world.run), passes * world.full_batches + steps
     with open_loader(activation_set, range(stop), passes=passes) as loader:
@@ -167,7 +179,7 @@ def test_the_second_pass_has_the_same_rows_in_another_order(world: World) -> Non
         assert one != two
         assert two != three
         last.append([frozenset(order[-100:]) for order in (one, two, three)])
-    # the last window is one unit of four; in a new pass it is another one
+    # the last window has one unit of four, and a new pass puts another unit there
     assert any(len({*passes}) == 3 and not passes[1] & passes[2] for passes in last)
 
 
@@ -180,7 +192,10 @@ def test_the_sizes_in_which_a_stream_is_read_do_not_matter(world: World) -> None
 
 
 def test_streams_of_an_older_plan_end(old_world: World) -> None:
-    """It promised nothing: how its streams differ is not known."""
+    """Streams of an older plan end instead of repeating rows.
+
+    Such a plan does not guarantee how far its streams differ in length.
+    """
     shortest = min(old_world.stream_rows)
     with pytest.raises(DataExhaustedError) as caught:
         batches(open_activation_set(old_world.run), range(2 * old_world.full_batches + 5), passes=2)
@@ -191,7 +206,10 @@ def test_streams_of_an_older_plan_end(old_world: World) -> None:
 
 
 def test_a_unit_without_rows_is_passed_over(own_world: World) -> None:
-    """Unit 4 is the second of stream 0; without its rows the others come as they would."""
+    """A unit without rows is skipped, and the other rows of its stream are unaffected.
+
+    Unit 4 is the second unit of stream 0.
+    """
     manifest = read_manifest(own_world.store, 4)
     shard = manifest.sites["synthetic"].model_copy(update={"blocks": ()})
     gone = manifest.rows
@@ -207,7 +225,7 @@ def test_a_unit_without_rows_is_passed_over(own_world: World) -> None:
 
 
 class Inline(ThreadPoolExecutor):
-    """Runs everything at once, so that what is fetched depends on nothing else."""
+    """An executor that runs each task at submission, so that prefetching is deterministic."""
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> "Future[Any]":
         future: Future[Any] = Future()
@@ -221,7 +239,10 @@ class Inline(ThreadPoolExecutor):
 def test_two_blocks_a_unit_of_the_window_are_in_memory(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At most 7: of each of 3 units one in use and one being read, and one of the next window."""
+    """At most 7 blocks are in memory: two for each of 3 units, and one of the next window.
+
+    Of each unit, one block is in use and one is being read.
+    """
     alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
     most = 0
 
@@ -243,12 +264,12 @@ def test_two_blocks_a_unit_of_the_window_are_in_memory(
 def test_rows_of_one_document_rarely_meet_in_a_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Same-document pairs are at most 1.2 x what a uniform shuffle gives.
+    """Same-document pairs in a batch are at most 1.2 x as frequent as in a uniform shuffle.
 
-    1024 documents x 16 rows in 64 units of 2 streams; a uniform shuffle of all rows puts
-    1024 C(16, 2) C(64, 2) / C(16384, 2) = 1.85 such pairs in a batch of 64. A producer that wrote
-    its rows in any order, documents not spread, would give about 8 x that, for an eighth of the
-    units is open at a time.
+    There are 1024 documents x 16 rows in 64 units of 2 streams. A uniform shuffle of all rows puts
+    1024 C(16, 2) C(64, 2) / C(16384, 2) = 1.85 such pairs in a batch of 64. A producer that did not
+    spread the rows of a document would give about 8 x that, because an eighth of the units is open
+    at a time.
     """
     run = make_run(
         tmp_path,
@@ -265,4 +286,5 @@ def test_rows_of_one_document_rarely_meet_in_a_batch(
     uniform = 1024 * (16 * 15 / 2) * (64 * 63 / 2) / (16384 * 16383 / 2)
     assert np.mean(pairs) <= 1.2 * uniform
     thirds = np.array_split(np.array(pairs), 3)
-    assert all(part.mean() <= 1.5 * uniform for part in thirds)  # and nowhere much more
+    # and no third of the batches has many more
+    assert all(part.mean() <= 1.5 * uniform for part in thirds)

@@ -14,7 +14,7 @@ BOS = 1
 
 
 def documents(*lengths: int) -> list[Document]:
-    """Documents whose letters are all different, over the whole corpus too."""
+    """Return documents in which no letter occurs twice, within or between documents."""
     first, result = 1000, []
     for number, length in enumerate(lengths):
         result.append(Document(number, "".join(map(chr, range(first, first + length)))))
@@ -33,7 +33,7 @@ def test_cut_loses_and_doubles_no_token(bos: int | None) -> None:
 
 
 def test_cut_puts_bos_before_every_context_and_counts_it() -> None:
-    """9 tokens in contexts of 5 with BOS: 4 + 4 + 1."""
+    """9 tokens fill three contexts of 5 with BOS: 4 + 4 + 1."""
     contexts = list(cut(documents(9), LETTERS, context_tokens=5, bos=BOS))
     assert [c.tokens[0] for c in contexts] == [BOS] * 3
     assert [len(c.tokens) for c in contexts] == [5, 5, 2]
@@ -53,7 +53,10 @@ def packed(lengths: list[int], batch_tokens: int, bos: int | None = BOS) -> list
 
 @pytest.mark.parametrize("bos", [None, BOS])
 def test_pack_loses_and_doubles_no_token_and_says_where_each_is(bos: int | None) -> None:
-    """Token 1000 + i is the i-th of the corpus: document and position follow from it."""
+    """Each token is packed once, with its correct document and position.
+
+    Token 1000 + i is the corpus's i-th, which determines both.
+    """
     lengths = [random.Random(n).randint(0, 200) for n in range(40)]
     places = [(d, p) for d, length in enumerate(lengths) for p in range(length)]
     seen = []
@@ -93,7 +96,11 @@ def test_a_context_longer_than_the_limit_goes_alone() -> None:
 
 
 def test_little_is_padding_when_lengths_differ() -> None:
-    """Lengths 1 to 64 evenly, 32 contexts a batch: in arrival order half would be padding."""
+    """Contexts are sorted by length, so under 5 % of a batch is padding.
+
+    Lengths are uniform in 1 to 63, with about 32 contexts per batch. In arrival order half would be
+    padding.
+    """
     lengths = [random.Random(n).randint(1, 63) for n in range(1000)]
     batches = packed(lengths, 1024)
     slots = sum(batch.mask.numel() for batch in batches)
@@ -102,7 +109,7 @@ def test_little_is_padding_when_lengths_differ() -> None:
 
 
 def test_the_order_of_rows_does_not_depend_on_the_size_of_a_batch() -> None:
-    """`model.batch_tokens` does not enter the plan, so it must not change the unit."""
+    """`model.batch_tokens` is not part of the plan, so it must not change the order of rows."""
     lengths = [random.Random(n).randint(1, 60) for n in range(100)]
 
     def rows(batch_tokens: int) -> list[int]:
@@ -120,7 +127,10 @@ def test_nothing_gives_nothing() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_little_is_padding_and_batches_are_large_all_the_same(seed: int) -> None:
-    """Lengths as of articles: many reach the limit, the rest are of all kinds."""
+    """Under 5 % is padding and batches are nearly full for lengths like those of articles.
+
+    Many contexts reach the limit, and the rest have all kinds of lengths.
+    """
     chance = random.Random(seed)
     lengths = [64] * 100 + [chance.randint(1, 64) for _ in range(150)]
     contexts = [Context(n, 0, [7] * length) for n, length in enumerate(lengths)]
@@ -132,7 +142,7 @@ def test_little_is_padding_and_batches_are_large_all_the_same(seed: int) -> None
 
 
 class Fussy(Letters):
-    """Refuses text with a question mark."""
+    """A tokenizer that refuses text with a question mark."""
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         if any("?" in text for text in texts):
@@ -157,7 +167,10 @@ def test_a_document_that_the_tokenizer_refuses_is_told_and_left_out() -> None:
 
 
 def test_half_a_surrogate_pair_reaches_no_tokenizer() -> None:
-    """`Letters` would take it for a letter."""
+    """Half a surrogate pair is refused before tokenizing.
+
+    The tokenizer `Letters` would accept it as a letter.
+    """
     texts = [Document(0, "a\ud800"), Document(1, "b")]
     told: list[int] = []
     contexts = cut(
@@ -184,7 +197,7 @@ def test_half_a_surrogate_pair_reaches_no_tokenizer() -> None:
 def test_a_tokenizer_that_refuses_everything_is_broken(
     error: Exception, raised: type[Exception]
 ) -> None:
-    """What is not about one text is raised; documents are not dropped for it."""
+    """An error that is not about a single text is raised, and no document is dropped for it."""
 
     def broken(texts: Sequence[str]) -> list[list[int]]:
         raise error

@@ -27,7 +27,7 @@ UNITS = 17
 
 
 class Clock(threading.Event):
-    """A clock that only waiting moves; `then` is what happens while one waits."""
+    """A clock that advances only by `wait`, which also calls `then`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def run(tmp_path: Path) -> Run:
 
 
 class Aging(Wrapped):
-    """A store whose objects age by the clock of the test."""
+    """A store whose objects age by the test's clock."""
 
     def __init__(self, store: ObjectStore, clock: Clock) -> None:
         super().__init__(store)
@@ -139,7 +139,7 @@ def test_an_own_claim_of_an_earlier_life_is_taken_at_once(
 
 
 def test_renewing_keeps_a_slow_producers_unit(run: Run, clock: Clock, store: ObjectStore) -> None:
-    """It works for ten minutes on one unit, and says so all the time."""
+    """A producer that works on a unit for ten minutes keeps it by renewing its claim."""
     finish(store, *range(1, UNITS))
     slow = open_claims(run, "slow", clock, store)
     assert slow.take() == 0
@@ -160,7 +160,10 @@ def test_renewing_keeps_a_slow_producers_unit(run: Run, clock: Clock, store: Obj
 def test_claims_are_renewed_beside_the_work_while_it_does_not_hang(
     run: Run, clock: Clock, store: ObjectStore, monkeypatch: pytest.MonkeyPatch, *, lives: bool
 ) -> None:
-    """Two claims; the third question comes after two renewals."""
+    """Claims are renewed while the worker is alive, and not when it hangs.
+
+    There are two claims, and two renewals before the third liveness check.
+    """
     monkeypatch.setattr(dist_sae.data.work_queue, "LEASE_SECONDS", 0.01)
     asked, over = itertools.count(1), threading.Event()
 
@@ -288,7 +291,11 @@ def test_a_unit_that_is_finished_between_the_look_and_the_claim_is_not_done_agai
 def test_a_unit_costs_four_requests_however_many_others_there_are(
     run: Run, clock: Clock, store: ObjectStore
 ) -> None:
-    """List the claims, list the units, claim, look: others' units are not asked for one by one."""
+    """Taking a unit costs four requests, because other producers' units are not checked one by one.
+
+    The requests list the claims, list the units, write the claim, and check that the unit is not
+    done.
+    """
 
     class Counting(Wrapped):
         asked: Counter[str]
@@ -315,7 +322,7 @@ def test_a_unit_costs_four_requests_however_many_others_there_are(
     counting = Counting(store)
     counting.asked = Counter()
     claims = open_claims(run, "a", clock, counting)
-    counting.asked.clear()  # of the beginning
+    counting.asked.clear()  # without the requests of opening the queue
     assert claims.take() == 10
     assert counting.asked == {"list": 2, "put": 1, "size": 1}
 
@@ -334,7 +341,7 @@ def test_without_exclusive_writes_each_producer_does_its_share(
     while (unit := claims.take()) is not None:
         taken.append(unit)
         finish(store, unit)
-        claims.renew()  # there is nothing to renew
+        claims.renew()  # there is no claim to renew
         claims.release(unit, done=True)
     assert taken == [unit for unit in range(number, UNITS, 3) if unit not in (3, 4, 5)]
     assert claimed(store) == {}
@@ -368,7 +375,7 @@ def test_whom_a_producer_waits_for_and_what_it_takes_over_is_metered(
     dead = open_claims(run, "dead", clock, store)
     assert [dead.take() for _ in range(UNITS)] == list(range(UNITS))
     claims = open_claims(run, "a", clock, store, ahead=UNITS, meter=telemetry)
-    assert claims.take() == 0  # after the dead one's lease
+    assert claims.take() == 0  # after the dead producer's lease has expired
     finish(store, 0)
     claims.release(0, done=True)
     consumers = Consumers(store, run.store.consumer_expiry_hours)
@@ -396,7 +403,10 @@ def test_before_any_run_has_come_the_first_units_are_made(
 def test_nobody_waits_for_a_run_that_was_abandoned(
     run: Run, clock: Clock, store: ObjectStore
 ) -> None:
-    """But when all are, production rests where the last one was."""
+    """Abandoned runs do not hold back production, unless all runs are abandoned.
+
+    Then the last one's position still limits production.
+    """
     consumers = Consumers(store, run.store.consumer_expiry_hours)
     consumers.report("gone", reached=1, needed=0)
     clock.now += 73 * 3600
@@ -411,7 +421,10 @@ def test_nobody_waits_for_a_run_that_was_abandoned(
 def test_a_producer_that_nobody_will_ever_let_go_on_ends(
     run: Run, clock: Clock, store: ObjectStore
 ) -> None:
-    """Not while a run lives, though it stands still, and not for what it waited before."""
+    """A producer ends with an error when no run will ever let it continue.
+
+    It does not end while a run reports, even without progress. Time waited before does not count.
+    """
     consumers = Consumers(store, 0.01)
     claims = unit_queue(
         store,
@@ -433,13 +446,14 @@ def test_a_producer_that_nobody_will_ever_let_go_on_ends(
             consumers.report("r", reached=int(clock.waits > 70), needed=0)
 
     clock.then = report
-    assert claims.take() == 2  # after 70 s behind a run that lives
+    assert claims.take() == 2  # after waiting 70 s for a run that reports
     claims.release(2, done=False)
     finish(store, 2)
     with pytest.raises(AbandonedError, match=r"no run has made progress or reported for 0\.01 h"):
         claims.take()
     assert 79 + 36 <= clock.waits <= 79 + 40
-    patient = open_claims(run, "b", clock, store, ahead=2)  # beside pods others may come any time
+    # with no idle limit it waits for ever, because another run may come
+    patient = open_claims(run, "b", clock, store, ahead=2)
     clock.then = lambda: clock.set() if clock.waits > 300 else None
     assert patient.take() is None
 
@@ -450,7 +464,10 @@ def test_a_producer_that_nobody_will_ever_let_go_on_ends(
 def test_a_queue_of_any_numbered_work_is_shared_by_its_workers(
     clock: Clock, tmp_path: Path
 ) -> None:
-    """Buckets of an index, which may be merged once the index is cut so far; no metrics."""
+    """A queue can share any numbered work, here the buckets of an index.
+
+    A bucket can be merged once it has been cut. The queue has no meter.
+    """
     store = Aging(open_store(str(tmp_path)), clock)
     done, ready = NumberedKeys("index/a/buckets/"), [3]
     merge = Work(
@@ -460,7 +477,7 @@ def test_a_queue_of_any_numbered_work_is_shared_by_its_workers(
         done,
         lambda: (ready[0], "bucket 3 to be cut"),
     )
-    finish(store, 0, 3)  # units of the same store
+    finish(store, 0, 3)  # units in the same store do not count as buckets
     store.put("index/a/buckets/00000001.json", b"{}")
     a, b = (WorkQueue(store, merge, Worker(name), clock, clock=lambda: clock.now) for name in "ab")
     assert [a.take(), b.take()] == [0, 2]
