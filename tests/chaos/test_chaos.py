@@ -1,11 +1,11 @@
 """The whole pipeline under a seeded schedule of deaths, store faults and restarts.
 
-Producers, an S3 server behind a proxy that injects faults, a scraper of everyone's metrics, and a
-trainer of one to four ranks that is killed, told to stop, and started again with another number of
-them. However it went, the trainer has been given the same rows at every step, and ends at the same
-parameters as a calm run.
+There are producers, an S3 server behind a proxy that injects faults, a scraper of all metrics, and
+a trainer of one to four ranks. The trainer is killed, told to stop, and restarted with another
+number of ranks. Whatever happens, the trainer gets the same rows at every step as in a calm run,
+and ends with the same parameters.
 
-By default one schedule; with `--long` 30.
+One schedule runs by default, 30 with `--long`.
 """
 
 import json
@@ -41,12 +41,12 @@ CREDENTIALS = {
     "AWS_EC2_METADATA_DISABLED": "true",
 }
 LIMIT_SECONDS = 240.0
-SHAPES = ((1, 1), (2, 1), (2, 2), (4, 2))  # ranks, shards
+SHAPES = ((1, 1), (2, 1), (2, 2), (4, 2))  # (ranks, latent shards)
 STREAMS = 4
 
 
 def make_run(folder: Path, server: Server, endpoint: str, name: str) -> Run:
-    """60 steps of 160 rows from 16 units; a checkpoint every 5."""
+    """Return a run with 60 steps of 160 rows from 16 units, and a checkpoint every 5 steps."""
     client = server.client()
     if name not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]:
         client.create_bucket(Bucket=name)
@@ -61,18 +61,18 @@ def make_run(folder: Path, server: Server, endpoint: str, name: str) -> Run:
 
 
 class Outcome(NamedTuple):
-    """What a pipeline came to."""
+    """The result of a pipeline."""
 
     checkpoint: Checkpoint
     rows: dict[tuple[int, int], str]
-    """Digest of what was trained on last, by step and stream."""
+    """Digest of the rows last trained on, by step and stream."""
     fvu: list[float]
     deaths: int
     starts: int
 
 
 class Pipeline:
-    """Runs to the end, whatever the schedule does to it."""
+    """Producers and a trainer that run to the end, whatever the schedule does to them."""
 
     def __init__(self, run: Run, folder: Path, chance: random.Random | None) -> None:
         self._run = run
@@ -97,22 +97,22 @@ class Pipeline:
         rows = {}
         for line in self._seen.read_text().splitlines():
             step, stream, digest = json.loads(line)
-            # what a dead rank had read ahead of the step that was saved is read again
+            # a later line replaces an earlier one: steps after the last checkpoint are repeated
             rows[step, stream] = digest
         return rows, self._deaths, self._starts
 
     def producers(self) -> list[Any]:
-        """Start them."""
+        """Start two producers."""
         return [self._producer(number) for number in range(2)]
 
     def wait(self, until: Callable[[], bool]) -> None:
-        """Come back when it is so."""
+        """Wait for `until` to return true."""
         while not until():
             assert self._left() > 0, "it did not come to that"
             time.sleep(0.02)
 
     def _check_metrics(self, scraper: Scraper) -> None:
-        """What an operator saw was true: what was called durable was not trained on again."""
+        """Check that no later life repeats a step that the metrics had reported as checkpointed."""
         scraper.check_counters()
         durable = 0.0
         for life in range(1, self._starts + 1):
@@ -120,7 +120,7 @@ class Pipeline:
             if first in scraper.samples:
                 steps = [step for step in scraper.values(first, "dist_sae_train_step") if step]
                 saved = [s for s in scraper.values(first, "dist_sae_checkpoint_step") if s]
-                # the first that are seen may be those that it goes on from
+                # the first values seen may be those of the checkpoint that the life resumes from
                 begun = [*steps[:1], *saved[:1]]
                 assert all(step >= durable for step in begun), (life, durable, begun)
                 assert steps == sorted(steps)
@@ -131,7 +131,7 @@ class Pipeline:
         assert any(name.startswith("produce") for name in scraper.samples)
 
     def _train(self, producers: list[Any]) -> bool:
-        """One life of the trainer; whether it came to the end."""
+        """Run one life of the trainer, and return whether it reached the end."""
         chance = self._chance
         ranks = self._ranks()
         plot = self._plot() if chance else []
@@ -147,11 +147,11 @@ class Pipeline:
         return set(codes) == {0}
 
     def _plot(self) -> list[tuple[float, str, signal.Signals]]:
-        """(When, who, by which signal) of what happens in one life of the trainer."""
+        """Return (time, victim, signal) of each event in one life of the trainer."""
         chance = self._chance
         assert chance is not None
         if self._starts > 3:
-            return []  # in the end there is peace
+            return []  # later lives are undisturbed, so that the run ends
         events = [(chance.uniform(0.5, 8.0), "trainer", chance.choice(_SIGNALS))]
         if chance.random() < 0.5:
             events.append((chance.uniform(0.2, 4.0), "producer", signal.SIGKILL))
@@ -175,7 +175,7 @@ class Pipeline:
         return self.ranks(*(self._chance.choice(SHAPES) if self._chance else (1, 1)))
 
     def ranks(self, world: int, shards: int, work: Callable[..., None] = train_rank) -> list[Any]:
-        """Start the trainer."""
+        """Start the ranks of the trainer."""
         self._starts += 1
         settings = self._run.model_dump(mode="json")
         settings["processes"] |= {"trainers": world, "latent_shards": shards}
@@ -221,7 +221,7 @@ def seaweedfs(server: Callable[[str], Server]) -> Server:
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory, seaweedfs: Server) -> Outcome:
-    """One rank that nobody disturbs."""
+    """The outcome of a single rank without faults."""
     folder = tmp_path_factory.mktemp("calm")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in CREDENTIALS.items():
@@ -235,7 +235,10 @@ def calm(tmp_path_factory: pytest.TempPathFactory, seaweedfs: Server) -> Outcome
 
 
 def check_alike(one: Checkpoint, other: Checkpoint) -> None:
-    """Parameters within 1e-5: other numbers of ranks sum in another order."""
+    """Check that parameters agree within 1e-5.
+
+    With another number of ranks, sums are taken in another order.
+    """
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
         error = (one.read(name) - other.read(name)).norm() / one.read(name).norm()
         assert float(error) <= 1e-5, name
@@ -244,7 +247,10 @@ def check_alike(one: Checkpoint, other: Checkpoint) -> None:
 def test_a_stop_during_a_save_keeps_both(
     tmp_path: Path, seaweedfs: Server, calm: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is half written is finished, then what was done since is saved, and all ranks end."""
+    """A SIGTERM during a save loses nothing.
+
+    The save is finished, the steps since then are saved too, and all ranks end.
+    """
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     run = make_run(tmp_path, seaweedfs, seaweedfs.endpoint_url, "stop-in-a-save")
@@ -285,7 +291,7 @@ def test_chaos_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
     seed: int,
 ) -> None:
-    """The same rows at every step, the same losses within 1e-5, the same parameters."""
+    """Faults do not change the rows of a step. Losses and parameters agree within 1e-5."""
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     chance = random.Random(seed)

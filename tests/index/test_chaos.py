@@ -1,7 +1,8 @@
-"""Whatever dies or is damaged, and however many workers and shards there are: the same index.
+"""The index is the same whatever dies or is damaged, and with any number of workers and shards.
 
-Each seed is a schedule: how many workers begin, which is killed when, which object is damaged when.
-By default two; with `--long` 50, and every recipe over shards.
+Each seed determines a schedule: how many workers start, which is killed when, and which object is
+damaged when. Two seeds run by default. With `--long`, 50 seeds run, and all recipes run over
+shards.
 """
 
 import random
@@ -33,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def calm(run: Run) -> dict[str, bytes]:
-    """The tables that one worker makes when nothing happens."""
+    """The files of an index that one worker builds without faults."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "LEAST_LATENTS", BUCKET_LATENTS)
         return files(make_index(run)["index"])
@@ -42,7 +43,8 @@ def calm(run: Run) -> dict[str, bytes]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "seed" in metafunc.fixturenames:
         metafunc.parametrize("seed", range(50 if metafunc.config.getoption("--long") else 2))
-    if "kind" in metafunc.fixturenames:  # one that counts, one with thresholds, one with experts
+    # one recipe with a fixed k, one with thresholds, one with experts
+    if "kind" in metafunc.fixturenames:
         few = ("topk", "jumprelu", "routed")
         metafunc.parametrize("kind", RECIPES if metafunc.config.getoption("--long") else few)
 
@@ -89,7 +91,7 @@ def test_workers_that_die_and_objects_that_rot_leave_the_same_bytes(
 
 
 def rot(folder: Path, chance: random.Random) -> None:
-    """Damage or delete one of the objects that stage 2 reads."""
+    """Damage or delete one of the objects that stage 2 of the index reads."""
     objects = sorted([*folder.glob("codes/*.bin"), *folder.glob("rows/*.parquet")])
     if not objects:
         return
@@ -102,11 +104,11 @@ def rot(folder: Path, chance: random.Random) -> None:
             data[chance.randrange(len(data))] ^= 255
             path.write_bytes(data)
     except FileNotFoundError:
-        pass  # a worker was faster
+        pass  # a worker has deleted the file meanwhile
 
 
 def test_shards_and_workers_do_not_matter(tmp_path: Path, kind: str) -> None:
-    """One worker of 1, 2 and 4 ranks, and two workers of 2: the same bytes."""
+    """One worker of 1, 2 or 4 ranks, and two workers of 2 ranks, build the same bytes."""
     run = produced(tmp_path, kind)
     add_checkpoint(run)
     expected = files(make_index(run)["index"])

@@ -1,4 +1,4 @@
-"""Damaged, deleted and empty objects: an index loses nothing else."""
+"""Damaged, deleted and empty objects do not affect the rest of an index."""
 
 import errno
 import io
@@ -59,7 +59,10 @@ def test_repair_makes_any_table_again(tmp_path: Path, damaged: str) -> None:
 def test_a_worker_whose_bucket_was_taken_over_encodes_nothing_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is slow; others complete the index and delete the codes before it reads them."""
+    """A slow worker whose bucket was taken over does not encode any unit again.
+
+    Other workers complete the index and delete the codes before the slow worker reads them.
+    """
     run = produced(tmp_path)
     add_checkpoint(run)
     monkeypatch.setattr(dist_sae.index.layout, "LEAST_LATENTS", 24)
@@ -70,7 +73,7 @@ def test_a_worker_whose_bucket_was_taken_over_encodes_nothing_again(
         monkeypatch.undo()
         monkeypatch.setattr(dist_sae.index.layout, "LEAST_LATENTS", 24)
         for claim in Path(run.store.runs).rglob("claims/*/*.json"):
-            claim.unlink()  # as if they had run out
+            claim.unlink()  # as if the claims had expired
         others.append(make_index(run, "quick"))
         units.update({p: p.stat().st_mtime_ns for p in Path(run.store.runs).rglob("units/*.json")})
         return build_bucket(*args, **options)  # type: ignore[arg-type]
@@ -131,7 +134,10 @@ def test_examples_of_a_decile_lie_within_it(tmp_path: Path) -> None:
 
 
 def test_units_without_a_row_are_indexed(tmp_path: Path) -> None:
-    """All rows of a unit may have been left out, here for their norms."""
+    """Units without rows are indexed.
+
+    All rows of a unit may have been excluded, here for their norms.
+    """
     world = {**WORLD["activations"], "exclude": {"over_norm": 1e-6}}
     run = produced(tmp_path, activations=world)
     add_checkpoint(run)
@@ -160,7 +166,10 @@ def test_a_full_temporary_folder_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("named", ["world/run.yaml", "world/index/other/rows/0.parquet", "../x"])
 def test_a_record_cannot_choose_what_repair_deletes(tmp_path: Path, named: str) -> None:
-    """It is sealed as ours are; what it names is not there, or does not match its checksum."""
+    """A unit record that names a key outside the index makes repair delete only the record itself.
+
+    The record has a valid seal. The key that it names does not exist, or fails its checksum.
+    """
     run = produced(tmp_path)
     add_checkpoint(run)
     result = make_index(run)

@@ -1,4 +1,4 @@
-"""The latent index against brute force, and its workers."""
+"""The latent index compared with brute force, and settings that leave parts out."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -25,11 +25,12 @@ from tests.index.indexed import (
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist_sae.index.layout, "LEAST_LATENTS", 24)  # of 64: two and a part
+    # 64 latents in two whole buckets and a partial one
+    monkeypatch.setattr(dist_sae.index.layout, "LEAST_LATENTS", 24)
 
 
 def check(place: str, result: dict[str, object], oracle: Oracle) -> None:
-    """Compare everything in an index."""
+    """Compare everything in an index with brute force."""
     assert result["rows"] == len(oracle.codes)
     assert result["fvu"] == pytest.approx(oracle.fvu, rel=1e-6)
     assert result["l0"] == pytest.approx(oracle.l0, rel=1e-12)
@@ -106,7 +107,7 @@ def check_examples(place: str, oracle: Oracle, top: int = 6, per_decile: int = 2
         if len(firings) <= top:
             assert not sampled
             continue
-        # each tenth of the activations, by rank, gives its number of different rows
+        # each tenth of the activations, by rank, gives its number of distinct rows
         assert [line["decile"] for line in sampled] == [d // 2 for d in range(10 * per_decile)] or (
             len(firings) < 10 * per_decile
         )
@@ -122,7 +123,7 @@ def check_examples(place: str, oracle: Oracle, top: int = 6, per_decile: int = 2
 
 
 def check_pairs(place: str, codes: "np.typing.NDArray[np.float32]") -> None:
-    """Compare with phi as the correlation coefficient of the two being active."""
+    """Compare phi with the correlation coefficient of the two latents' being active."""
     found = defaultdict(list)
     for line in tables(place, "pairs").to_pylist():
         found[line.pop("latent")].append(line)
@@ -172,7 +173,10 @@ def test_rows_are_encoded_as_they_are_stored(tmp_path: Path, dtype: str) -> None
 def test_buckets_larger_than_memory_give_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    """Taken in ranges of latents, and latents unit by unit; only postings come in other pieces."""
+    """Buckets too large for memory give the same files, except that postings are cut differently.
+
+    They are merged in ranges of latents. A latent that is still too large is merged unit by unit.
+    """
     run = produced(tmp_path, "jumprelu")
     add_checkpoint(run)
     whole = make_index(run)

@@ -1,4 +1,4 @@
-"""Nearest latents against brute force in fp64, by ranges, in cells, and in bounded memory."""
+"""Nearest latents against brute force in fp64: in ranges, with cells, and in bounded memory."""
 
 import itertools
 import logging
@@ -36,7 +36,10 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def planted(n: int = N, d: int = D, seed: int = 0) -> torch.Tensor:
-    """Random directions of all lengths, clusters, near duplicates at cosines of .9 to .999."""
+    """Return decoder rows of various lengths: random ones, clusters and near duplicates.
+
+    Near duplicates have cosines of .9 to .999.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(n, d, generator=generator)
     rows[: n // 3] = rows[torch.arange(n // 3) % 20] + 0.7 * rows[: n // 3]
@@ -49,11 +52,15 @@ def planted(n: int = N, d: int = D, seed: int = 0) -> torch.Tensor:
 
 
 def brute_force(W_dec: torch.Tensor, m: int) -> Neighbours:
-    """All cosines in fp64, rounded to fp32; equal ones by number."""
+    """Return the nearest latents by cosines in fp64, rounded to fp32.
+
+    Ties go to the lower latent.
+    """
     rows = W_dec.double().numpy()
     norms = np.linalg.norm(rows, axis=1)
     cosines = (rows @ rows.T) / np.maximum(np.outer(norms, norms), 1e-300)
-    cosines = np.round(cosines, 9).astype(np.float32)  # what fp64 rounds differently is equal
+    # values that differ only by fp64 rounding are ties
+    cosines = np.round(cosines, 9).astype(np.float32)
     np.fill_diagonal(cosines, -np.inf)
     order = np.argsort(-cosines, axis=1, kind="stable")[:, :m]
     nearest = np.take_along_axis(cosines, order, 1)
@@ -79,7 +86,10 @@ def test_the_running_mean_is_looked_at_where_there_is_one(tmp_path: Path) -> Non
 
 
 def test_of_equal_ones_the_lower_is_nearer(tmp_path: Path) -> None:
-    """Ten are one direction, at several lengths that fp32 multiplies exactly."""
+    """Among equally near latents, the one with the lower number comes first.
+
+    Ten latents have the same direction, with lengths that fp32 multiplies exactly.
+    """
     W_dec = planted()
     same = [5, 9, 70, 71, 130, 250, 251, 400, 640, 699]
     W_dec[same] = W_dec[5] * 2.0 ** torch.arange(len(same))[:, None]
@@ -140,7 +150,7 @@ def test_ranges_are_the_whole_whoever_computes_them(
 
 
 def test_cells_find_nearly_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quarter of the cells: above .9 of the neighbours, all near duplicates but one in 100."""
+    """With a quarter of the cells, over .9 of neighbors and .99 of near duplicates are found."""
     n = 2048
     W_dec = planted(n)
     given = checkpoint(tmp_path, W_dec)
@@ -176,11 +186,11 @@ def same_cells(one: Cells | None, other: Cells | None) -> bool:
 def test_cells_are_made_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Unless they are damaged, or of another checkpoint."""
+    """Cells are computed once, unless they are damaged or belong to another checkpoint."""
     given, store = checkpoint(tmp_path, planted()), open_store(str(tmp_path / "index"))
     assert (
         load_or_compute_cells(store, "cells/", given) is None
-    )  # few latents are compared with all
+    )  # so few latents are compared with all others instead
     assert list(store.keys()) == []
     monkeypatch.setattr(cells_module, "EXACT_LATENTS", N - 1)
     first = load_or_compute_cells(store, "cells/", given)
@@ -209,7 +219,7 @@ def test_all_use_the_cells_that_were_there_first(
     theirs = compute_cells(given)._replace(cell_of=torch.zeros(N, dtype=torch.int32))
 
     def slow(*_: object) -> Cells:
-        """Another worker stores its cells meanwhile."""
+        """Compute other cells, after another worker has stored its own cells."""
         monkeypatch.setattr(cells_module, "compute_cells", lambda *_: theirs)
         load_or_compute_cells(store, "cells/", given)
         return theirs._replace(cell_of=torch.ones(N, dtype=torch.int32))
@@ -219,7 +229,7 @@ def test_all_use_the_cells_that_were_there_first(
 
 
 def of_a_range(folder: Path, among: str) -> None:
-    """In a process of its own."""
+    """Compute the neighbors of a range of latents, in a separate process."""
     cells_module.SAMPLE_BYTES = neighbours_module.WINDOW_BYTES = 4 * MIB
     neighbours_module.PAIRS_BYTES = neighbours_module.QUERIES_BYTES = MIB
     select.CHUNK_BYTES = 2 * MIB
@@ -232,7 +242,10 @@ def of_a_range(folder: Path, among: str) -> None:
 def test_memory_does_not_grow_with_the_width(
     tmp_path: Path, among: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A decoder is of 8 MiB, then of 64, in parts of 1 MiB."""
+    """Peak memory does not grow with the width.
+
+    Decoders of 8 MiB and of 64 MiB are read in parts of 1 MiB.
+    """
     monkeypatch.setattr(layout, "PART_BYTES", MIB)
     folders = []
     for n in (1024, 8192, 65_536):

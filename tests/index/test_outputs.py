@@ -57,7 +57,7 @@ def test_a_vocabulary_smaller_than_what_is_asked_for() -> None:
 
 
 def normalisers(*sites: str, width: int = WIDTH) -> SiteNormalisers:
-    """Scales are 1, 2, 3 ..."""
+    """Return normalizers with scales 1, 2, 3, ..."""
     mean = torch.zeros(width, dtype=torch.float64)
     of = {site: Normaliser(1.0 + i, mean, 1.0, 1) for i, site in enumerate(sites)}
     return SiteNormalisers(sites, sites, of)
@@ -66,7 +66,10 @@ def normalisers(*sites: str, width: int = WIDTH) -> SiteNormalisers:
 def opened(
     model: ModelConfig, width: int, n: int = 10, begun: str | None = None
 ) -> dict[str, list[list[int]]]:
-    """Output tokens by a worker that begins an index, or joins one that was begun with a head."""
+    """Return a worker's output tokens.
+
+    The worker begins an index, or joins one that was begun with the head `begun`.
+    """
     known = normalisers("resid_post.1", width=width)
     manifest: Any = SimpleNamespace(name="i", settings={"output_tokens": n}, head=begun)
     if begun is None:
@@ -78,15 +81,21 @@ def opened(
 @pytest.mark.parametrize(
     ("sites", "factors"),
     [
-        (("mlp_out.0", "attn_out.1", "attn_z.1"), (1, 1 / 2, 0)),  # what is added adds up
-        (("resid_post.0", "mlp_out.1", "resid_pre.2"), (0, 0, 1)),  # the last stream has it all
-        (("resid_pre.1", "resid_post.0", "attn_z.0"), (1, 0, 0)),  # these are one place
+        # rows that are added to the stream are summed
+        (("mlp_out.0", "attn_out.1", "attn_z.1"), (1, 1 / 2, 0)),
+        # the last residual stream includes all others
+        (("resid_post.0", "mlp_out.1", "resid_pre.2"), (0, 0, 1)),
+        # resid_pre.1 and resid_post.0 are the same place
+        (("resid_pre.1", "resid_post.0", "attn_z.0"), (1, 0, 0)),
     ],
 )
 def test_of_several_sites_it_is_what_they_add_to_the_residual_stream(
     monkeypatch: pytest.MonkeyPatch, sites: tuple[str, ...], factors: tuple[float, ...]
 ) -> None:
-    """In the scale of the first site that counts."""
+    """With several sites, output tokens come from the sum that they add to the residual stream.
+
+    The sum is in the scale of the first site that counts.
+    """
     of = head(centres=True)
     monkeypatch.setattr("dist_sae.models.head.load_head", lambda *_: of)
     rows = torch.randn(LATENTS, 3, WIDTH, generator=torch.Generator().manual_seed(1))
@@ -122,7 +131,10 @@ def test_what_is_left_out_is_said_once(
 def test_a_worker_makes_the_output_tokens_that_the_index_was_begun_with(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Or says in one line that it cannot; where none are made, it makes none."""
+    """A worker that joins an index uses the same head as the index, or fails with a one-line error.
+
+    If the index has no output tokens, the worker computes none.
+    """
     gone, there = HuggingFaceModel(path="/nowhere/model"), HuggingFaceModel(path="m")
     wrong = "index i: was created with a different output head than this worker's model: "
     with pytest.raises(ConfigError, match=f"^{wrong}model.path /nowhere.*index.name") as caught:

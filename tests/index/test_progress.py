@@ -1,4 +1,4 @@
-"""How far an index is, told without making it."""
+"""The progress of an index, read without building it."""
 
 import threading
 from pathlib import Path
@@ -18,7 +18,7 @@ def test_an_index_is_complete_with_all_buckets_for_the_settings_and_the_checkpoi
     tmp_path: Path,
 ) -> None:
     run = produced(tmp_path)
-    assert not is_indexed(run)  # no checkpoint
+    assert not is_indexed(run)  # no checkpoint yet
     add_checkpoint(run, step=3)
     assert not is_indexed(run)
     made = make_index(run)
@@ -34,7 +34,7 @@ def test_an_index_is_complete_with_all_buckets_for_the_settings_and_the_checkpoi
     there = index_progress(store, run, 3)
     assert there is not None
     assert (there.units, there.buckets, there.codes_deleted) == (made["units"], 1, True)
-    store.put(f"{folder.codes}x.bin", b"")  # a worker died before it had deleted all
+    store.put(f"{folder.codes}x.bin", b"")  # as if a worker had died before it deleted all codes
     assert not is_indexed(run)
     store.delete(f"{folder.codes}x.bin")
     assert is_indexed(run)

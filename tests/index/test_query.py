@@ -33,7 +33,7 @@ from tests.index.indexed import Oracle, add_checkpoint, make_index, produced, ta
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two buckets and a part, several row groups, and several pieces of postings."""
+    """Use small buckets (two and a part), several row groups, and several pieces of postings."""
     monkeypatch.setattr(dist_sae.index.layout, "LEAST_LATENTS", 24)
     monkeypatch.setattr(dist_sae.index.merge, "MOST_ENTRIES", 700)
     rows = {"latents": 10, "examples": 40, "pairs": 30}
@@ -45,7 +45,7 @@ def store_of(run: Run) -> ObjectStore:
 
 
 def reads_of(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Key and bytes of every read from now on."""
+    """Return a list that records the key and size of every later read."""
     reads: list[tuple[str, int]] = []
     get = store.get
 
@@ -65,7 +65,7 @@ def test_pages_and_postings_are_what_brute_force_finds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole_bytes: int
 ) -> None:
     monkeypatch.setattr(dist_sae.index.latent_table, "WHOLE_BYTES", whole_bytes)
-    monkeypatch.setattr(dist_sae.index.latent_table, "TAIL_BYTES", 100)  # less than any footer
+    monkeypatch.setattr(dist_sae.index.latent_table, "TAIL_BYTES", 100)  # smaller than any footer
     run = produced(tmp_path)
     sae = add_checkpoint(run)
     oracle = Oracle(run, sae)
@@ -132,17 +132,18 @@ def test_a_page_reads_only_the_row_groups_of_its_latent(
     place = Path(make_index(run)["index"])
     store = store_of(run)
     index = Index(store, run.name)
-    index.latent(47)  # of the same bucket: footers are kept
+    index.latent(47)  # same bucket, so its footers are now cached
     reads = reads_of(store, monkeypatch)
     index.latent(31)
     found = {key.split("/")[-2] for key, _ in reads}
     assert found == {"latents", "examples", "pairs"}
     spans = len(reads)
-    assert spans <= 3 * 3  # a latent's rows may begin in one group and end in the next
+    assert spans <= 3 * 3  # a latent's rows may start in one group and end in the next
     for key, size in reads:
         assert size < (place.parents[2] / key).stat().st_size / 2
     reads.clear()
-    index.latent(32)  # the last group is kept, of `latents/` that of 24 to 33
+    # the last group of each table is cached; the group of `latents/` has latents 24 to 33
+    index.latent(32)
     assert "latents" not in {key.split("/")[-2] for key, _ in reads}
 
 
@@ -161,7 +162,8 @@ def test_a_flipped_bit_is_found(
     path = next(place.glob("examples/00000000-*.parquet"))
     name = f"examples/{path.name}"
     data = path.read_bytes()
-    places = range(20, len(data) // 2, len(data) // 24)  # the footer comes after the pages
+    # only pages, because the footer comes after them
+    places = range(20, len(data) // 2, len(data) // 24)
     seen = 0
     for at in places:
         path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
@@ -173,7 +175,7 @@ def test_a_flipped_bit_is_found(
             except CorruptObjectError as error:
                 found.append(error)
                 continue
-            assert page == pages[n]  # what is flipped is in another row group, or has no effect
+            assert page == pages[n]  # the flipped bit is in another row group, or has no effect
         seen += bool(found)
         assert all("\n" not in str(error) for error in found)
         assert {error.key for error in found} <= {f"world/index/{place.name}/{name}"}
@@ -233,7 +235,7 @@ def test_the_index_of_the_last_step_is_taken_and_incomplete_ones_are_passed_over
 
 
 def test_an_index_of_another_checkpoint_of_the_step_is_not_taken(tmp_path: Path) -> None:
-    """As when a run was deleted and trained anew."""
+    """An index of a deleted checkpoint is refused if the same step was trained again."""
     run = produced(tmp_path)
     add_checkpoint(run)
     make_index(run)

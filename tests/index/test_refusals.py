@@ -1,4 +1,4 @@
-"""Errors of `dist-sae index`, each in one line, and units that were deleted."""
+"""One-line errors of `dist-sae index`, and units that were deleted."""
 
 import json
 from collections.abc import Callable
@@ -118,12 +118,12 @@ def test_a_damaged_manifest_says_what_to_do(tmp_path: Path) -> None:
 def test_deleted_units_are_named_and_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Those deleted before it began, and those deleted while it was made."""
+    """Units deleted before or during indexing are named in the log and left out."""
     run = produced(tmp_path)
     sae = add_checkpoint(run)
     store = open_store(run.store.activations)
     retire(run, below=2)
-    retired_later = iter([2, 2, 2])  # as it begins, and for its first units
+    retired_later = iter([2, 2, 2])  # at the start, and for the first units
 
     def retired_below(_: object) -> int:
         return next(retired_later, 3)

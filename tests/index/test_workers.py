@@ -1,4 +1,4 @@
-"""Workers that make an index together."""
+"""Workers that build an index together."""
 
 import threading
 from collections.abc import Callable
@@ -36,7 +36,10 @@ def named(run: Run, name: str) -> Run:
 
 @pytest.mark.system
 def test_two_workers_make_what_one_makes_and_neither_waits_for_ever(tmp_path: Path) -> None:
-    """Each encodes the next unit while it still writes the last one, which the other waits for."""
+    """Two workers build the same index as one, and do not deadlock.
+
+    Each worker encodes its next unit while it still writes its last one, for which the other waits.
+    """
     run = produced(tmp_path)
     add_checkpoint(run)
     alone = make_index(named(run, "alone"))
@@ -62,7 +65,8 @@ def test_two_workers_make_what_one_makes_and_neither_waits_for_ever(tmp_path: Pa
     for page in seen:
         assert page["dist_sae_index_units"] == page["dist_sae_index_plan_units"] == alone["units"]
         assert page["dist_sae_index_buckets"] == page["dist_sae_index_plan_buckets"]
-        for items in ("units", "buckets"):  # of which another may have been faster to take all
+        # no claims left, or no series for a worker that got no item
+        for items in ("units", "buckets"):
             assert page.get(f"dist_sae_index_claimed_{items}", 0) == 0
     assert sum(page["dist_sae_index_rows_total"] for page in seen) == alone["rows"]
     for stage in ("entries", "merged_entries"):
@@ -72,7 +76,10 @@ def test_two_workers_make_what_one_makes_and_neither_waits_for_ever(tmp_path: Pa
 def test_the_next_unit_is_read_while_the_last_block_is_encoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So the unit after it begins at once, and has the same codes."""
+    """The next unit is read while the last block is encoded, and gets the same codes.
+
+    So the worker does not wait between units.
+    """
     run = produced(tmp_path)
     sae, activations = add_checkpoint(run), open_activation_set(run)
     shards = [activations.shards(activations.manifest(unit))["synthetic"] for unit in (0, 1)]
@@ -138,7 +145,11 @@ def test_a_worker_that_stops_leaves_the_unit_that_it_has_claimed_ahead(
 def test_a_bucket_that_takes_longer_than_a_hang_keeps_its_claim(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claims are renewed as long as the liveness probe passes; each piece of work is a beat."""
+    """A bucket that takes longer than the hang timeout keeps its claim.
+
+    Claims are renewed as long as the liveness probe passes, and each piece of work counts as a
+    heartbeat.
+    """
     run = produced(tmp_path)
     add_checkpoint(run)
     monkeypatch.setattr(dist_sae.index.merge, "MOST_ENTRIES", 700)
@@ -165,7 +176,10 @@ def test_a_bucket_that_takes_longer_than_a_hang_keeps_its_claim(
 def test_stores_of_all_kinds_hold_the_same_index(
     tmp_path: Path, make_bucket: Callable[[str], Bucket], name: str
 ) -> None:
-    """rclone ignores conditions on writes: workers share the items out by their numbers."""
+    """The index is the same on all stores.
+
+    rclone ignores conditions on writes, so there the workers divide the items by their numbers.
+    """
     local = produced(tmp_path)
     add_checkpoint(local)
     expected = make_index(local)

@@ -1,4 +1,4 @@
-"""Models that can be recorded, and models that are refused before planning."""
+"""Models whose activations can be recorded, and models that are refused before planning."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -39,18 +39,18 @@ LATENT: dict[str, Any] = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim
 LATENT |= {"qk_rope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": HEADS}
 
 RECORDED: dict[str, Callable[[], Any]] = {
-    # these compute with the number of layers
+    # these use the number of layers in their computation
     "minicpm3": lambda: hf.MiniCPM3Config(**COMMON, **LATENT),
     "esmc": lambda: hf.AutoConfig.for_model(
         "esmc", **{key: COMMON[key] for key in COMMON if key != "max_position_embeddings"}
     ),
-    # these have weights that are shaped by it
+    # the shapes of some weights depend on the number of layers
     "esm": lambda: hf.EsmConfig(**COMMON, mask_token_id=2, position_embedding_type="rotary"),
     "gemma3n": lambda: hf.Gemma3nTextConfig(
         **PER_LAYER, laurel_rank=4, altup_num_inputs=LAYERS + 1, activation_sparsity_pattern=None
     ),
     "gemma4": lambda: hf.Gemma4TextConfig(**PER_LAYER, global_head_dim=8),
-    # these have no number of layers that could be set
+    # these have no setting for the number of layers
     "mamba": lambda: hf.MambaConfig(vocab_size=50, hidden_size=D, num_hidden_layers=LAYERS),
     "mamba2": lambda: hf.Mamba2Config(
         vocab_size=50, hidden_size=D, num_hidden_layers=LAYERS, num_heads=4, head_dim=12, n_groups=1
@@ -68,11 +68,11 @@ RECORDED: dict[str, Callable[[], Any]] = {
     ),
     "falcon_h1": lambda: hf.FalconH1Config(**KV, **MAMBA, mamba_d_ssm=48),
     "bamba": lambda: hf.BambaConfig(**KV, **MAMBA, attn_layer_indices=[1]),
-    # its vision tower is as deep
+    # its vision tower has the same number of layers
     "qwen3_vl": lambda: hf.Qwen3VLConfig(
         text_config=KV | {"head_dim": 8, "rope_parameters": ROPE}, vision_config=VISION
     ),
-    # these go through all of their layers before the first one runs
+    # these loop over all layers before the first one runs
     "big_bird": lambda: hf.BigBirdConfig(**COMMON),
 }
 KINDS: dict[str, Any] = {
@@ -96,7 +96,10 @@ def recorded(*sites: str, context_tokens: int = 16) -> ActivationsConfig:
 @pytest.mark.parametrize("name", RECORDED)
 @torch.no_grad()
 def test_a_model_without_its_upper_layers_is_the_model(tmp_path: Path, name: str) -> None:
-    """Compare with the hidden states that transformers gives for each context alone."""
+    """A model without its upper layers gives the same rows as the whole model.
+
+    The expected hidden states are those of transformers for each context alone.
+    """
     model = saved(tmp_path, name, RECORDED[name]())
     sites = ("resid_pre.0", "resid_post.0", "resid_post.1")
     lengths = (11, 4, 1)
@@ -106,7 +109,8 @@ def test_a_model_without_its_upper_layers_is_the_model(tmp_path: Path, name: str
     for row, n in enumerate(lengths):
         out = full(input_ids=tokens[row : row + 1, :n].long(), output_hidden_states=True)
         states = out.hidden_states
-        if name.startswith("mamba"):  # these leave out the embeddings
+        # hidden states of these leave out the embeddings
+        if name.startswith("mamba"):
             states = (full.embeddings(tokens[row : row + 1, :n].long()), *states)
         for site, state in zip(sites, states, strict=False):
             wanted = state.movedim(0, 2).flatten(2) if state.dim() == 4 else state
@@ -124,14 +128,18 @@ def test_rows_that_are_the_whole_models_are_admitted(tmp_path: Path, name: str) 
 
 @torch.no_grad()
 def test_falcons_alibi_is_added_once(tmp_path: Path) -> None:
-    """By hand: softmax((q k + alibi) / sqrt(d)), slopes 2^-2, 2^-4, 2^-6, 2^-8 of four heads."""
+    """Falcon's ALiBi bias is added once.
+
+    The expected value is softmax((q k + alibi) / sqrt(d)) with slopes 2^-2, 2^-4, 2^-6, 2^-8 for
+    four heads.
+    """
     config = hf.FalconConfig(
         **COMMON | {"ffn_hidden_size": 40}, alibi=True, new_decoder_architecture=False,
         multi_query=False, parallel_attn=False, bias=True,
     )  # fmt: skip
     model = saved(tmp_path, "falcon", config)
     full = whole(model)
-    text = (tmp_path / "config.json").read_text()  # transformers would go by these:
+    text = (tmp_path / "config.json").read_text()  # settings that transformers would follow
     asked = '{"attn_implementation": "eager", "output_attentions": true,'
     (tmp_path / "config.json").write_text(text.replace("{", asked, 1))
     tokens, mask = random_tokens(9, 9)
@@ -147,7 +155,10 @@ def test_falcons_alibi_is_added_once(tmp_path: Path) -> None:
 
 
 def test_an_error_is_relative_to_its_row() -> None:
-    """A sink before them hides no rows that are 3 % wrong; a row of rounding alone is right."""
+    """Errors are relative to each row, so an attention sink does not hide rows that are 3 % wrong.
+
+    A row that consists of rounding errors alone is not an error.
+    """
     wanted = torch.ones(4, D)
     wanted[0] *= 100
     wrong = wanted.clone()
@@ -164,7 +175,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     "config",
     [
         hf.LlamaConfig(**KV | {"max_position_embeddings": 8}, rope_parameters=DYNAMIC),
-        hf.Gemma3TextConfig(  # with frequencies of their own for each type of layer
+        hf.Gemma3TextConfig(  # with separate frequencies for each type of layer
             **KV | {"max_position_embeddings": 8, "head_dim": 8},
             layer_types=["full_attention"] * LAYERS,
             rope_parameters={"full_attention": DYNAMIC, "sliding_attention": DYNAMIC},
@@ -173,7 +184,10 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     ids=["llama", "gemma3"],
 )
 def test_rows_do_not_depend_on_what_ran_before(tmp_path: Path, config: Any) -> None:
-    """Dynamic frequencies would be those of the longest context so far."""
+    """Rows do not depend on earlier batches.
+
+    Frequencies of dynamic RoPE would be those of the longest context so far.
+    """
     source = HuggingFaceSource(saved(tmp_path, "llama", config), ("resid_post.1",))
     tokens, mask = random_tokens(12)
     first = source.run(tokens, mask)["resid_post.1"].clone()
@@ -233,7 +247,7 @@ def test_what_cannot_be_recorded_is_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_a_large_model_is_checked_without_its_weights(tmp_path: Path) -> None:
-    """A folder with a configuration and a tokenizer is enough."""
+    """Checking a large model needs only its configuration and its tokenizer."""
     save_model(tmp_path, "llama")
     large = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
     hf.LlamaConfig(**KV | large | {"num_attention_heads": 32}).save_pretrained(tmp_path)
@@ -254,7 +268,7 @@ def test_a_token_without_an_embedding_is_one_line(tmp_path: Path) -> None:
 
 
 class Touch:
-    """Whoever unpickles it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -279,7 +293,10 @@ def test_pickled_weights_are_refused_unread(tmp_path: Path) -> None:
 
 
 def test_a_hub_without_safetensors_is_told_in_the_same_way() -> None:
-    """As transformers 5.23 words it, for `use_safetensors=True`."""
+    """A hub model without safetensors gets the same error as a folder without them.
+
+    The message is that of transformers 5.23 with `use_safetensors=True`.
+    """
     config = HuggingFaceModel(path="org/name")
     with (
         pytest.raises(ModelError, match="org/name: has no safetensors weights"),

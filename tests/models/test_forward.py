@@ -1,4 +1,4 @@
-"""Row transfers off a device; an event to wait for plays the GPU."""
+"""Copies of rows from a device to the host. An event to wait for stands in for the GPU."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ SITES = ("a", "b")
 
 
 class Device:
-    """Device that numbers its batches and records which ran and which copies were waited for."""
+    """A device that numbers its batches, and logs each run and each wait for a copy."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -62,13 +62,16 @@ def test_the_model_is_two_batches_ahead_of_its_copies_and_no_more(
         for site, sign in zip(SITES, (1, -1), strict=True):
             expected = torch.full((3, 3), sign * number, dtype=torch.bfloat16)
             assert torch.equal(rows[site], expected)
-    assert device.log[-2:] == ["copied 3", "copied 4"]  # each once
+    assert device.log[-2:] == ["copied 3", "copied 4"]  # each copy is waited for once
 
 
 def test_rows_that_arrived_are_no_longer_where_the_copy_put_them(
     forward: tuple[Forward, Device],
 ) -> None:
-    """Pinned memory is used again; whoever takes a site out of them leaves the others."""
+    """`wait` returns copies of the rows, because the pinned memory is used again.
+
+    Taking one site out of the result keeps the others.
+    """
     _, device = forward
     pinned = {"a": torch.ones(2, 3), "b": torch.zeros(2, 3)}
     transfer = RowTransfer(pinned, device.event(1))

@@ -1,4 +1,4 @@
-"""Heads of models against the whole models' own modules."""
+"""Output heads, compared with the modules of the whole models."""
 
 from operator import attrgetter
 from pathlib import Path
@@ -35,7 +35,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HuggingFaceMod
 def test_a_head_does_what_the_models_norm_and_head_do(
     models: dict[str, HuggingFaceModel], name: str
 ) -> None:
-    """The norm divides a row by its length alone: that is undone, and biases cancel."""
+    """A head computes what the model's final norm and unembedding compute, up to the row's length.
+
+    The norm also divides by the length, which the test undoes. Biases cancel.
+    """
     head = load_head(models[name], "resid_post.1")
     model = hf.AutoModelForCausalLM.from_pretrained(models[name].path)
     norm, unembed = attrgetter(NORMS[name])(model), model.get_output_embeddings()
@@ -51,7 +54,7 @@ def test_a_head_does_what_the_models_norm_and_head_do(
 
 @pytest.mark.system
 def test_heads_with_other_weights_have_other_digests(tmp_path: Path) -> None:
-    """The digest follows norm, unembedding and precision; it does not follow the layers."""
+    """The digest of a head depends on norm, unembedding and precision, but not on the layers."""
     path = save_model(tmp_path / "m", "llama")
     config = HuggingFaceModel(path=str(path), dtype="fp32")
     digests = [load_head(config, site).digest for site in ("resid_post.0", "resid_post.1")]

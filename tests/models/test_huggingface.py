@@ -1,4 +1,4 @@
-"""Tiny random models of eight architectures, compared with a forward pass written by hand."""
+"""Tiny random models of eight architectures, compared with handwritten forward passes."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from dist_sae.models.loading import load_tokenizer
 from dist_sae.models.sites import blocks
 
 LAYERS, D, HEADS, VOCABULARY = 3, 24, 4, 50
-hf: Any = transformers  # half typed, half not
+hf: Any = transformers  # transformers is only partly typed
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": D,
@@ -70,7 +70,7 @@ def save_model(
     torch.manual_seed(1)
     kind = kind or (hf.AutoModel if name == "bert" else hf.AutoModelForCausalLM)
     model = kind.from_config(config or CONFIGS[name]())
-    for parameter in model.parameters():  # norms and biases that do nothing would hide mistakes
+    for parameter in model.parameters():  # norms of ones and biases of zero would hide mistakes
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.to(dtype).save_pretrained(folder)
     words = {"<s>": 0, "</s>": 1, "?": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
@@ -93,7 +93,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HuggingFaceMod
 
 
 def random_tokens(*lengths: int) -> tuple[Tensor, Tensor]:
-    """Right-padded token ids and their mask."""
+    """Return right-padded token ids and their mask."""
     generator = torch.Generator().manual_seed(sum(lengths))
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     tokens = torch.randint(3, VOCABULARY, mask.shape, generator=generator, dtype=torch.int32)
@@ -109,7 +109,7 @@ def attend(
     scalar: float | None = None,
     cap: float | None = None,
 ) -> Tensor:
-    """Softmax attention by hand; [batch, heads, seq, d_head] to [batch, seq, d]."""
+    """Compute softmax attention, from [batch, heads, seq, d_head] to [batch, seq, d]."""
     scores = q @ k.transpose(2, 3) / (scalar or q.shape[-1]) ** 0.5
     if cap is not None:
         scores = cap * (scores / cap).tanh()
@@ -121,7 +121,7 @@ def attend(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the first dimensions of every head."""
+    """Apply a rotary embedding to the first dimensions of every head."""
     n = cos.shape[-1]
     first, second = x[..., : n // 2], x[..., n // 2 : n]
     turned = x[..., :n] * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
@@ -135,7 +135,7 @@ def heads(x: Tensor, n: int = HEADS) -> Tensor:
 def attention_of(
     attention: Any, x: Tensor, cos: Tensor, sin: Tensor, *, norms: bool = False, **how: float
 ) -> Tensor:
-    """The heads of a grouped-query attention with two key-value heads, side by side."""
+    """Compute grouped-query attention with two key-value heads, and concatenate the heads."""
     q, k = heads(attention.q_proj(x)), heads(attention.k_proj(x), 2)
     if norms:
         q, k = attention.q_norm(q), attention.k_norm(k)
@@ -164,13 +164,13 @@ def hand_llama(model: Any, tokens: Tensor, *, norms: bool = False) -> list[dict[
 
 
 def hand_qwen3(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
-    """Llama with a norm over each head of q and k."""
+    """Compute Qwen3's sites: Llama with a norm over each head of q and k."""
     return hand_llama(model, tokens, norms=True)
 
 
 def hand_gemma2(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
-    """Norms before and after both halves, capped attention scores."""
-    x = model.embed_tokens(tokens)  # which scales them
+    """Compute Gemma 2's sites: norms before and after attention and MLP, and capped scores."""
+    x = model.embed_tokens(tokens)  # embed_tokens also scales the embeddings
     cos, sin = model.rotary_emb(x, torch.arange(tokens.shape[1])[None])
     sites = []
     for layer in model.layers:
@@ -189,7 +189,7 @@ def hand_gemma2(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
 
 
 def hand_mixtral(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
-    """Llama's attention; each token goes through two of four experts."""
+    """Compute Mixtral's sites: Llama's attention, and two of four experts for each token."""
     x = model.embed_tokens(tokens)
     cos, sin = model.rotary_emb(x, torch.arange(tokens.shape[1])[None])
     sites = []
@@ -238,7 +238,7 @@ def hand_gpt2(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
 
 
 def hand_gpt_neox(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
-    """The two halves of a block read the same residual stream."""
+    """Compute GPT-NeoX's sites: attention and MLP of a block read the same residual stream."""
     x = model.embed_in(tokens)
     cos, sin = model.rotary_emb(x, torch.arange(tokens.shape[1])[None])
     sites = []
@@ -257,7 +257,7 @@ def hand_gpt_neox(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
 
 
 def hand_bert(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
-    """Norms come after the sums, and every token sees all others."""
+    """Compute BERT's sites: norms come after the sums, and every token sees all others."""
     x = model.embeddings(tokens)
     sites = []
     for layer in model.encoder.layer:
@@ -287,7 +287,7 @@ HANDS: dict[str, Callable[[Any, Tensor], list[dict[str, Tensor]]]] = {
 
 
 def sites_of(name: str) -> tuple[str, ...]:
-    """Every site of every layer; experts have no one inner layer."""
+    """Return every site of every layer, without mlp_inner for experts, which have no single one."""
     names = [site for site in SITE_NAMES if (site, name) != ("mlp_inner", "mixtral")]
     return tuple(f"{site}.{layer}" for site in names for layer in range(LAYERS))
 
@@ -307,7 +307,7 @@ def test_every_site_equals_a_run_by_hand(models: dict[str, HuggingFaceModel], na
     for site in sites:
         kind, _, layer = site.rpartition(".")
         wanted = expected[int(layer)][kind]
-        assert wanted.std() > 0.05  # 1e-5 is small
+        assert wanted.std() > 0.05  # so that 1e-5 is a small error
         torch.testing.assert_close(found[site].clone(), wanted, rtol=1e-5, atol=1e-5, msg=site)
 
 
@@ -316,7 +316,10 @@ def test_every_site_equals_a_run_by_hand(models: dict[str, HuggingFaceModel], na
 def test_residual_sites_are_transformers_hidden_states(
     models: dict[str, HuggingFaceModel], name: str
 ) -> None:
-    """The last hidden state is left out: there a final norm comes first, which is no site."""
+    """Residual sites equal transformers' hidden states.
+
+    The last hidden state is not compared, because it includes a final norm, which is not a site.
+    """
     tokens, mask = random_tokens(7, 7)
     states = whole(models[name])(tokens.long(), output_hidden_states=True).hidden_states
     sites = tuple(f"{site}.{layer}" for site in ("resid_pre", "resid_post") for layer in range(2))
@@ -342,7 +345,11 @@ def test_padding_changes_nothing(models: dict[str, HuggingFaceModel], name: str)
 def test_layers_above_the_deepest_site_have_no_weights_and_do_not_run(
     models: dict[str, HuggingFaceModel], name: str
 ) -> None:
-    """The configuration is the model's own all the same: some compute with its depth."""
+    """Layers above the deepest site have no weights and do not run.
+
+    The configuration still has the full number of layers, because some models use it in
+    computations.
+    """
     source = HuggingFaceSource(models[name], ("resid_post.0", "mlp_in.1"))
     layers = blocks(source.model)
     assert [bool(list(layer.parameters())) for layer in layers] == [True, True, False]
@@ -356,7 +363,7 @@ def test_half_precision_is_used_when_asked_for(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """With a warning where the processor has no instructions for it."""
+    """Half precision is used when set, with a warning if the CPU has no instructions for it."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     config = models["llama"].model_copy(update={"dtype": "bf16"})
     acts = HuggingFaceSource(config, ("resid_post.1",)).run(*random_tokens(5))["resid_post.1"]
@@ -376,7 +383,10 @@ def test_a_site_beyond_the_depth_is_an_error(
 
 
 def test_a_site_that_an_architecture_keeps_under_no_known_name_is_an_error(tmp_path: Path) -> None:
-    """OPT has no module for its MLP; its residual stream is there all the same."""
+    """A site without a known module is an error.
+
+    OPT has no module for its MLP, but its residual stream can be recorded.
+    """
     config = hf.OPTConfig(
         vocab_size=50,
         hidden_size=8,

@@ -1,4 +1,4 @@
-"""Tiny models divided over two ranks, compared with the same models whole."""
+"""Tiny models split over two ranks, compared with the whole models."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.system
 
 hf: Any = transformers
 EVEN = ("llama", "gpt_neox", "mistral", "qwen3", "gemma2", "mixtral")
-"""By transformers' plan."""
+"""Models split by transformers' tensor-parallel plan."""
 THREE: dict[str, Any] = COMMON | {"hidden_size": 24, "num_attention_heads": 3}
 KV: dict[str, Any] = {"num_key_value_heads": 3}
 UNEVEN: dict[str, Callable[[], Any]] = {
@@ -47,15 +47,18 @@ UNEVEN: dict[str, Callable[[], Any]] = {
     "opt": lambda: hf.OPTConfig(**THREE, ffn_dim=40, word_embed_proj_dim=24),
     "bert": lambda: hf.BertConfig(**THREE),
 }
-"""By AutoTP: three key-value heads on two ranks."""
+"""Models split by DeepSpeed's AutoTP: three heads on two ranks."""
 CASES = (*(f"{name}-even" for name in EVEN), *(f"{name}-uneven" for name in UNEVEN))
 BF16 = ("llama-even", "gemma2-even", "llama-uneven", "opt-uneven")
 FROM_BF16 = ("llama", "gemma3_text", "gptj")
-"""Rotary angles, a scale of the embeddings and positions are buffers of theirs."""
+"""Models stored in bf16, with buffers for rotary angles, an embedding scale or positions."""
 WIDE = {"hidden_size": 480, "intermediate_size": 1920, "num_hidden_layers": 8}
 LARGE = {"large-even": 4, "large-uneven": 3}
 LAST = "resid_post.7"
-"""Heads of models of 118 MB, loaded before the others: there is nothing yet to be used again."""
+"""The site that is recorded in the models of `LARGE`, which have 118 MB.
+
+These are loaded before the others, when there is no freed memory that could hide a peak.
+"""
 BATCH = random_tokens(9, 6)
 
 
@@ -82,7 +85,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HuggingFaceMod
         config = hf.LlamaConfig(**THREE | WIDE | {"num_attention_heads": n_heads})
         path = save_model(folder / case, "llama", config)
         models[case] = HuggingFaceModel(path=str(path), dtype="fp32", tensor_parallel=2)
-    mamba = hf.MambaConfig(vocab_size=50, hidden_size=8, num_hidden_layers=LAYERS)  # no heads
+    # no attention heads to split
+    mamba = hf.MambaConfig(vocab_size=50, hidden_size=8, num_hidden_layers=LAYERS)
     mamba.save_pretrained(folder / "mamba")
     models["mamba"] = HuggingFaceModel(path=str(folder / "mamba"), tensor_parallel=2)
     for case in BF16:
@@ -98,7 +102,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HuggingFaceMod
 def shared(
     tmp_path_factory: pytest.TempPathFactory, models: dict[str, HuggingFaceModel]
 ) -> list[dict[str, Any]]:
-    """Results of both ranks, by model."""
+    """Results of both ranks, by case."""
     outputs = [tmp_path_factory.mktemp("ranks") / str(number) for number in range(2)]
     cases = [*LARGE, *(set(models) - {"gpt2-even", "mamba", *LARGE})]
     settings = [
@@ -114,7 +118,7 @@ def shared(
         started.append(process)
     for process in started:
         process.join(HANG_SECONDS)
-        if process.exitcode is None:  # it hangs
+        if process.exitcode is None:  # the rank hangs
             process.kill()
         assert process.exitcode == 0
     return [dict(zip(cases, torch.load(output), strict=True)) for output in outputs]
@@ -129,7 +133,7 @@ def relative_error(acts: Tensor, wanted: Tensor) -> float:
 def test_two_ranks_give_what_one_gives(
     models: dict[str, HuggingFaceModel], shared: list[dict[str, Any]], case: str
 ) -> None:
-    """At every site, on both ranks; and neither held the whole model."""
+    """Two ranks give one rank's rows at every site, and neither rank holds the whole model."""
     config = models[case].model_copy(update={"tensor_parallel": 1})
     source = HuggingFaceSource(config, sites_of_case(case))
     expected = source.run(*BATCH)
@@ -145,7 +149,7 @@ def test_two_ranks_give_what_one_gives(
 def test_no_rank_ever_holds_the_whole_model(
     models: dict[str, HuggingFaceModel], shared: list[dict[str, Any]], case: str
 ) -> None:
-    """Not even while it is loaded: at most its slices, here one half or two thirds."""
+    """No rank holds more than its slices, here a half or two thirds, not even while loading."""
     size = sum(file.stat().st_size for file in Path(models[case].path).glob("*.safetensors"))
     for of_rank in shared:
         _, weights, peak = of_rank[case]
@@ -157,7 +161,10 @@ def test_no_rank_ever_holds_the_whole_model(
 def test_two_ranks_round_to_bf16_as_one_does(
     models: dict[str, HuggingFaceModel], shared: list[dict[str, Any]], case: str
 ) -> None:
-    """Their roundings differ, and deeper layers amplify any: so each is held to the exact run."""
+    """Two ranks in bf16 are about as close to the exact run as one rank in bf16.
+
+    They are compared with the exact run, because deeper layers amplify differences in rounding.
+    """
     sites = sites_of_case(case)
     config = models[case].model_copy(update={"tensor_parallel": 1})
     exact = HuggingFaceSource(config, sites).run(*BATCH)
@@ -191,4 +198,4 @@ def test_ranks_that_cannot_hold_a_model_are_refused(
     with pytest.raises(ModelError, match=words):
         check_sites(
             config, ActivationsConfig(sites=("resid_post.1",), context_tokens=16)
-        )  # before anything is planned
+        )  # raised before anything is planned

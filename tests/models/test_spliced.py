@@ -1,4 +1,4 @@
-"""Losses of whole models with a site edited, against plain transformers."""
+"""Losses of whole models with an edited site, compared with plain transformers."""
 
 from pathlib import Path
 
@@ -56,7 +56,10 @@ def test_losses_are_the_plain_models_and_the_identity_changes_nothing(
 def test_an_edit_goes_on_through_the_rest_of_the_model(
     models: dict[str, HuggingFaceModel], name: str
 ) -> None:
-    """With nothing left of the last residual stream the logits are those of a zero."""
+    """An edit affects the rest of the model.
+
+    If the last residual stream is set to zero, the logits are those of a zero vector.
+    """
     spliced = SplicedModel(models[name], (LAST,))
     tokens, mask = random_tokens(6, 6)
     losses = spliced.losses(tokens, mask, {LAST: torch.zeros_like})
@@ -69,7 +72,8 @@ def test_an_edit_goes_on_through_the_rest_of_the_model(
     final = model.get_submodule(norm[name])(torch.zeros(D))
     expected = -model.get_output_embeddings()(final).log_softmax(0)[tokens[:, 1:].long()]
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(losses, spliced.losses(tokens, mask), atol=0.01)  # edits do not stay
+    # edits do not persist
+    assert not torch.allclose(losses, spliced.losses(tokens, mask), atol=0.01)
 
 
 def test_the_edit_sees_what_the_source_gives(models: dict[str, HuggingFaceModel]) -> None:
@@ -100,7 +104,10 @@ def test_losses_of_padded_batches_are_nan_at_padding_and_unchanged_elsewhere(
 
 
 def test_an_encoder_predicts_masked_tokens(models: dict[str, HuggingFaceModel]) -> None:
-    """About a seventh of them, none the first; each sees the tokens after it, masked ones apart."""
+    """An encoder predicts masked tokens: about a seventh of all, and never the first.
+
+    Each prediction sees the tokens before and after it, except masked ones.
+    """
     spliced = SplicedModel(models["bert"], ("resid_post.1",))
     assert spliced.masked
     tokens, mask = random_tokens(40, 40)
@@ -123,7 +130,10 @@ def test_an_encoder_predicts_masked_tokens(models: dict[str, HuggingFaceModel]) 
 def test_which_tokens_are_masked_does_not_depend_on_the_batch(
     models: dict[str, HuggingFaceModel],
 ) -> None:
-    """And a context of two tokens has one."""
+    """The choice of masked tokens does not depend on the batch.
+
+    A context of two tokens has one masked token.
+    """
     spliced = SplicedModel(models["bert"], ("resid_post.1",))
     lengths = (30, 9, 2, 1)
     tokens, mask = random_tokens(*lengths)
@@ -144,13 +154,20 @@ def test_which_tokens_are_masked_does_not_depend_on_the_batch(
 def test_what_sees_ahead_is_told_by_what_it_does(
     models: dict[str, HuggingFaceModel], name: str, dtype: str
 ) -> None:
-    """In half precision too, where experts round otherwise with every batch."""
+    """Models that see later tokens are detected by their outputs, also in half precision.
+
+    In half precision, experts round differently in every batch.
+    """
     config = models[name].model_copy(update={"dtype": dtype})
     assert SplicedModel(config, ("resid_post.0",)).masked == (name == "bert")
 
 
 def test_models_that_predict_no_tokens_say_why(tmp_path: Path) -> None:
-    """A bare encoder, one whose tokenizer has no mask token, a decoder without its head."""
+    """Models that cannot predict tokens are refused with the reason.
+
+    They are a bare encoder, an encoder whose tokenizer has no mask token, and a decoder without a
+    head.
+    """
     bare = HuggingFaceModel(path=str(save_model(tmp_path / "bare", "bert")))
     with pytest.raises(
         HeadlessError, match=r"its files contain no head that predicts tokens \(no "

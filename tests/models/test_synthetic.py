@@ -11,7 +11,7 @@ WORLD = SyntheticModel(d_in=24, n_features=80, l0=5.0)
 
 
 def acts(source: SyntheticSource, *contexts: range) -> list[Tensor]:
-    """The activations of contexts of consecutive rows, run as one padded batch."""
+    """Return the activations of contexts of consecutive rows, computed as one padded batch."""
     shape = (len(contexts), max(map(len, contexts)))
     tokens, mask = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.bool)
     for i, context in enumerate(contexts):
@@ -58,7 +58,10 @@ def test_the_same_config_gives_the_same_world_whatever_torchs_own_seed() -> None
 
 
 def test_directions_are_no_trainers_random_numbers() -> None:
-    """A trainer that seeds a generator with the same number must not start at the truth."""
+    """The directions are not those of a generator with the same seed.
+
+    Else a trainer with this seed would start at the true directions.
+    """
     source = SyntheticSource(WORLD)
     drawn = torch.randn(80, 24, generator=torch.Generator().manual_seed(WORLD.seed))
     drawn /= drawn.norm(dim=1, keepdim=True)
@@ -90,11 +93,11 @@ def test_probabilities_sum_to_l0_and_fall_as_zipf_below_the_cap(
     free = p < p_max - 1e-6
     constant = (p * rank**zipf)[free]
     torch.testing.assert_close(constant, constant.mean().expand_as(constant), rtol=1e-5, atol=0)
-    assert not free[: int((~free).sum())].any()  # the most frequent ones are capped
+    assert not free[: int((~free).sum())].any()  # the most frequent features are capped
 
 
 def test_features_fire_as_often_as_they_should() -> None:
-    """20,000 rows: each rate within 5 standard deviations, and l0 within 1 %."""
+    """In 20,000 rows, each feature's rate is within 5 standard deviations, and L0 within 1 %."""
     source = SyntheticSource(WORLD)
     active = source.intensities(0, 20_000) > 0
     p = source.probabilities
@@ -104,7 +107,7 @@ def test_features_fire_as_often_as_they_should() -> None:
 
 
 def test_features_fire_independently() -> None:
-    """The two most frequent ones meet as often as p1 p2 says."""
+    """The two most frequent features fire together at a rate of p1 p2."""
     source = SyntheticSource(WORLD)
     active = (source.intensities(0, 20_000) > 0)[:, :2].float()
     both = float(source.probabilities[:2].prod())
@@ -112,7 +115,7 @@ def test_features_fire_independently() -> None:
 
 
 def test_intensities_are_about_one() -> None:
-    """1 + .25 N(0, 1), at least .1: the mean of some 100,000 is within .005."""
+    """Intensities are 1 + .25 N(0, 1), at least .1. The mean of some 100,000 is within .005."""
     found = SyntheticSource(WORLD).intensities(0, 20_000)
     found = found[found > 0]
     assert float(found.mean()) == pytest.approx(1.0, abs=0.005)

@@ -13,11 +13,11 @@ from tests.runs import TINY, write_run
 
 
 class ConnectError(Exception):
-    """As httpx calls it."""
+    """An error with the name of httpx's error, by which it is recognized."""
 
 
 class HfHubHTTPError(Exception):
-    """As huggingface_hub calls it."""
+    """An error with the name of huggingface_hub's error, by which it is recognized."""
 
     def __init__(self, status: int) -> None:
         self.response = SimpleNamespace(status_code=status)

@@ -1,4 +1,4 @@
-"""Producers make every unit once, side by side, and say how far they are."""
+"""Producers produce each unit once, work in parallel, and report their progress."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +35,10 @@ from tests.world import RowNumbers, Wrapped, batches, fill, open_activation_set,
 def test_progress_counts_rows_within_a_unit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of 17 units of one batch is said when it is at hand and when it exists."""
+    """Progress counts the rows of finished units and the rows of the current unit.
+
+    The run has 17 units of one batch each.
+    """
     said: list[dict[str, Any]] = []
     monkeypatch.setattr(
         dist_sae.logs,
@@ -76,7 +79,10 @@ def test_every_row_is_stored_once_with_where_it_comes_from(
 def test_two_producers_share_the_units(
     run: Run, store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Neither begins before both have a unit; each unit is written once."""
+    """Two producers share the units, and each unit is written once.
+
+    Neither begins before both have claimed a unit.
+    """
     both = threading.Barrier(2)
 
     def build(*_: object) -> Hooked:
@@ -112,7 +118,11 @@ def test_a_finished_set_is_left_alone_and_no_model_is_loaded(
 def test_the_model_is_compared_before_a_unit_is_claimed(
     run: Run, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All weights are read for it, for longer than a claim lives. Not for a finished set."""
+    """The model is compared with the plan before a unit is claimed.
+
+    The comparison reads all weights, which may take longer than a claim's lease. It is skipped if
+    all units exist.
+    """
     claims: list[list[str]] = []
     monkeypatch.setattr(
         dist_sae.producing.loop,
@@ -128,7 +138,7 @@ def test_the_model_is_compared_before_a_unit_is_claimed(
 def test_claims_live_while_the_model_is_loaded(
     run: Run, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which may take longer than their lease."""
+    """Claims are renewed while the model loads, which may take longer than their lease."""
     monkeypatch.setattr(dist_sae.data.work_queue, "LEASE_SECONDS", 0.1)
     renewed = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Batches of the model: their size changes no unit, and follows the memory."""
+"""The size of the model's batches does not change a unit, and adapts to the memory."""
 
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,10 @@ def test_units_do_not_depend_on_how_the_model_is_batched(
 
 
 class SmallMemory(LetterSource):
-    """Has room for so many tokens; the first error is a device's, the others are this machine's."""
+    """A model with memory for a limited number of tokens.
+
+    The first out-of-memory error is CUDA's. Later ones are those of CPU memory.
+    """
 
     def __init__(self, room: int, error: Exception | None = None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Producers that die, hang, are stopped or cannot write leave whole units only."""
+"""Producers that die, hang, are stopped or cannot write leave only whole units behind."""
 
 import json
 import threading
@@ -31,7 +31,10 @@ from tests.world import RowNumbers, Wrapped
 def test_a_dead_producers_unit_is_taken_over(
     run: Run, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two units were claimed by one that is gone; its lease is over in .2 s."""
+    """The units of a dead producer are produced by another one after its lease of .2 s.
+
+    The dead producer had claimed two units.
+    """
     monkeypatch.setattr(dist_sae.data.work_queue, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(dist_sae.data.work_queue, "LEASE_SECONDS", 0.2)
     dead = unit_queue(store, plan(run), Worker("dead"), threading.Event(), Consumers(store, 1.0))
@@ -44,7 +47,10 @@ def test_a_dead_producers_unit_is_taken_over(
 def test_a_zombie_that_finishes_late_changes_nothing(
     run: Run, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Suspended for longer than its lease; another producer does all the rest and its unit."""
+    """A producer that is suspended for longer than its lease changes nothing when it finishes.
+
+    Another producer has meanwhile produced all units, including the suspended one's.
+    """
     monkeypatch.setattr(WorkQueue, "renew", lambda _: None)
     monkeypatch.setattr(dist_sae.data.work_queue, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(dist_sae.data.work_queue, "LEASE_SECONDS", 0.2)
@@ -73,7 +79,7 @@ def test_a_stop_leaves_whole_units_only_and_no_claim(
     if at < UNITS - 1:
         with pytest.raises(Stopped):
             start(run, "a", stopping)
-    else:  # the last one is complete: nothing is left to stop
+    else:  # the last unit is complete, so there is nothing left to stop
         start(run, "a", stopping)
     assert list(store.keys("claims/")) == []
     assert len(complete_units(store)) == at + 1
@@ -97,14 +103,17 @@ def test_a_stop_within_a_unit_leaves_nothing_of_it(
 def test_a_unit_claimed_in_the_instant_of_a_stop_is_released(
     run: Run, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The preparing thread is about to claim unit 1 when the model fails at unit 0."""
+    """A unit that is claimed while the producer fails is released.
+
+    The preparing thread is about to claim unit 1 when the model fails at unit 0.
+    """
     claiming, released = threading.Event(), threading.Event()
 
     class Slow(Wrapped):
         def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
             if key == "claims/00000001.json":
                 claiming.set()
-                released.wait(0.3)  # never set in time: the release comes after this claim
+                released.wait(0.3)  # always times out, because the release waits for this claim
             return super().put(key, data, if_absent=if_absent)
 
     def fail(calls: int) -> None:
@@ -131,7 +140,10 @@ class ModelFailureError(Exception):
 def test_a_kill_between_shard_and_manifest_leaves_no_unit(
     run: Run, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The manifest is the last thing written: all shards are there before it."""
+    """A producer that fails between shard and manifest leaves no unit.
+
+    The manifest is written last, after all shards.
+    """
     seen = {}
 
     class Full(Wrapped):

@@ -1,4 +1,4 @@
-"""Activations that no unit may hold."""
+"""Activations that must never be stored, such as NaN."""
 
 import threading
 from pathlib import Path
@@ -19,7 +19,10 @@ from tests.world import RowNumbers, fill
 def test_nan_is_reported_with_its_place_and_stops_a_producer_that_waits_for_others(
     run: Run, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The preparing thread waits for a live producer's claim on the only other unit."""
+    """NaN or infinity ends a producer, even while its preparing thread waits for other producers.
+
+    The error names document and position. A live producer has claimed all other units.
+    """
     documents = [span.first for span in plan(run).units[0]]
     number = documents[3] * DOCUMENT_ROWS + 5
 
@@ -33,7 +36,7 @@ def test_nan_is_reported_with_its_place_and_stops_a_producer_that_waits_for_othe
         store.put(f"claims/{unit:08d}.json", b'{"worker": "other", "until": 1e12}')
     with_source(monkeypatch, Broken())
     stopping = threading.Event()
-    rescue = threading.Timer(20, stopping.set)  # else a mistake would hang
+    rescue = threading.Timer(20, stopping.set)  # so that a bug fails the test instead of hanging it
     rescue.start()
     with pytest.raises(NonFiniteError) as caught:
         start(run, "a", stopping)
@@ -50,7 +53,10 @@ def test_nan_is_reported_with_its_place_and_stops_a_producer_that_waits_for_othe
 def test_what_overflows_the_storage_type_is_not_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row numbers above 65,504 do not fit fp16."""
+    """Values that overflow the storage type are refused.
+
+    Row numbers above 65,504 do not fit into fp16.
+    """
     corpus = {"documents": 5000}
     run = make_run(tmp_path, corpus=corpus, activations={"dtype": "fp16", "unit_rows": 20_000})
     with pytest.raises(NonFiniteError, match=r"wider .*activations\.dtype"):

@@ -1,4 +1,4 @@
-"""Producers make what was planned: of the planned text, at all sites of the set."""
+"""Producers follow the plan: they read the planned text, and record all sites of the set."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from tests.world import changed
 def test_text_that_changes_while_producing_gives_no_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even where size and time of the file stay as they were."""
+    """Text that changes during production gives no rows, even if the file's size and time stay."""
 
     def change(call: int) -> None:
         if call == 0:
@@ -63,7 +63,7 @@ def test_another_model_under_the_same_path_gives_no_rows(
 def test_a_plan_without_checksums_of_documents_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As versions before made them."""
+    """A plan without checksums of documents, as older versions made it, is logged once."""
     run = letters_run(tmp_path, monkeypatch, TEXTS)
     with_source(monkeypatch, LetterSource())
     store = open_store(run.store.activations)

@@ -1,4 +1,4 @@
-"""Documents and rows that are left out, and text that gives no rows."""
+"""Excluded documents and rows, and text that gives no rows."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -27,7 +27,11 @@ from tests.world import Letters
 
 
 def test_what_is_left_out_is_counted_and_adds_up(letters: tuple[Run, ObjectStore]) -> None:
-    """A context loses its BOS and the position after it; "z" is too large at the second site."""
+    """Excluded rows are counted by reason, and all counts add up.
+
+    Each context loses its BOS and the next position. The letter "z" has too large a norm at the
+    second site.
+    """
     run, store = letters
     start(run, "a")
     tokens = "".join(TEXTS)
@@ -90,14 +94,17 @@ def test_a_corpus_that_changed_is_an_error_and_writes_nothing(
 ) -> None:
     run, store = letters
     corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text("\n" + corpus.read_text())  # everything is one byte later
+    corpus.write_text("\n" + corpus.read_text())  # shifts all documents by one byte
     with pytest.raises(CorpusError, match=r"corpus\.jsonl"):
         start(run, "a")
     assert list(store.keys()) == ["plan.json"]
 
 
 class FirstLetters(Letters):
-    """Finds `n` tokens in every document, whatever the plan expected."""
+    """A tokenizer that returns only the first `n` tokens of every document.
+
+    The plan may have expected more.
+    """
 
     def __init__(self, n: int) -> None:
         self._n = n
@@ -119,7 +126,10 @@ def test_a_unit_without_a_token_is_an_error_that_says_so(
 def test_a_unit_whose_rows_are_all_left_out_exists_and_is_empty(
     letters: tuple[Run, ObjectStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Documents of one letter have nothing after the first two positions."""
+    """A unit whose rows are all excluded is stored without rows.
+
+    Documents of one letter have no row after BOS and the first position.
+    """
     run, store = letters
     monkeypatch.setattr(dist_sae.producing.loop, "build_tokenizer", lambda *_: FirstLetters(1))
     start(run, "a")

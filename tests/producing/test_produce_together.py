@@ -1,4 +1,4 @@
-"""Producing by two ranks that hold the model together, as processes."""
+"""Producing with two ranks, as processes, that share one model."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SITES = ("resid_post.1", "attn_z.0")
 
 
 def run_file(folder: Path, model: Path, **model_settings: Any) -> Path:
-    """400 documents of 10 to 60 words."""
+    """Write a corpus of 400 documents of 10 to 60 words, and return the path of its run file."""
     corpus = folder / "corpus.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     chance = random.Random(0)
@@ -50,13 +50,13 @@ def run_file(folder: Path, model: Path, **model_settings: Any) -> Path:
 
 
 class Rank(NamedTuple):
-    """One process of a producer."""
+    """A rank of a producer, as a process."""
 
     process: Any
     said: Path
 
     def ends(self) -> tuple[int, str]:
-        """(Exit code, last words)."""
+        """Wait for the process, and return its exit code and its last message."""
         self.process.join(HANG_SECONDS)
         return self.process.exitcode, self.said.read_text() if self.said.exists() else ""
 
@@ -93,7 +93,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
-    """Produced by one rank."""
+    """A folder of units that one rank produced."""
     folder = tmp_path_factory.mktemp("alone")
     path = run_file(folder, model)
     plan(load_run(path))
@@ -122,7 +122,11 @@ def test_two_ranks_produce_what_one_produces(tmp_path: Path, model: Path, alone:
 def test_when_one_rank_ends_all_end_and_what_is_left_can_be_finished(
     tmp_path: Path, model: Path, alone: Path, number: signal.Signals
 ) -> None:
-    """To the rank that follows, after the first unit and before the last, which another has."""
+    """If one rank is stopped or killed, all ranks end, and the rest can be produced later.
+
+    The signal goes to rank 1 after the first unit. The last unit is claimed by another worker until
+    then, so the ranks cannot have finished.
+    """
     path = run_file(tmp_path, model, tensor_parallel=2)
     planned = len(plan(load_run(path)).units)
     store, last = open_store(str(tmp_path / "activations")), CLAIMS.key(planned - 1)

@@ -1,4 +1,4 @@
-"""The documents of units lie in the activation set: producers read those of their units alone."""
+"""Units' texts are stored in the activation set, so producers read only their own units'."""
 
 import gzip
 import json
@@ -31,7 +31,7 @@ HALF = "\ud83d a pair that is cut"
 
 
 def in_bucket(run: Run, bucket: Bucket, *, packed: bool = True) -> Run:
-    """The same run, with text and activations in a bucket."""
+    """Return the same run with its text and its activations in a bucket."""
     assert isinstance(run.corpus, FilesCorpus)
     text = Path(run.corpus.files[0]).read_bytes()
     name = "corpus.jsonl.gz" if packed else "corpus.jsonl"
@@ -46,7 +46,7 @@ def in_bucket(run: Run, bucket: Bucket, *, packed: bool = True) -> Run:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Keys that were read from the bucket."""
+    """Keys that are read from the bucket."""
     keys, get = list[str](), S3Store.get
 
     def noted(self: S3Store, key: str, first: int = 0, stop: int | None = None) -> bytes:
@@ -67,7 +67,10 @@ def test_a_producer_reads_the_texts_of_its_units_only(
     *,
     packed: bool,
 ) -> None:
-    """As often as it is preempted; and makes the same rows as one that reads the files."""
+    """However often a producer is preempted, it reads only the texts of its units.
+
+    Its rows are the same as those of a producer that reads the corpus files.
+    """
     beside = letters_run(tmp_path, monkeypatch, LETTERS)
     run = in_bucket(beside, bucket, packed=packed)
     plan(run)
@@ -87,7 +90,7 @@ def test_a_producer_reads_the_texts_of_its_units_only(
             start(run, "p")
         texts = [key for key in reads if key.startswith("set/texts/")]
         assert not [key for key in reads if key.startswith("corpus")]
-        # those it made, the one it left, and at most two that it had claimed already
+        # the units that it produced, the one it left, and at most two that it had claimed ahead
         assert len(texts) <= len(set(stored_units(store)) - before) + 3 < len(made.units)
     with_source(monkeypatch, LetterSource())
     start(run, "p")
@@ -121,7 +124,11 @@ def test_texts_come_back_as_they_were(
 def test_planning_again_reads_the_text_only_if_it_looks_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: Bucket, reads: list[str]
 ) -> None:
-    """A run whose plan was made before it was submitted holds no GPU for the planner."""
+    """Planning again reads the corpus only if it looks changed.
+
+    So a run that was planned before it was submitted does not hold GPUs while the planner reads
+    text.
+    """
     run, made = small(tmp_path, bucket, monkeypatch)
     reads.clear()
     assert plan(run) == made

@@ -1,4 +1,4 @@
-"""One activation set of two models that read the same text."""
+"""An activation set with the sites of two models that read the same text."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ SITES = ("resid_post.0", "resid_post.0@other", "mlp_out.1@other")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model and another with other weights, and the tokenizer of both."""
+    """Folders of two models with different weights and the same tokenizer."""
     folder = tmp_path_factory.mktemp("models")
     one, two = (save_model(folder / name, "llama") for name in ("one", "two"))
     other = hf.AutoModelForCausalLM.from_pretrained(two)
@@ -81,7 +81,7 @@ def test_a_unit_has_the_rows_of_both_models(both: HuggingFaceModel, tmp_path: Pa
     for site in SITES[1:]:
         assert torch.equal(of_site[site].tokens, of_site[SITES[0]].tokens)
         assert torch.equal(of_site[site].positions, of_site[SITES[0]].positions)
-    # a row of the second model is what the second model alone gives for its document
+    # rows of the second model equal those of the second model alone on the same document
     model, name = both.of_site(SITES[1])
     found = of_site[SITES[1]]
     row = int((found.positions == 3).nonzero()[0])
@@ -89,7 +89,7 @@ def test_a_unit_has_the_rows_of_both_models(both: HuggingFaceModel, tmp_path: Pa
     (text,) = (d.text for d in documents if d.number == int(found.documents[row]))
     ids = torch.tensor([[0, *(int(word[1:]) for word in text.split()[:11])]], dtype=torch.int32)
     alone = build_source(model, (name,)).run(ids, torch.ones_like(ids, dtype=torch.bool))[name]
-    expected = alone[0, 1 + 3]  # after BOS
+    expected = alone[0, 1 + 3]  # position 3 of the text follows BOS
     assert (found.acts[row] - expected).norm() / expected.norm() < 1e-5
 
 

@@ -1,4 +1,4 @@
-"""Conformance of every object store: a folder and three S3 servers."""
+"""Behavior that every object store must have: a folder and three S3 servers."""
 
 import itertools
 import logging
@@ -17,9 +17,9 @@ from dist_sae.storage import ObjectStore, open_store, s3
 from tests.conftest import Bucket
 
 LIARS = {"rclone"}
-"""Take conditions on writes and ignore them."""
+"""Servers that accept conditions on writes and ignore them."""
 FOLDERWISE = {"seaweedfs"}
-"""List one folder after the other, and not in the order of whole keys."""
+"""Servers that list folder by folder, and not in the order of whole keys."""
 
 
 @pytest.fixture(params=["file", "moto", "seaweedfs", "rclone"])
@@ -61,7 +61,7 @@ def test_get_cuts_a_range_as_a_slice_does(
 
 
 def test_large_object_is_got_back(store: ObjectStore) -> None:
-    content = os.urandom(2**20) * 33  # in three parts, of which the last is smaller
+    content = os.urandom(2**20) * 33  # three parts, of which the last is smaller
     assert store.put("large", content)
     assert store.get("large") == content
     assert store.size("large") == len(content)
@@ -70,7 +70,7 @@ def test_large_object_is_got_back(store: ObjectStore) -> None:
 
 
 def test_stream_is_got_back_whatever_its_pieces(store: ObjectStore) -> None:
-    content = os.urandom(2**20) * 37  # in three parts, of which the last is smaller
+    content = os.urandom(2**20) * 37  # three parts, of which the last is smaller
     cuts = [0, 0, 1, 2**24 - 1, 2**24, 3 * 2**24 // 2, len(content), len(content)]
     spans = list(itertools.pairwise(cuts))
     store.put_stream("large", lambda: (content[start:stop] for start, stop in spans))
@@ -134,7 +134,7 @@ def test_put_if_absent_leaves_what_is_there(store: ObjectStore) -> None:
     assert store.get("key") == b"first"
     store.delete("key")
     assert store.put("key", b"third", if_absent=True)
-    assert list(store.keys()) == ["key"]  # nothing is left of the probe
+    assert list(store.keys()) == ["key"]  # the probe of the server leaves no object behind
 
 
 def test_server_that_ignores_conditions_is_found_out(
@@ -150,9 +150,10 @@ def test_server_that_ignores_conditions_is_found_out(
 
 
 def test_put_if_absent_has_one_winner_among_racing_writers(kind: str, store: ObjectStore) -> None:
-    """Count winners: at least one on a server that ignores conditions, where producers do not care.
+    """Of several writers that race for a key, exactly one wins.
 
-    moto checks and writes in two steps, so it cannot judge races.
+    On a server that ignores conditions at least one wins, because producers tolerate several
+    winners there. moto checks and writes in two steps, so its races are not judged.
     """
     n_writers = 8
     barrier = threading.Barrier(n_writers)
@@ -170,7 +171,7 @@ def test_put_if_absent_has_one_winner_among_racing_writers(kind: str, store: Obj
             assert store.get(key) == b"%d" % won.index(True)
     keys = list(store.keys())
     if kind in LIARS:
-        keys = sorted(set(keys))  # rclone may list one twice after a race
+        keys = sorted(set(keys))  # rclone may list a key twice after a race
     assert keys == ["c", "folder/a"]
 
 
@@ -185,7 +186,7 @@ def test_entries_tell_bytes_and_age(store: ObjectStore) -> None:
 
 def test_keys_are_sorted_and_filtered_by_prefix(kind: str, store: ObjectStore) -> None:
     def ordered(*keys: str) -> list[str]:
-        # "-" < "." < "/" < "0": whole keys have another order than folder after folder
+        # "-" < "." < "/" < "0", so sorting whole keys differs from listing folder by folder
         return sorted(keys, key=lambda key: key.split("/") if kind in FOLDERWISE else [key])
 
     keys = ["a", "a-b", "a.c", "a1", "d/x", "d/y/z", "d-x", "d0", "\u00e9", "\U0001f600", "\uffee"]

@@ -1,4 +1,4 @@
-"""Parts of a run that are Jobs by themselves end when one of them has failed for good."""
+"""Parts of a run that have their own Job stop when another part has failed for good."""
 
 import threading
 from pathlib import Path
@@ -29,7 +29,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def work(run: Run, error: Exception, look_seconds: float = 0.01) -> None:
-    """Work until told to stop, and end with this error."""
+    """Report another part's failure, wait to be stopped, and raise `error`."""
     stopping = threading.Event()
     with stop_if_peer_failed(run, stopping, look_seconds):
         report_failure(run, ModelError("the model is gone"))
@@ -39,7 +39,10 @@ def work(run: Run, error: Exception, look_seconds: float = 0.01) -> None:
 
 @pytest.mark.parametrize("error", [Stopped("saved"), RankLostError("rank 1 is gone")])
 def test_a_part_saves_and_ends_with_2_when_another_has_failed(run: Run, error: Exception) -> None:
-    """Other ranks of its own part may stop before it does."""
+    """A part whose peer failed exits with code 2, whatever error it ended with.
+
+    The error may be that other ranks of its own part stopped first.
+    """
     with pytest.raises(PartFailedError) as caught:
         work(run, error)
     assert caught.value.exit_code == EXIT_USER
@@ -47,7 +50,10 @@ def test_a_part_saves_and_ends_with_2_when_another_has_failed(run: Run, error: E
 
 
 def test_a_part_that_begins_later_ends_at_once(run: Run) -> None:
-    """Kueue may admit producers when the trainers have failed long ago."""
+    """A part that starts after a failure ends at once.
+
+    Kueue may admit producers long after the trainers have failed.
+    """
     report_failure(run, ModelError("the first cause"))
     report_failure(run, ModelError("what came of it"))
     with (
@@ -84,7 +90,8 @@ def test_another_attempt_and_another_run_go_on(
     monkeypatch.setenv(ATTEMPT, "second")
     with stop_if_peer_failed(run, threading.Event()):
         pass
-    report_failure(run, ModelError("and again"))  # the first attempt's record is not needed now
+    # the record of the first attempt can be overwritten
+    report_failure(run, ModelError("and again"))
     with pytest.raises(PartFailedError, match="and again"), stop_if_peer_failed(run, object()):  # type: ignore[arg-type]
         pass
     (tmp_path / "runs/world/failure.json").write_text("{")
@@ -100,7 +107,7 @@ def test_errors_stay_as_they_are_while_nobody_has_failed(run: Run) -> None:
 def test_a_store_that_does_not_answer_costs_a_warning(
     run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Told nothing, the part goes on, and looks again."""
+    """A store that does not respond costs a warning, and the part continues and checks again."""
     record = tmp_path / "runs/world/failure.json"
     stopping, warned = threading.Event(), threading.Event()
 
@@ -110,7 +117,7 @@ def test_a_store_that_does_not_answer_costs_a_warning(
 
     def work() -> None:
         with stop_if_peer_failed(run, stopping, 0.01):
-            record.mkdir(parents=True)  # which nobody can read
+            record.mkdir(parents=True)  # a folder in place of the record, which cannot be read
             assert warned.wait(SECONDS)
             report_failure(run, ModelError("not told"))
             record.rmdir()
@@ -142,14 +149,15 @@ def test_only_the_first_rank_of_a_pod_looks_and_only_while_it_works(
     ("error", "told"),
     [
         (ModelError("no such model"), True),
-        (PartFailedError("stopped because a pod failed"), False),  # the cause is known
-        (UnavailableError("no answer", url="s3://a"), False),  # it comes back
+        # the part that failed first has reported the cause
+        (PartFailedError("stopped because a pod failed"), False),
+        (UnavailableError("no answer", url="s3://a"), False),  # a later start may succeed
     ],
 )
 def test_what_fails_a_pod_for_good_is_told(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, *, told: bool
 ) -> None:
-    """Whatever command it is, also before it has looked for GPUs."""
+    """A permanent failure is reported by every command, even before it looks for GPUs."""
 
     def fail(_: object) -> None:
         raise error
@@ -157,7 +165,8 @@ def test_what_fails_a_pod_for_good_is_told(
     monkeypatch.setattr("dist_sae.commands.shared.load_for_device", fail)
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == error.exit_code  # type: ignore[attr-defined]
     assert (tmp_path / "runs/world/failure.json").exists() == told
-    monkeypatch.delenv(ATTEMPT)  # no pod, or one of a JobSet, which ends all
+    # not in a pod, or in a pod of a JobSet, which stops all pods itself
+    monkeypatch.delenv(ATTEMPT)
     (tmp_path / "runs/world/failure.json").unlink(missing_ok=True)
     cli.main(["train", str(tmp_path / "run.yaml")])
     assert not (tmp_path / "runs/world/failure.json").exists()

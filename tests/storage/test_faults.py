@@ -1,6 +1,6 @@
 """Stores behind failing networks and servers: correct bytes or an error, never wrong bytes.
 
-A bit that flips on its way to the reader is for the layer above, which has the checksums.
+A bit that flips on its way to the reader is left to the layer above, which has the checksums.
 """
 
 import random
@@ -22,20 +22,24 @@ from tests.faults import KINDS, FaultProxy
 pytestmark = [pytest.mark.usefixtures("short_pauses"), pytest.mark.system]
 
 HARMLESS_BELOW = sorted(KINDS.keys() - {"flip_get"})
-"""Faults that a store mends or tells of."""
+"""Faults that a store corrects or reports without help from the layer above."""
 HEEDS_CHECKSUMS = {"seaweedfs", "rclone"}
-"""Compare a PUT with its Content-MD5; none compares it with the hash in the signature."""
+"""Servers that compare a PUT with its Content-MD5.
+
+No server compares a PUT with the hash in the signature.
+"""
 
 
 def make_store(bucket: Bucket, proxy: FaultProxy, *, exclusive: bool = True) -> ObjectStore:
     config = S3Config(endpoint_url=proxy.endpoint_url, deadline_seconds=20)
     store = open_store(f"s3://{bucket.name}/p", config)
-    vars(store)["exclusive"] = exclusive  # known: not tried out through the faults
+    # set here, so that the store does not probe the server through the faults
+    vars(store)["exclusive"] = exclusive
     return store
 
 
 def use(store: ObjectStore, worker: int) -> dict[str, bytes]:
-    """Write, read, overwrite and delete objects; returns the remaining ones."""
+    """Write, read, overwrite and delete objects, and return the remaining ones."""
     chance = random.Random(worker)
     left = {}
     for i in range(3):
@@ -58,7 +62,7 @@ def use(store: ObjectStore, worker: int) -> dict[str, bytes]:
 
 
 def stress(bucket: Bucket, proxy: FaultProxy) -> None:
-    """Check that the bucket ends up with what several concurrent writers wrote."""
+    """Check that the bucket contains exactly what several concurrent writers wrote."""
     store = make_store(bucket, proxy)
     n_workers = 2
     with ThreadPoolExecutor(n_workers) as pool:
@@ -99,14 +103,15 @@ def test_bit_flipped_on_its_way_to_the_server_is_not_stored(
 ) -> None:
     bucket = make_bucket(kind)
     content = random.Random(0).randbytes(11 * 2**20)
-    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)  # the least that S3 takes
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)  # the smallest part size that S3 allows
     monkeypatch.setattr(s3, "MULTIPART_FROM_BYTES", 2**20)
     with FaultProxy(bucket.endpoint_url, 3, {"flip_put": 1.0}, most_per_request=2) as proxy:
         store = make_store(bucket, proxy)
         store.put("small", content[:100])
         assert proxy.injected["flip_put"] == 2
         assert store.get("small") == content[:100]
-        proxy.rates = {"flip_put": 0.5}  # rclone gives up an upload with a damaged part
+        # not 1.0, because rclone gives up an upload that has a damaged part
+        proxy.rates = {"flip_put": 0.5}
         store.put("large", content)
         assert proxy.injected["flip_put"] > 2
         assert store.get("large") == content

@@ -1,4 +1,4 @@
-"""A pod counts its lives without progress, and ends the run after too many in a row."""
+"""A pod counts its starts without progress, and ends the run after too many in a row."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def life(store: str, index: int = 3, job: str = "job", part: Part = "trainer") -
 def test_too_many_lives_without_progress_end_the_run(tmp_path: Path) -> None:
     for _ in range(1 + RETRIES):
         life(str(tmp_path)).begin()
-    for _ in range(2):  # it stays so
+    for _ in range(2):  # the limit stays reached
         with pytest.raises(LivesSpentError) as caught:
             life(str(tmp_path)).begin()
         assert caught.value.exit_code == EXIT_USER
@@ -36,7 +36,7 @@ def test_too_many_lives_without_progress_end_the_run(tmp_path: Path) -> None:
         "trainer 3: 3 starts in a row ended without a new checkpoint (cluster.trainer.retries 2)"
     )
     assert str(caught.value).startswith(words)
-    life(str(tmp_path), index=4).begin()  # each pod has its own
+    life(str(tmp_path), index=4).begin()  # each pod has its own count
     life(str(tmp_path), part="producer").begin()
     life(str(tmp_path), job="after a resume").begin()
 
@@ -45,8 +45,8 @@ def test_progress_sets_the_count_back(tmp_path: Path) -> None:
     for _ in range(10):
         alive = life(str(tmp_path))
         alive.begin()
-        alive.begin()  # counts once
-        life(str(tmp_path)).begin()  # without progress
+        alive.begin()  # a second call of the same life is not counted
+        life(str(tmp_path)).begin()  # a life without progress
         third = life(str(tmp_path))
         third.begin()
         third.progressed()
@@ -63,7 +63,7 @@ def test_only_the_first_rank_of_a_pod_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, store = load_run(write_run(tmp_path)), open_store(str(tmp_path / "runs"))
-    assert not isinstance(this_life(settings, "trainer", store), PodLife)  # no pod
+    assert not isinstance(this_life(settings, "trainer", store), PodLife)  # not in a pod
     monkeypatch.setenv(JOB, "job")
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
     assert isinstance(this_life(settings, "trainer", store), PodLife)
@@ -74,14 +74,17 @@ def test_only_the_first_rank_of_a_pod_counts(
 def test_a_bug_ends_as_the_pod_that_counts_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With another code than Python's own, before a life has begun: Kubernetes counts that one."""
+    """A bug exits with EXIT_CRASHED in a pod that counts lives, and with Python's code elsewhere.
+
+    This holds even before a life has begun. Kubernetes counts the exit code.
+    """
 
     def bug(_: object) -> None:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr("dist_sae.commands.shared.load_for_device", bug)
     monkeypatch.setenv(JOB, "job")
-    monkeypatch.setenv("LOCAL_RANK", "1")  # the first rank counts the life
+    monkeypatch.setenv("LOCAL_RANK", "1")  # only the first rank counts the life
     assert cli.main(["train", "run.yaml"]) == EXIT_CRASHED
     assert "ZeroDivisionError: a bug" in capsys.readouterr().err
     monkeypatch.delenv(JOB)
@@ -100,7 +103,11 @@ def test_a_bug_ends_as_the_pod_that_counts_it_says(
 def test_of_a_planner_only_crashes_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, *, counts: bool
 ) -> None:
-    """And those that nobody can catch: a count stands until a planner ends by itself."""
+    """Only crashes of the planner count, including those that no code can catch.
+
+    Each start is counted first. The count is reset if the planner is interrupted or the hub is
+    unavailable.
+    """
 
     def fail(*_: object) -> None:
         raise error
@@ -116,9 +123,10 @@ def test_of_a_planner_only_crashes_count(
 
 @pytest.mark.system
 def test_programs_count_their_lives(tmp_path: Path) -> None:
-    """Producer and trainer: spent, they refuse at once; else a unit and a checkpoint are progress.
+    """Producer and trainer count their lives.
 
-    The producer finds all units made by another one, and has nothing to do: that is no life.
+    Without lives left, they refuse to start. Otherwise a unit or a checkpoint counts as progress. A
+    producer that finds all units done has nothing to do, so it does not count a life.
     """
     path, folder = write_run(tmp_path), tmp_path / "runs/world/lives"
     env = {JOB: "job", "JOB_COMPLETION_INDEX": "0"}

@@ -1,4 +1,4 @@
-"""Local folders, beyond what every store does."""
+"""Behavior of local folders, beyond what every store does."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ def files(folder: Path) -> list[str]:
 
 
 def test_writer_that_dies_leaves_nothing_to_see(tmp_path: Path) -> None:
-    # dies with everything written and nothing published
+    # is killed after all bytes are written, but before the object is published
     code = """
 import os, signal, sys
 from dist_sae.storage import open_store
@@ -33,7 +33,8 @@ open_store(sys.argv[1]).put("units/1.json", b"content")
     store.put("units/0.json", b"")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert done.returncode == -9
-    assert sum(path.is_file() for path in tmp_path.rglob("*")) == 2  # it had begun to write
+    # one object and one temporary file
+    assert sum(path.is_file() for path in tmp_path.rglob("*")) == 2
     assert list(store.keys()) == ["units/0.json"]
     assert store.size("units/1.json") is None
     assert store.put("units/1.json", b"content", if_absent=True)
@@ -59,7 +60,7 @@ def test_readers_see_whole_objects_only_while_they_are_overwritten(tmp_path: Pat
 
 @pytest.fixture
 def full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with little space: a small file system if we may mount one."""
+    """A folder with little space: a small mounted file system, or else a failing fsync."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
@@ -107,7 +108,8 @@ def test_full_disk_keeps_the_object_that_was_to_be_overwritten(
 def test_folder_without_permission_is_an_access_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def refuse(*_: Any, **__: Any) -> None:  # root may do everything, so it cannot be had for real
+    # simulated, because tests may run as root, which may do everything
+    def refuse(*_: Any, **__: Any) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(Path, "open", refuse)
@@ -135,7 +137,8 @@ def test_keys_of_a_folder_that_vanishes_are_no_error(
     scandir = os.scandir
 
     def vanish(path: Any) -> Any:
-        if str(path).endswith("claims"):  # its last claim was released since it was listed
+        # the folder's last claim was released after the folder was listed
+        if str(path).endswith("claims"):
             store.delete("claims/1")
         return scandir(path)
 
@@ -176,7 +179,8 @@ def test_age_is_told_by_the_clock_that_dates_the_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = time.time
-    monkeypatch.setattr(time, "time", lambda: now() + 300)  # a machine five minutes ahead
+    # the clock of a machine that is five minutes ahead
+    monkeypatch.setattr(time, "time", lambda: now() + 300)
     store = open_store(str(tmp_path))
     store.put("key", b"")
     (entry,) = store.entries()
@@ -190,7 +194,8 @@ def test_ages_in_a_folder_that_cannot_be_written_to_are_by_this_clock(
     store = open_store(str(tmp_path))
     store.put("key", b"")
 
-    def refuse(*_: Any, **__: Any) -> None:  # root may do everything, so it cannot be had for real
+    # simulated, because tests may run as root, which may do everything
+    def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(Path, "touch", refuse)

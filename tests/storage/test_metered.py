@@ -20,12 +20,13 @@ def test_operations_bytes_and_errors_of_a_folder_are_metered(tmp_path: Path) -> 
     store = open_store(str(tmp_path), meter=telemetry)
     assert isinstance(store, ObjectStore)
     assert store.put("a/key", b"12345", if_absent=True)
-    assert not store.put("a/key", b"678", if_absent=True)  # is not written
+    assert not store.put("a/key", b"678", if_absent=True)  # returns False and writes nothing
     store.put_stream("a/key", lambda: (b"12", b"345"))
     assert store.get("a/key", 1, 3) == b"23"
     assert store.size("a/key") == 5
     assert list(store.keys()) == [entry.key for entry in store.entries()] == ["a/key"]
-    with pytest.raises(ObjectNotFoundError):  # an answer, no error
+    # a missing object is an answer and does not count as an error
+    with pytest.raises(ObjectNotFoundError):
         store.get("another")
     with pytest.raises(StoreError):
         store.put("a/key/below", b"")

@@ -1,4 +1,4 @@
-"""Models that are folders of a store: what is fetched, when, and how it is known."""
+"""Models stored as folders in an object store: which files are fetched, when, and how often."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ READ = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safeten
 
 
 class Counting:
-    """Counts the bytes that are read from a store."""
+    """A store that counts the bytes read from it."""
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
@@ -45,7 +45,7 @@ class Counting:
 
 @pytest.fixture
 def got(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Tells how many bytes were read from stores of models since it was last asked."""
+    """Return a function that returns the bytes read from model stores since its last call."""
     stores: list[Counting] = []
 
     def opened(*arguments: Any) -> Counting:
@@ -70,7 +70,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small model, as transformers saves it."""
+    """A small model, saved by transformers."""
     return save_model(tmp_path / "model", "gpt2")
 
 
@@ -112,7 +112,7 @@ def test_what_is_read_is_fetched_once_and_weights_when_they_are_needed(
     server_name: str,
 ) -> None:
     bucket = make_bucket(server_name)
-    for name in ("pytorch_model.bin", "modeling_gpt2.py"):  # code, which nothing shall run
+    for name in ("pytorch_model.bin", "modeling_gpt2.py"):  # code, which must never be run
         (folder / name).write_bytes(b"code")
     upload(bucket, folder)
     upload(bucket, folder, "models/gpt2/onnx")
@@ -241,7 +241,10 @@ def test_what_is_no_folder_of_a_store_is_refused(model: dict[str, str], told: st
 def test_a_model_is_the_same_from_a_folder_and_from_a_store(
     bucket: Bucket, folder: Path, tmp_path: Path
 ) -> None:
-    """The same plan, rows and tokens; a model written anew is refused."""
+    """A model gives the same plan, rows and tokens from a folder and from a store.
+
+    A model that was overwritten in the store is refused.
+    """
     upload(bucket, folder)
     local = run_of(tmp_path, bucket, str(folder))
     remote = run_of(tmp_path, bucket, f"s3://{bucket.name}/models/gpt2")
@@ -267,7 +270,11 @@ def test_a_model_is_the_same_from_a_folder_and_from_a_store(
 def test_a_file_that_was_damaged_on_the_way_is_fetched_again(
     bucket: Bucket, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its checksum beside it is that of the damaged bytes; the plan's is not."""
+    """A file that was damaged during its download is fetched again.
+
+    The checksum stored next to the file matches the damaged bytes, but the plan's checksum does
+    not.
+    """
     upload(bucket, folder)
     remote = run_of(tmp_path, bucket, f"s3://{bucket.name}/models/gpt2")
     made = plan(run_of(tmp_path, bucket, str(folder)))

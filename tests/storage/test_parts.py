@@ -1,4 +1,4 @@
-"""Cutting a stream into parts, and the number of parts that are in memory."""
+"""Cutting a stream into parts, and limiting the parts in memory."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -74,7 +74,7 @@ def test_an_upload_that_is_gone_begins_anew(
     complete = client.complete_multipart_upload
 
     def completed(**upload: Any) -> Any:
-        if len(begun) == 1:  # somebody cleans up
+        if len(begun) == 1:  # another program aborts the upload
             del upload["MultipartUpload"]
             client.abort_multipart_upload(**upload)
             raise ClientError({"Error": {"Code": "NoSuchUpload"}}, "CompleteMultipartUpload")

@@ -1,4 +1,4 @@
-"""Stores in S3: pages, prefixes, encryption, metering."""
+"""S3 stores: pagination, prefixes, encryption, metrics."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -103,11 +103,11 @@ def test_encryption_is_asked_for_with_every_write(
         assert head["SSEKMSKeyId"].endswith("a-key")
     assert head["ETag"].count("-") == 0
     parts = bucket.client.head_object(Bucket=bucket.name, Key="some/prefix/parts")
-    assert parts["ETag"].endswith('-1"')  # it did go in parts
+    assert parts["ETag"].endswith('-1"')  # the object was uploaded in parts
 
 
 class Recorder:
-    """Meter that keeps totals."""
+    """A meter that adds up all values."""
 
     def __init__(self) -> None:
         self.sums: Counter[str] = Counter()
@@ -146,5 +146,5 @@ def test_requests_bytes_and_retries_are_metered(bucket: Bucket) -> None:
         "operation_seconds put": 1,
         "operation_seconds get": 1,
         "bytes_total in": 2,
-        "retries_total": 4,  # two of boto's, one of ours, one of boto's
+        "retries_total": 4,  # two by boto, one by the store, one by boto
     }

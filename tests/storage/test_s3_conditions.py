@@ -1,4 +1,4 @@
-"""Conditional writes to S3 whose answers are lost."""
+"""Conditional writes to S3 whose responses are lost."""
 
 import itertools
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def test_put_if_absent_whose_answer_is_lost_has_won(
     def only(method: str, _: str) -> bool:
         return method == "PUT"
 
-    # boto asks three times before we do
+    # boto sends a request three times before the store retries
     with FaultProxy(
         bucket.endpoint_url, 0, {fault: 1.0}, only=only, most_per_request=lost
     ) as proxy:

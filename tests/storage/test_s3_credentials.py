@@ -1,4 +1,4 @@
-"""Credentials services that are busy, or have no credentials."""
+"""Credentials services that are busy, or that have no credentials."""
 
 import datetime as dt
 import http.server
@@ -31,9 +31,9 @@ STS = f"""<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><C
 
 
 class Service(http.server.ThreadingHTTPServer):
-    """Server that plays instance metadata, a container's endpoint and STS.
+    """A server that plays instance metadata, a container's endpoint and STS.
 
-    The first answers are `bad`: pairs of status and text; with status 0 the connection is closed.
+    Its first responses are `bad`, a list of (status, text). Status 0 closes the connection.
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ def source(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> str:
-    """The only place where the process finds credentials."""
+    """Name of the only service that gives the process credentials."""
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED"):
         monkeypatch.delenv(variable)
     for variable in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
@@ -128,7 +128,8 @@ def sts(code: str, message: str = "said") -> str:
 def test_a_busy_service_is_asked_until_it_answers(
     source: str, bucket: Bucket, service: Service, bad: tuple[int, str]
 ) -> None:
-    if source != "container" and bad[0] in (0, 200):  # as good as absent, or another service
+    # the same as if the service were absent or another one
+    if source != "container" and bad[0] in (0, 200):
         bad = (503, sts("ServiceUnavailable"))
     service.bad = [bad] * 12
     store = make_store(bucket, seconds=30)

@@ -1,4 +1,4 @@
-"""An S3 endpoint without ranges or conditions, whose clock is off."""
+"""An S3 endpoint without ranges or conditional writes, whose clock is wrong."""
 
 import functools
 import http.server
@@ -16,7 +16,7 @@ from tests.storage.endpoints import make_store
 
 
 class OldEndpoint(http.server.BaseHTTPRequestHandler):
-    """Endpoint without ranges or conditions, whose clock says 2009."""
+    """An endpoint without ranges or conditional writes, whose clock is in 2009."""
 
     protocol_version = "HTTP/1.1"
 
@@ -77,7 +77,7 @@ def old_store(bucket: Bucket) -> Iterator[ObjectStore]:
 def test_endpoint_that_does_not_give_back_what_was_written_is_refused(
     old_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dist_sae.storage.s3.S3Store.get", lambda *_: b"")  # of an old listing
+    monkeypatch.setattr("dist_sae.storage.s3.S3Store.get", lambda *_: b"")  # as from a stale cache
     with pytest.raises(StoreError, match="a read does not return what was just written"):
         old_store.put("key", b"first", if_absent=True)
 

@@ -1,4 +1,4 @@
-"""S3 endpoints that do not answer: waited for, up to the deadline."""
+"""Waiting for S3 endpoints that do not respond, up to a deadline."""
 
 import http.server
 import threading
@@ -20,14 +20,14 @@ from tests.storage.endpoints import METHODS, error_message, make_store
 
 @pytest.fixture
 def nowhere() -> Iterator[str]:
-    """An endpoint that refuses connections, on a reserved port."""
+    """URL of an endpoint that refuses connections, on a reserved port."""
     with http.server.socketserver.socket.socket() as closed:  # type: ignore[attr-defined]
         closed.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{closed.getsockname()[1]}"
 
 
 @pytest.mark.system
-@pytest.mark.usefixtures("short_pauses")  # else boto alone may take the three seconds
+@pytest.mark.usefixtures("short_pauses")  # else boto's pauses alone may take three seconds
 def test_endpoint_that_is_down_is_asked_until_the_deadline(
     bucket: Bucket, nowhere: str, warnings: list[str]
 ) -> None:
@@ -39,7 +39,7 @@ def test_endpoint_that_is_down_is_asked_until_the_deadline(
         f"{store.url}/a/b: {nowhere} does not respond (EndpointConnectionError); "
         f"check store.s3.endpoint_url and the network"
     )
-    assert len(warnings) == 1  # at the first failure, then every half minute
+    assert len(warnings) == 1  # warns at the first failure, then every half minute
     assert warnings[0].startswith(f"{message}; retrying for up to ")
 
 

@@ -1,4 +1,4 @@
-"""Mistakes that an S3 endpoint answers with a refusal: one clear line, at once."""
+"""S3 requests that an endpoint refuses fail at once, with a one-line error."""
 
 import datetime as dt
 import ssl
@@ -40,7 +40,7 @@ def test_bucket_that_does_not_exist(kind: str, make_bucket: Callable[[str], Buck
 
 @pytest.mark.system
 def test_bucket_that_does_not_exist_on_a_server_that_makes_them(weed: Bucket) -> None:
-    # a PUT with an administrator's key creates the bucket there
+    # seaweedfs creates the bucket at a PUT with an administrator's key, so only `get` is tested
     store = make_store(weed._replace(name="no-such-bucket"))
     assert "no such bucket" in error_message(AccessError, store, "get")
 
@@ -193,7 +193,7 @@ def test_endpoint_that_cannot_be(bucket: Bucket, endpoint: str) -> None:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A self-signed certificate for 127.0.0.1, and its key."""
+    """A self-signed certificate for 127.0.0.1 and its key."""
     folder = tmp_path_factory.mktemp("tls")
     cert, key = folder / "cert.pem", folder / "key.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
