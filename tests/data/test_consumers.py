@@ -84,7 +84,7 @@ def test_the_position_is_that_of_the_slowest_stream(store: ObjectStore, plan: Pl
     assert consumers.slowest() == (9, "r")  # unit 2 of stream 1 is 1 + 4 * 2
     registration.advance(
         {0: StreamCursor(1, 0, 200), 1: StreamCursor(0, 3, 90)}
-    )  # streams 2 and 3 keep their cursors; those absent count as in their second pass
+    )  # stream 0 is in its second pass, so only stream 1 counts
     assert consumers.slowest() == (13, "r")
 
 
@@ -127,9 +127,9 @@ def test_what_every_run_has_behind_it_is_deleted(store: ObjectStore, plan: Plan)
 def test_a_run_that_had_ended_begins_again_though_all_is_deleted(
     store: ObjectStore, plan: Plan
 ) -> None:
-    """A run that ended can start again from its last checkpoint, even though all data is deleted.
+    """A run that ended can start again, even though all data is deleted.
 
-    This happens if it is killed after its last report. It reads nothing more.
+    A run that is killed after its last report starts from its last checkpoint and reads no rows.
     """
     registration_of(store, plan).checkpointed({}, ended=True)
     assert retired_below(store) == 16

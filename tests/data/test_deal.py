@@ -91,7 +91,7 @@ def test_the_first_units_are_small_and_windows_double() -> None:
         (np.full(10**5, 10**4), {"streams": 64}, (64, 4, 65_536, 512)),
         (np.full(100, 20), {}, (8, 4, 512, 512)),
         (np.full(10**4, 100), {"unit_rows": 16_384, "window_units": 2}, (8, 2, 16_384, 16_384)),
-        # two books, so at most two streams of equal rows
+        # each of two books has a third of the rows, so two streams
         (np.array([30_000, 30_000, *one_liners(1000)]), {}, (2, 4, 2048, 2048)),
         (np.full(10**4, 100), {"trainers": 3, "batch_rows": 4080}, (6, 4, 4096, 2048)),
     ],

@@ -88,7 +88,7 @@ def test_the_loader_does_not_run_ahead_of_the_trainer(
 ) -> None:
     """With no batch taken, the loader assembles three batches and does not begin a fourth.
 
-    Two batches wait in the queue and the third is blocked on it.
+    Two batches wait in the queue, and the loader waits to add the third.
     """
     begun = threading.Semaphore(0)
     real = Stream.put
@@ -136,7 +136,7 @@ def test_whoever_waits_for_a_batch_is_told_while_it_lasts(
 ) -> None:
     """The reporter is called while a batch is late.
 
-    It counts the time during the wait, because the process may be killed before a long wait ends.
+    It counts the time during the wait, because a process that is killed cannot count it later.
     """
     monkeypatch.setattr(dist_sae.data.loader, "LOOK_UP_SECONDS", 0.05)
     told: list[float] = []

@@ -60,7 +60,7 @@ def test_blocks_hold_the_rows_in_order(store: ObjectStore, dtype: str) -> None:
 def test_a_small_unit_has_four_blocks(store: ObjectStore, rows: int, blocks: list[int]) -> None:
     """A small unit is split into up to four blocks of at least 256 rows.
 
-    Training needs one block of each unit to begin, so it can begin sooner.
+    The last block may be smaller. Training needs only one block of each unit to begin.
     """
     shard = write_shard(store, 7, "resid_post.3", random_rows(rows, 1), 4096, "bf16")
     assert [block.rows for block in shard.blocks] == blocks

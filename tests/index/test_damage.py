@@ -166,9 +166,9 @@ def test_a_full_temporary_folder_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("named", ["world/run.yaml", "world/index/other/rows/0.parquet", "../x"])
 def test_a_record_cannot_choose_what_repair_deletes(tmp_path: Path, named: str) -> None:
-    """A unit record that names a key outside the index makes repair delete only the record itself.
+    """Repair deletes a unit record that names a key outside the index, but not the named object.
 
-    The record has a valid seal. The key that it names does not exist, or fails its checksum.
+    The record has a valid seal, because anyone who can write to the store can seal one.
     """
     run = produced(tmp_path)
     add_checkpoint(run)

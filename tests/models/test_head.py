@@ -35,9 +35,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HuggingFaceMod
 def test_a_head_does_what_the_models_norm_and_head_do(
     models: dict[str, HuggingFaceModel], name: str
 ) -> None:
-    """A head computes what the model's final norm and unembedding compute, up to the row's length.
+    """A head computes the logits of the model's final norm and unembedding.
 
-    The norm also divides by the length, which the test undoes. Biases cancel.
+    Unlike the head, the norm divides a row by its length, so the test divides too. Biases cancel.
     """
     head = load_head(models[name], "resid_post.1")
     model = hf.AutoModelForCausalLM.from_pretrained(models[name].path)

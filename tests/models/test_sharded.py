@@ -47,7 +47,7 @@ UNEVEN: dict[str, Callable[[], Any]] = {
     "opt": lambda: hf.OPTConfig(**THREE, ffn_dim=40, word_embed_proj_dim=24),
     "bert": lambda: hf.BertConfig(**THREE),
 }
-"""Models split by DeepSpeed's AutoTP: three heads on two ranks."""
+"""Models split by DeepSpeed's AutoTP: three key-value heads on two ranks."""
 CASES = (*(f"{name}-even" for name in EVEN), *(f"{name}-uneven" for name in UNEVEN))
 BF16 = ("llama-even", "gemma2-even", "llama-uneven", "opt-uneven")
 FROM_BF16 = ("llama", "gemma3_text", "gptj")

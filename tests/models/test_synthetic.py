@@ -60,7 +60,7 @@ def test_the_same_config_gives_the_same_world_whatever_torchs_own_seed() -> None
 def test_directions_are_no_trainers_random_numbers() -> None:
     """The directions are not those of a generator with the same seed.
 
-    Else a trainer with this seed would start at the true directions.
+    Otherwise a trainer with this seed would start at the true directions.
     """
     source = SyntheticSource(WORLD)
     drawn = torch.randn(80, 24, generator=torch.Generator().manual_seed(WORLD.seed))

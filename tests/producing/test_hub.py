@@ -17,7 +17,7 @@ class ConnectError(Exception):
 
 
 class HfHubHTTPError(Exception):
-    """An error with the name of huggingface_hub's error, by which it is recognized."""
+    """An error with a response and status, like huggingface_hub's, by which it is recognized."""
 
     def __init__(self, status: int) -> None:
         self.response = SimpleNamespace(status_code=status)

@@ -152,8 +152,8 @@ def test_server_that_ignores_conditions_is_found_out(
 def test_put_if_absent_has_one_winner_among_racing_writers(kind: str, store: ObjectStore) -> None:
     """Of several writers that race for a key, exactly one wins.
 
-    On a server that ignores conditions at least one wins, because producers tolerate several
-    winners there. moto checks and writes in two steps, so its races are not judged.
+    On a server that ignores conditions, several may win, which producers tolerate. moto checks and
+    writes in two steps, so its races are not judged.
     """
     n_writers = 8
     barrier = threading.Barrier(n_writers)

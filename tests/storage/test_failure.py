@@ -39,9 +39,9 @@ def work(run: Run, error: Exception, look_seconds: float = 0.01) -> None:
 
 @pytest.mark.parametrize("error", [Stopped("saved"), RankLostError("rank 1 is gone")])
 def test_a_part_saves_and_ends_with_2_when_another_has_failed(run: Run, error: Exception) -> None:
-    """A part whose peer failed exits with code 2, whatever error it ended with.
+    """A part saves and exits with code 2 when another part has failed.
 
-    The error may be that other ranks of its own part stopped first.
+    The same holds if it loses ranks of its own part, because these have stopped first.
     """
     with pytest.raises(PartFailedError) as caught:
         work(run, error)

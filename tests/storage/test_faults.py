@@ -22,7 +22,7 @@ from tests.faults import KINDS, FaultProxy
 pytestmark = [pytest.mark.usefixtures("short_pauses"), pytest.mark.system]
 
 HARMLESS_BELOW = sorted(KINDS.keys() - {"flip_get"})
-"""Faults that a store corrects or reports without help from the layer above."""
+"""Faults that a store corrects or reports itself."""
 HEEDS_CHECKSUMS = {"seaweedfs", "rclone"}
 """Servers that compare a PUT with its Content-MD5.
 

@@ -74,9 +74,10 @@ def test_only_the_first_rank_of_a_pod_counts(
 def test_a_bug_ends_as_the_pod_that_counts_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A bug exits with EXIT_CRASHED in a pod that counts lives, and with Python's code elsewhere.
+    """A bug exits with EXIT_CRASHED where the pod counts the life, and else with Python's code.
 
-    This holds even before a life has begun. Kubernetes counts the exit code.
+    Kubernetes counts crashes with Python's code but not EXIT_CRASHED, so that each crash counts
+    only once.
     """
 
     def bug(_: object) -> None:
