@@ -1,4 +1,4 @@
-"""Questions that an index cannot answer are refused in one line that says what is missing."""
+"""Requests that an index cannot serve fail with one line that names what is missing."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tests.index.indexed import add_checkpoint, make_index, produced
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Tokens of this world are numbers of rows: each occurs once."""
+    """An indexed run whose tokens are row numbers, so each token occurs once."""
     run = produced(tmp_path_factory.mktemp("whole"))
     add_checkpoint(run)
     make_index(run)

@@ -1,4 +1,4 @@
-"""What a dictionary finds by chance: an untrained one finds no more than its rotated copy."""
+"""Chance baseline: an untrained dictionary recovers no more words than its rotated copy."""
 
 import shutil
 from pathlib import Path
@@ -30,7 +30,7 @@ D, FEATURES, LATENTS, F1 = 16, 60, 80, 0.5
 
 
 class World(NamedTuple):
-    """Rows whose strongest feature is their word."""
+    """Rows labeled with their strongest feature as their word, and two indexed dictionaries."""
 
     words: WordRows
     ideal: IndexedRun
@@ -39,7 +39,7 @@ class World(NamedTuple):
 
 
 def indexed(run: Run, name: str, directions: torch.Tensor) -> IndexedRun:
-    """A dictionary of these directions, with its index."""
+    """Return an indexed dictionary with the given encoder and decoder directions."""
     named = run.model_copy(update={"name": name})
 
     def plant(sae: Dictionary) -> None:
@@ -48,7 +48,8 @@ def indexed(run: Run, name: str, directions: torch.Tensor) -> IndexedRun:
         sae.W_enc.data.copy_(directions)
         sae.W_dec.data.copy_(directions)
         assert isinstance(run.model, SyntheticModel)
-        sae.b_dec.data.copy_(1.5 * SyntheticSource(run.model).bias)  # in the scale of the test
+        # at the scale of the test's checkpoints
+        sae.b_dec.data.copy_(1.5 * SyntheticSource(run.model).bias)
 
     add_checkpoint(named, change=plant)
     make_index(named)
@@ -110,7 +111,10 @@ def test_a_dictionary_of_the_features_has_words_that_chance_has_not(world: World
 
 
 def test_an_untrained_dictionary_has_words_and_no_more_than_chance(world: World) -> None:
-    """Many words of few dimensions, so that chance has some; three rotations."""
+    """An untrained dictionary recovers some words, but not significantly more than chance.
+
+    There are many words and few dimensions, so chance recovers some too. Three rotations are tried.
+    """
     own = matched(world, world.random)
     assert own.recovered(F1).sum() >= 5
     found = [compared(world, world.random, seed) for seed in range(3)]
@@ -171,11 +175,16 @@ def flags(*counts: int) -> NDArray[np.bool_]:
 
 
 def test_p_values_are_those_of_the_sign_test() -> None:
-    """5 of 6 words that one alone has: (6 + 1) / 64. Of 1,100 of 2,000: 4.5 deviations."""
+    """P-values are those of a one-sided sign test.
+
+    Of 6 words that only one of the two recovers, 5 are ours: (6 + 1) / 64. Of 2,000, 1,100 are
+    ours: 4.5 standard deviations.
+    """
     own, other = flags(15, 6), np.concatenate([flags(10, 5), flags(1, 5)])
     found = compare_words("x", 1, np.ones(21, np.bool_), own, other)
     assert (found.found, found.by_other, found.both) == (15, 11, 10)
     assert found.p_value == pytest.approx(7 / 64)
     assert WordComparison("x", 1, 50, 0, 0, 0).p_value == 1
     large = WordComparison("x", 1, 3000, 1100, 900, 0)
-    assert large.p_value == pytest.approx(4.2e-6, rel=0.1)  # exact, by another program
+    # exact value, computed with another program
+    assert large.p_value == pytest.approx(4.2e-6, rel=0.1)

@@ -1,4 +1,4 @@
-"""`dist-sae analyse`: questions to one run, asked by the command line."""
+"""`dist-sae analyse` on one run, from the command line."""
 
 import json
 from pathlib import Path

@@ -17,16 +17,16 @@ from dist_sae.storage import open_store
 from tests.index.indexed import add_checkpoint, make_index, produced
 
 FOUND = 20
-"""Features that the dictionary has, the most frequent of 48."""
+"""Number of features that the dictionary contains: the most frequent of 48."""
 
 
 def holds(run: Run, found: int) -> Dictionary:
-    """A checkpoint whose latents 3, 4, ... are the first features, the others at random."""
+    """Write a checkpoint with the first features at latents 3, 4, ... and random others."""
 
     def plant(sae: Dictionary) -> None:
         assert isinstance(run.model, SyntheticModel)
         sae.W_dec.data[3 : 3 + found] = SyntheticSource(run.model).directions[:found]
-        # a second latent of the first feature, farther away, takes nothing from the others
+        # a second, less similar latent of the first feature must not take another feature's place
         sae.W_dec.data[40] = sae.W_dec.data[3] + 0.02 * torch.randn(16)
 
     return add_checkpoint(run, change=plant)

@@ -29,7 +29,7 @@ MODEL = {"d_in": D, "n_features": FEATURES, "l0": 4, "zipf": 1.0}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """6,400 rows of 384 Zipf features in 64 dimensions, without a checkpoint."""
+    """A run with 6,400 rows of 384 Zipf features in 64 dimensions, and no checkpoint."""
     return produced(
         tmp_path_factory.mktemp("dark"),
         model=MODEL,
@@ -44,7 +44,7 @@ def source(run: Run) -> SyntheticSource:
 
 
 def indexed(world: Run, name: str, directions: torch.Tensor) -> Run:
-    """A run whose newest dictionary has these directions, as encoder and decoder, and an index."""
+    """Return an indexed run whose dictionary has these directions as encoder and decoder."""
     sae_config = world.sae.model_copy(update={"n_latents": len(directions)})
     run = world.model_copy(update={"name": name, "sae": sae_config})
     sae = build_sae(run.sae, D)
@@ -80,7 +80,7 @@ def ideal(world: Run) -> list[Run]:
 
 @pytest.fixture(scope="module")
 def random(world: Run) -> Run:
-    """Directions that know nothing of the features."""
+    """A dictionary of random directions, unrelated to the features."""
     rows = torch.randn(96, D, generator=torch.Generator().manual_seed(11))
     return indexed(world, "random", torch.nn.functional.normalize(rows, dim=1))
 
@@ -92,7 +92,7 @@ def true_tail(run: Run, n: int) -> float:
 
 
 def analyse(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
-    """Stdout, or stderr where a failure is expected."""
+    """Run the command and return stdout, or stderr if a failure is expected."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logs, "configure", lambda **_: None)
         assert cli.main(["analyse", "dark-matter", *arguments]) == code
@@ -106,7 +106,7 @@ def folder(run: Run) -> str:
 
 @pytest.mark.system
 def test_two_widths_of_a_known_world(ideal: list[Run], capsys: pytest.CaptureFixture[str]) -> None:
-    """The tail and the floor are what is planted; the FVU is not the tail."""
+    """The intervals contain the planted tail and floor, and the FVU exceeds the tail."""
     said = analyse(capsys, *map(folder, ideal), "--json")
     found: dict[str, Any] = json.loads(said.splitlines()[-1])
     for run in ideal:
@@ -135,7 +135,7 @@ def test_two_widths_of_a_known_world(ideal: list[Run], capsys: pytest.CaptureFix
 
 @pytest.mark.system
 def test_pages_give_the_same_numbers(ideal: list[Run]) -> None:
-    """With memory for a fraction of the dictionary."""
+    """Results do not change if memory holds only a fraction of the dictionary."""
     run = ideal[1]
     little = run.evaluate.model_copy(update={"memory_bytes": 4 * 2 * 192 * D})
     whole, paged = (

@@ -1,4 +1,4 @@
-"""Cross-entropies by the parts of an error, on a tiny language model."""
+"""Rises of the cross-entropy due to the parts of an error, on a tiny language model."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_the_rise_of_the_loss_is_shared_out(run: Run) -> None:
-    """The whole rise is that of `evaluate`; a dictionary that errs linearly has no other part."""
+    """The total rise matches `evaluate`, and a linear error has no nonlinear part."""
     whole = evaluate(run)
     own = study(run, 300)
     rises = own.losses
@@ -40,7 +40,7 @@ def test_the_rise_of_the_loss_is_shared_out(run: Run) -> None:
     assert numbers["fvu"] == pytest.approx(whole["fvu"], rel=1e-6)
 
     shrunk = initialised(run, D, seed=3)
-    shrunk.W_dec.data.zero_()  # x_hat is a constant: e = b_dec - x
+    shrunk.W_dec.data.zero_()  # x_hat is a constant, so e = b_dec - x
     other = run.model_copy(update={"name": "constant"})
     save_dictionary(other, shrunk, 7)
     make_index(other)

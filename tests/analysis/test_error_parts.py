@@ -11,7 +11,7 @@ D_IN, D_OUT = 12, 9
 
 
 def rows(n: int, seed: int) -> Tensor:
-    """Inputs with unequal variances, and a mean far from 0."""
+    """Return inputs with unequal variances and a mean far from 0."""
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.randn(n, D_IN, generator=generator) @ torch.diag(torch.logspace(0, -2, D_IN))
     return mixed + 50
@@ -37,15 +37,16 @@ def judge(linear: LinearPart, x: Tensor, error: Tensor, documents: int = 20) -> 
 
 
 def mixed(x: Tensor, seed: int) -> Tensor:
-    """An error with a linear part, a quadratic one and noise."""
+    """Return an error with a linear part, a quadratic part and noise."""
     weights = torch.randn(D_IN, D_OUT, generator=torch.Generator().manual_seed(7))
     return (x - 50) @ weights + (x[:, :D_OUT] - 50).square() + 0.5 * noise(len(x), seed)
 
 
 def test_numbers_are_those_of_a_dense_solution() -> None:
-    """Least squares with the penalty that is chosen, by another route, in fp64.
+    """The numbers match an independent fp64 least-squares solution with the chosen penalty.
 
-    What is left is that of the best maps: times 1 - (parameters for each output) / (rows).
+    The residual is corrected to that of the best possible map: times 1 - (parameters for each
+    output) / (rows).
     """
     x, x_test = rows(900, 0), rows(700, 1)
     error, error_test = mixed(x, 0), mixed(x_test, 1)
@@ -84,7 +85,7 @@ def test_numbers_are_those_of_a_dense_solution() -> None:
         / ((norms - outputs[:, -1].mean()) ** 2).sum(),
     }
     assert found.numbers == pytest.approx(expected, rel=1e-6)
-    assert 0.1 < found.numbers["error_r2"] < 0.95  # neither trivial
+    assert 0.1 < found.numbers["error_r2"] < 0.95  # neither part is trivial
     for name, (low, high) in found.intervals.items():
         assert low < expected[name] < high
 
@@ -108,7 +109,7 @@ def test_a_linear_error_is_wholly_linear() -> None:
 
 
 def test_an_error_that_knows_nothing_of_the_inputs_has_no_linear_part() -> None:
-    """Noise; and the errors of other rows."""
+    """Noise, or the errors of other rows, have no linear part."""
     x, x_test = rows(3000, 6), rows(3000, 7)
     shuffled = torch.randperm(3000, generator=torch.Generator().manual_seed(0))
     for error, error_test in (
@@ -118,13 +119,16 @@ def test_an_error_that_knows_nothing_of_the_inputs_has_no_linear_part() -> None:
         parts = judge(fit(x, error), x_test, error_test).numbers
         assert abs(parts["error_r2"]) < 0.01
         assert abs(parts["norm_r2"]) < 0.01
-        mean = error_test.mean(0).square().sum()  # a constant is linear: the bias takes it
+        mean = error_test.mean(0).square().sum()  # a constant is linear, since the bias fits it
         share = 1 - float(mean / error_test.square().sum(1).mean())
         assert parts["fvu_nonlinear"] == pytest.approx(share * parts["fvu"], rel=0.02)
 
 
 def test_lengths_are_predicted_where_they_are_linear() -> None:
-    """|e|^2 = 60 + x_0 - 50, in a direction that is drawn anew for each row."""
+    """An error whose squared length is linear in the input is recognized by norm_r2.
+
+    |e|^2 = 60 + x_0 - 50, in a direction drawn independently for each row.
+    """
 
     def error(x: Tensor, seed: int) -> Tensor:
         directions = torch.nn.functional.normalize(noise(len(x), seed), dim=1)
@@ -137,7 +141,10 @@ def test_lengths_are_predicted_where_they_are_linear() -> None:
 
 
 def test_a_penalty_helps_where_rows_are_few() -> None:
-    """Many inputs that matter little: no penalty fits the noise."""
+    """With few rows and many weak inputs, a ridge penalty predicts better than plain least squares.
+
+    Without a penalty the map would fit the noise.
+    """
     generator = torch.Generator().manual_seed(10)
     x, x_test = (torch.randn(1500, 150, generator=generator) for _ in range(2))
     weights = 0.05 * torch.randn(150, D_OUT, generator=generator)

@@ -1,4 +1,4 @@
-"""Judges that are models: a classifier from a folder, and a language model at an endpoint."""
+"""Judges that are models: a local classifier, and a language model at an endpoint."""
 
 import json
 import re
@@ -24,7 +24,7 @@ WORDS = {"[PAD]": 0, "[UNK]": 1, "gold": 2, "the": 3, "of": 4}
 
 
 def save_classifier(folder: Path, n_labels: int, **settings: Any) -> Any:
-    """A random classifier with a tokenizer of whole words; returns the model."""
+    """Save a random classifier with a word-level tokenizer; return the model."""
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=len(WORDS),
@@ -48,7 +48,7 @@ def save_classifier(folder: Path, n_labels: int, **settings: Any) -> Any:
 
 
 def alone(model: Any, text: str) -> torch.Tensor:
-    """Logits of one text, without padding."""
+    """Return the logits of one text, without padding."""
     ids = [WORDS.get(word, 1) for word in text.split()][:8]
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids])).logits[0].double()  # type: ignore[no-any-return]
@@ -58,7 +58,10 @@ TEXTS = ["gold", "the of", "gold gold the", "of x the gold of of the x gold gold
 
 
 def test_a_classifier_gives_the_quarter_of_its_chance(tmp_path: Path) -> None:
-    """The second of two labels; each text as if it were alone, and cut where the model ends."""
+    """A text's level comes from the second label, as if it were judged alone and truncated.
+
+    The text is cut at the model's maximum length.
+    """
     model = save_classifier(tmp_path, 2)
     model.classifier.weight.data *= 8
     margins = torch.stack(
@@ -121,7 +124,7 @@ def passage(body: Mapping[str, Any]) -> str:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
-    """Says 3 of passages with the number ..7, a token of the synthetic world, else 0."""
+    """An endpoint that replies 3 if a passage contains a number ending in 7, else 0."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with serving(lambda body: "3" if "7 " in passage(body) else "0") as found:
         yield found
@@ -161,7 +164,7 @@ def test_a_language_model_is_asked_after_its_cost_and_once(
     _, out, _ = asked(capsys, run, server, tmp_path, *pattern)
     (same,) = json.loads(out)["asked"]
     assert numbers | {"judge": ""} == same | {"judge": ""}
-    code, out, _ = asked(capsys, run, server, tmp_path, *ask)  # all answers are kept
+    code, out, _ = asked(capsys, run, server, tmp_path, *ask)  # all replies are stored
     assert (code, json.loads(out)["asked"]) == (0, [numbers])
     assert len(server.bodies) == estimate["requests"]
     (outcome,) = read_outcomes(open_store(run.store.runs), run.name)

@@ -1,4 +1,4 @@
-"""The curve by frequency and the law over widths, where both are planted."""
+"""The recovery curve by frequency and the law over widths, on planted data."""
 
 import math
 
@@ -18,14 +18,14 @@ def probabilities(s: float, l0: float = 6.0) -> NDArray[np.float64]:
 
 
 def ideal(s: float, n: int, concepts: NDArray[np.int64]) -> Width:
-    """A dictionary of n latents has the n most frequent features."""
+    """Return a dictionary of n latents that has the n most frequent features."""
     p = probabilities(s)[concepts]
     everywhere = np.ones(len(concepts), np.bool_)
     return Width(f"{n}", n, n, 10**9, p, everywhere, concepts < n)
 
 
 def sampled(n: int = 400, seed: int = 0) -> NDArray[np.int64]:
-    """Ranks of concepts, evenly spread in log rank."""
+    """Return ranks of concepts, spread evenly in log rank."""
     generator = np.random.default_rng(seed)
     ranks = np.exp(generator.uniform(0, math.log(N_FEATURES), 4 * n)).astype(int)
     return np.asarray(
@@ -42,7 +42,10 @@ def ideal_law(s: float) -> Fitted:
 
 @pytest.mark.parametrize(("s", "exponent"), [(0.7, -0.75), (1.0, -1.04), (1.3, -1.28)])
 def test_the_exponent_is_that_of_the_frequencies(s: float, exponent: float) -> None:
-    """The values were measured on trained dictionaries; an ideal one has -s."""
+    """The exponent is near that of trained dictionaries, and its interval contains -s.
+
+    An ideal dictionary has exponent -s.
+    """
     law = ideal_law(s).law
     assert law is not None
     assert law.exponent.value == pytest.approx(exponent, abs=0.1)
@@ -52,7 +55,7 @@ def test_the_exponent_is_that_of_the_frequencies(s: float, exponent: float) -> N
 
 
 def test_the_forecast_is_the_width_that_has_the_concept() -> None:
-    """At s = 1 frequency p has rank C / p, which is the width that holds it."""
+    """At s = 1 frequency p has rank C / p, and the forecast is the width up to this rank."""
     (forecast,) = ideal_law(1.0).law.forecasts  # type: ignore[union-attr]
     rank = probabilities(1.0)[0] / 1e-6
     assert forecast.latents.low is not None
@@ -63,7 +66,10 @@ def test_the_forecast_is_the_width_that_has_the_concept() -> None:
 
 
 def test_intervals_of_f50_cover_the_planted_one() -> None:
-    """95 % intervals of 60 worlds; fewer than 52 would come by chance once in 500 times."""
+    """At least 52 of 60 95 % intervals contain f50.
+
+    Fewer would occur by chance once in 500 times.
+    """
     covered = 0
     f50, slope = 1e-4, 1.5
     for seed in range(60):

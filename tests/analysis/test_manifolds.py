@@ -1,4 +1,4 @@
-"""Manifolds: circles planted among rays and decoys are found, and controls show nothing."""
+"""Manifolds: planted circles are found among rays and decoys, and controls show none."""
 
 from itertools import combinations
 from pathlib import Path
@@ -40,7 +40,7 @@ def circle(
     noise: float,
     tiles: int = TILES,
 ) -> Codes:
-    """Points of a circle, each a sum of the two nearest of `tiles` directions."""
+    """Return points of a circle, each a sum of the two nearest of `tiles` directions."""
     angle = draw.uniform(0, tiles, len(rows))
     low, between = angle.astype(np.int64), (angle % 1) * 2 * np.pi / tiles
     step = 2 * np.pi / tiles
@@ -53,7 +53,7 @@ def circle(
 def family(
     draw: np.random.Generator, rows: NDArray[np.int64], latents: range, *, apart: bool
 ) -> Codes:
-    """Latents of which one is active at a time, or all independently."""
+    """Return latents that fire one at a time (`apart`) or independently of each other."""
     on = draw.random((len(rows), len(latents))) < 0.3
     if apart:
         on = np.arange(len(latents)) == draw.integers(0, len(latents), len(rows))[:, None]
@@ -62,11 +62,12 @@ def family(
 
 
 def planted(seed: int = 0) -> tuple[NDArray[np.float64], list[Codes]]:
-    """Directions and codes of circles, then families of near latents, then rays."""
+    """Return directions and codes of circles, of families of similar latents, and of rays."""
     draw = np.random.default_rng(seed)
     angles = 2 * np.pi * np.arange(TILES) / TILES
     parts, codes, first = [], [], 0
-    for number in range(CIRCLES):  # half around the origin, half before it, with all intensities
+    # half the circles are centered at the origin; half lie on one side of it, at all intensities
+    for number in range(CIRCLES):
         axes, ahead = np.linalg.qr(draw.standard_normal((D, 3)))[0], float(number % 2)
         tiles = np.stack([np.cos(angles), np.sin(angles), np.full(TILES, ahead)], 1)
         parts.append(unit(tiles @ axes.T))
@@ -98,7 +99,7 @@ def test_planted_circles_are_ranked_first(world: IndexedDictionary) -> None:
     table = found.tables["groups"].to_pylist()
     circles = [set(range(TILES * i, TILES * (i + 1))) for i in range(CIRCLES)]
     ranks = [i for i, line in enumerate(table) if set(line["latents"]) in circles]
-    assert len(table) >= CIRCLES + 0.8 * FAMILIES  # decoys are groups too
+    assert len(table) >= CIRCLES + 0.8 * FAMILIES  # decoys form groups too
     assert sum(rank < 30 for rank in ranks) >= 18
     rings = [line for line in table if line["is_ring"]]
     assert sum(set(line["latents"]) in circles for line in rings) >= 18
@@ -115,7 +116,8 @@ def test_planted_circles_are_ranked_first(world: IndexedDictionary) -> None:
     assert found.numbers["rings_before_the_origin"] == before
     assert f"{before} of the rings lie on one side of the origin" in " ".join(found.caveats)
     apart = [line["composition"] for line in table if min(line["latents"]) >= CIRCLES * TILES]
-    assert np.mean([value for value in apart if value is not None]) > 0.8  # they add
+    # decoys' activations add up
+    assert np.mean([value for value in apart if value is not None]) > 0.8
 
 
 def test_latents_that_fire_without_each_other_are_no_ring(tmp_path: Path) -> None:
@@ -125,7 +127,7 @@ def test_latents_that_fire_without_each_other_are_no_ring(tmp_path: Path) -> Non
 
 
 def coarse(seed: int = 0) -> tuple[NDArray[np.float64], list[Codes], list[set[int]]]:
-    """As dictionaries are trained: circles of four or five latents, which fire weakly elsewhere."""
+    """Return circles as trained: four or five latents each, which also fire weakly elsewhere."""
     draw = np.random.default_rng(seed)
     parts, codes, circles, first = [], [], [], 0
     for number in range(CIRCLES):
@@ -162,7 +164,7 @@ def test_a_plane_of_latents_that_fire_without_each_other_is_no_ring(tmp_path: Pa
 
 @pytest.mark.parametrize("kind", ["normal", "uniform", "alternate"])
 def test_two_features_of_both_signs_are_no_ring(kind: str) -> None:
-    """Their plane is covered in all directions, which alone would look like a ring."""
+    """Two independent signed features are not a ring, although they cover all directions."""
     draw = np.random.default_rng(0)
     points = draw.standard_normal((2000, 2))
     if kind == "uniform":
@@ -177,16 +179,20 @@ def test_two_features_of_both_signs_are_no_ring(kind: str) -> None:
 
 
 def cone(corners: int) -> NDArray[np.float64]:
-    """Directions that are the corners of a polygon before the origin."""
+    """Return unit vectors to the corners of a regular polygon that does not contain the origin."""
     angles = 2 * np.pi * np.arange(corners) / corners
     return unit(np.stack([np.cos(angles), np.sin(angles), np.ones(corners)], 1))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_features_that_add_up_in_pairs_before_the_origin_are_no_ring(seed: int) -> None:
-    """Three features with two latents each, as synonyms have; a circle of five latents is one."""
+    """Three features with two latents each, like synonyms, are not a ring.
+
+    A circle of five latents is.
+    """
     draw, rows = np.random.default_rng(seed), np.arange(2000)
-    features = draw.integers(0, 3, (2, 2000))  # twice the same one: it is alone
+    # if both draws are the same feature, it is active alone
+    features = draw.integers(0, 3, (2, 2000))
     codes = np.zeros((2000, 6))
     for feature in features:
         acts = np.abs(draw.normal(1, 0.25, 2000))
@@ -196,7 +202,7 @@ def test_features_that_add_up_in_pairs_before_the_origin_are_no_ring(seed: int) 
     triangle = measure(Reconstructed(0, np.arange(6), codes, twice @ twice.T))
     assert triangle is not None
     assert not triangle.measured.is_ring
-    assert triangle.measured._replace(spread=0.2).is_ring  # no other limit tells
+    assert triangle.measured._replace(spread=0.2).is_ring  # only the spread rejects it
     made = circle(draw, rows, 0, 0.4, 5)
     codes = np.zeros((2000, 5))
     codes[made.rows, made.latents] = made.acts
@@ -210,7 +216,8 @@ def test_latents_in_a_plane_are_grouped_and_may_be_in_two_planes(tmp_path: Path)
     angles = np.radians([0, 90, 180, 270])
     one = np.stack([np.cos(angles), np.sin(angles), 0 * angles, 0 * angles], 1)
     other = np.stack([np.cos(angles), 0 * angles, np.sin(angles), 0 * angles], 1)[[1, 3]]
-    last = np.array([[0, 0, 0, 1.0]])  # fires with the others, in no plane with two of them
+    # fires together with the others, but is not in a plane with two of them
+    last = np.array([[0, 0, 0, 1.0]])
     directions = np.concatenate([one, other, last])
     rows = np.arange(4000)
     pairs = [(a, b) for plane in ((0, 1, 2, 3), (0, 4, 2, 5)) for a, b in combinations(plane, 2)]
@@ -226,7 +233,11 @@ def test_latents_in_a_plane_are_grouped_and_may_be_in_two_planes(tmp_path: Path)
 
 
 def test_a_group_in_a_plane_is_also_given_with_what_is_mostly_in_it(tmp_path: Path) -> None:
-    """The fourth and fifth latents are mixed with other features: .56 and .36 are in the plane."""
+    """A group in a plane is extended by a latent that lies mostly, but not fully, in the plane.
+
+    The fourth and fifth latents are mixed with other features. The plane contains .56 and .36 of
+    them, so only the fourth joins.
+    """
     angles = np.radians([0, 60, 120, 240, 240])
     inside = np.array([1, 1, 1, 0.75, 0.6])
     apart = np.diag(np.sqrt(1 - inside**2))[:, 3:]
@@ -249,7 +260,8 @@ def test_a_random_dictionary_has_no_manifolds(tmp_path: Path) -> None:
     latents = draw.integers(0, n, 8 * rows)
     keys = np.unique(latents + n * np.repeat(np.arange(rows), 8))
     codes = Codes(keys // n, keys % n, draw.random(len(keys)) + 0.1)
-    directions = unit(draw.standard_normal((n, 8)))  # so few dimensions that many are near
+    # few dimensions, so that many latents are close to each other
+    directions = unit(draw.standard_normal((n, 8)))
     found = find_manifolds(simulate(tmp_path, directions, codes, n_rows=rows), Settings())
     assert found.numbers["groups"] > 0
     assert found.numbers["rings"] == 0
@@ -263,7 +275,7 @@ def test_groups_are_no_larger_than_allowed(world: IndexedDictionary) -> None:
     assert len(np.unique(groups.latents)) == len(groups.latents)
     assert groups.sizes.min() >= 3
     assert groups.sizes.max() <= 12
-    for members in np.split(groups.latents, groups.sizes.cumsum()[:-1]):  # connected within
+    for members in np.split(groups.latents, groups.sizes.cumsum()[:-1]):  # each group is connected
         reached = {int(members[0])}
         inside = edges.mutual & np.isin(edges.one, members) & np.isin(edges.other, members)
         for _ in members:

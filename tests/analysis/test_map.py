@@ -1,4 +1,4 @@
-"""The map: planted trees are clusters with parents, and a random dictionary shows nothing."""
+"""The map: planted trees become clusters with parents, and a random dictionary shows none."""
 
 import base64
 import json
@@ -31,15 +31,15 @@ def unit(rows: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def hierarchy(draw: np.random.Generator) -> tuple[NDArray[np.float64], Codes, NDArray[np.int64]]:
-    """Directions, codes and parents: each root has one child active, each child one leaf.
+    """Return directions, codes and parents of trees; on a row a node has at most one active child.
 
-    Children and leaves fire only with their parents, siblings exclude each other, and directions
-    are random, so that only common rows show the trees.
+    Children and leaves fire only with their parents. Directions are random, so only co-firing
+    reveals the trees.
     """
     codes, parent = [], np.full(ROOTS * TREE, -1)
     for root in range(0, ROOTS * TREE, TREE):
         rows = np.flatnonzero(draw.random(ROWS) < ROOT_CHANCE)
-        which = draw.integers(0, CHILDREN + 1, len(rows))  # the last: no child
+        which = draw.integers(0, CHILDREN + 1, len(rows))  # the last value means no child
         leaf = draw.integers(0, LEAVES + 1, len(rows))
         child = root + 1 + which * (1 + LEAVES)
         parent[root + 1 : root + TREE : 1 + LEAVES] = root
@@ -57,7 +57,7 @@ def hierarchy(draw: np.random.Generator) -> tuple[NDArray[np.float64], Codes, ND
 
 
 def adjusted_rand(one: NDArray[Any], other: NDArray[Any]) -> float:
-    """Hubert and Arabie's index, from the table of both."""
+    """Return the adjusted Rand index of Hubert and Arabie, from the contingency table."""
     table = np.zeros((one.max() + 1, other.max() + 1))
     np.add.at(table, (one, other), 1)
 
@@ -73,10 +73,10 @@ def adjusted_rand(one: NDArray[Any], other: NDArray[Any]) -> float:
 def trees(tmp_path_factory: pytest.TempPathFactory) -> tuple[Findings, NDArray[np.int64]]:
     directions, codes, parent = hierarchy(np.random.default_rng(0))
     tokens = np.zeros(ROWS, np.int32)
-    tokens[codes.rows] = 1000 + codes.latents // TREE  # of some tree that is active
+    tokens[codes.rows] = 1000 + codes.latents // TREE  # the tree of one of the row's active latents
     folder = tmp_path_factory.mktemp("trees")
     world = simulate(folder, directions, codes, n_rows=ROWS, tokens=tokens)
-    with pytest.MonkeyPatch.context() as patch:  # more than one piece, as of millions of latents
+    with pytest.MonkeyPatch.context() as patch:  # force several pieces, as with millions of latents
         patch.setattr("dist_sae.analysis.links.PART_LATENTS", 100)
         patch.setattr("dist_sae.analysis.positions.PIECE_NODES", 150)
         return make_map("trees", world, Settings(resamples=5)), parent
@@ -125,7 +125,7 @@ def test_linked_latents_are_near_on_the_map(trees: tuple[Findings, NDArray[np.in
 
 def test_few_linked_latents_are_not_lost_among_the_others() -> None:
     draw = np.random.default_rng(0)
-    graph = graph_of(1000, *draw.integers(0, 100, (2, 400)))  # 100 of 1,000 latents
+    graph = graph_of(1000, *draw.integers(0, 100, (2, 400)))  # only 100 of 1,000 latents are linked
     places = place(graph, [np.zeros(1000, np.int32)] * 3, 0)
     radii = np.linalg.norm(places, axis=1)
     assert 0.65 < radii[:100].max() < radii[100:].min()
@@ -155,7 +155,8 @@ def test_a_latent_that_replaces_a_near_denser_one_is_named_absorbed(tmp_path: Pa
     draw = np.random.default_rng(0)
     directions = unit(draw.standard_normal((60, D)))
     directions[1] = unit(directions[0] + 0.8 * directions[1])  # contains the general direction
-    directions[2] = unit(directions[0] + 0.8 * directions[2])  # so does a child that is no thief
+    # so does this child, but it does not suppress its parent
+    directions[2] = unit(directions[0] + 0.8 * directions[2])
     chance = np.full(60, 0.05)
     chance[:3] = 0.3, 0.04, 0.04
     on = draw.random((ROWS, 60)) < chance
@@ -184,7 +185,7 @@ def test_a_random_dictionary_shows_nothing(tmp_path: Path) -> None:
 
 
 def graph_of(n: int, one: NDArray[np.int64], other: NDArray[np.int64]) -> Graph:
-    """A graph with links of weight 1."""
+    """Return a graph whose links have weight 1."""
     ends = np.unique(np.concatenate([one * n + other, other * n + one]))
     ends = ends[ends // n != ends % n]
     ones, none = np.ones(len(ends), np.float32), np.zeros(len(ends), np.float32)
@@ -204,7 +205,8 @@ def test_clusters_of_a_random_graph_are_not_stable() -> None:
 
 def test_clusters_of_a_planted_graph_are_found_among_latents_without_links() -> None:
     draw = np.random.default_rng(0)
-    one, other = draw.integers(0, 20, (2, 6000))  # in 30 clusters of 20, two thirds of all latents
+    # 30 clusters of 20 latents, two thirds of all latents
+    one, other = draw.integers(0, 20, (2, 6000))
     first = 30 * draw.integers(0, 30, 6000)
     level = find_level(graph_of(900, first + one, first + other), 8.0, 3, 0)
     planted = np.where(np.arange(900) % 30 < 20, np.arange(900) // 30, -1)
@@ -215,11 +217,14 @@ def test_clusters_of_a_planted_graph_are_found_among_latents_without_links() -> 
 
 @pytest.mark.system
 def test_clustering_keeps_four_copies_of_the_links_at_most() -> None:
-    """Of 8 bytes for each direction of a link; the graph itself is there before."""
+    """Clustering allocates at most four copies of the links, at 8 bytes per direction of a link.
+
+    The graph itself is not counted.
+    """
     draw = np.random.default_rng(0)
     n = 20_000
     graph = graph_of(n, *draw.integers(0, n, (2, 16 * n)))
-    find_level(graph, 1.0, 0, 0)  # libraries are loaded
+    find_level(graph, 1.0, 0, 0)  # loads the libraries first
     tracemalloc.start()
     find_level(graph, 1.0, 1, 0)
     _, peak = tracemalloc.get_traced_memory()

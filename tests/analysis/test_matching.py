@@ -1,4 +1,4 @@
-"""Words and latents, matched on made-up activations in which the answer is known."""
+"""Matching words to latents, on artificial activations where the answer is known."""
 
 import numpy as np
 import pytest
@@ -12,20 +12,20 @@ from tests.analysis.in_memory import InMemoryIndex, Vocabulary
 
 UNITS, UNIT_ROWS = 8, 2000
 WORDS = [f" w{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(30)]
-"""Thirty words, the first the most frequent."""
+"""Thirty words, most frequent first."""
 CONCEPTS = [Concept(word.strip(), "made") for word in WORDS]
 Codes = dict[int, tuple[NDArray[np.int64], NDArray[np.float32]]]
 
 
 def text(generator: np.random.Generator) -> NDArray[np.int32]:
-    """Tokens: word i with chance .06 / (1 + i), else a token that is no word of the list."""
+    """Return tokens: word i with probability .06 / (1 + i), else one that is not in the list."""
     p = 0.06 / (1 + np.arange(len(WORDS)))
     draws = generator.choice(len(WORDS) + 1, UNITS * UNIT_ROWS, p=[*p, 1 - p.sum()])
     return draws.astype(np.int32)
 
 
 def noise(generator: np.random.Generator, n: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Firings on random rows, with activations up to 1."""
+    """Return firings on random rows, with activations up to 1."""
     rows = np.sort(generator.choice(UNITS * UNIT_ROWS, n, replace=False))
     return rows, generator.uniform(0.01, 1, n).astype(np.float32)
 
@@ -33,7 +33,7 @@ def noise(generator: np.random.Generator, n: int) -> tuple[NDArray[np.int64], ND
 def detector(
     tokens: NDArray[np.int32], word: int, generator: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Fires at 2 or more on 90 % of a word's rows, and below 1 on 200 random rows."""
+    """Return firings at 2 or more on 90 % of a word's rows, and below 1 on 200 random rows."""
     hits = np.flatnonzero(tokens == word)
     hits = hits[generator.random(len(hits)) < 0.9]
     acts = np.zeros(len(tokens), np.float32)
@@ -64,7 +64,7 @@ def test_detectors_are_found_with_the_threshold_that_parts_signal_from_noise(
     generator = np.random.default_rng(2)
     codes: Codes = {7 * word: detector(tokens, word, generator) for word in range(12)}
     codes |= {latent: noise(generator, 300) for latent in range(84) if latent % 7}
-    codes[83] = (codes[0][0][::2], codes[0][1][::2])  # a worse one of word 0
+    codes[83] = (codes[0][0][::2], codes[0][1][::2])  # a worse detector of word 0
     matched = match_words(made(codes, tokens, 84), words, len(WORDS))
     counts = np.bincount(tokens)[:30]
     assert matched.occurrences.sum(0).tolist() == counts.tolist()
@@ -75,13 +75,16 @@ def test_detectors_are_found_with_the_threshold_that_parts_signal_from_noise(
         assert match.precision == 1
     recall = np.mean([match.recall for match in matched.matches.values()])
     assert recall == pytest.approx(0.9, abs=0.04)
-    # F1 of precision 1 and recall r
+    # F1 at precision 1 and recall r
     expected = [2 * m.recall / (1 + m.recall) for m in matched.matches.values()]
     assert [m.f1 for m in matched.matches.values()] == pytest.approx(expected)
 
 
 def test_a_latent_of_two_words_belongs_to_one(tokens: NDArray[np.int32], words: WordRows) -> None:
-    """Its precision for the first is about 2/3, for the second 1/3."""
+    """A latent that fires on two words matches the more frequent one.
+
+    Its precision is about 2/3 for the first and 1/3 for the second.
+    """
     rows = np.flatnonzero(tokens <= 1)
     codes = {0: (rows, np.ones(len(rows), np.float32))}
     matched = match_words(made(codes, tokens, 1), words, len(WORDS))
@@ -92,7 +95,7 @@ def test_a_latent_of_two_words_belongs_to_one(tokens: NDArray[np.int32], words: 
 
 
 def test_other_tokens_of_a_word_are_neither_hits_nor_false_alarms() -> None:
-    """A latent that fires on both tokens of a word of two has an F1 of 1."""
+    """A latent that fires on both tokens of a two-token word has F1 = 1."""
     texts = [" hel", "ium", " the"]
     tokens = np.tile(np.array([0, 1, 2, 2, 2], np.int32), 100)
     rows = np.flatnonzero(tokens < 2)
@@ -104,7 +107,7 @@ def test_other_tokens_of_a_word_are_neither_hits_nor_false_alarms() -> None:
 
 @pytest.mark.parametrize("control", ["shuffled rows", "random dictionary"])
 def test_controls_find_nothing(control: str, tokens: NDArray[np.int32], words: WordRows) -> None:
-    """A thousand chances each: rows at random, or detectors of rows that were shuffled."""
+    """Latents that fire on random rows, or detect words of shuffled rows, recover no word."""
     generator = np.random.default_rng(3)
     if control == "shuffled rows":
         shuffled = generator.permutation(tokens)

@@ -1,4 +1,4 @@
-"""The seam of `dist-sae analyse`: outcomes are kept beside the run, and shown."""
+"""How `dist-sae analyse` stores its outcomes next to the run and shows them."""
 
 from argparse import Namespace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Passages: how they are cut, drawn, judged and labelled."""
+"""How passages are cut, drawn, judged and labeled."""
 
 import json
 from pathlib import Path
@@ -52,14 +52,14 @@ def test_all_that_the_filter_passes_is_kept_and_a_share_of_the_rest() -> None:
     assert found.in_filter.sum() == rows.count(1)
     assert set(found.weight[found.in_filter].tolist()) == {1}
     assert set(found.weight[~found.in_filter].tolist()) == {4}
-    assert found.weight.sum() == pytest.approx(30_000, rel=0.03)  # of all passages
+    assert found.weight.sum() == pytest.approx(30_000, rel=0.03)  # the total number of passages
     assert found.weight[found.level == 3].sum() == pytest.approx(
         rows.count(1) + rows.count(3), rel=0.05
     )
 
 
 def test_other_latents_are_measured_on_the_same_passages_with_their_weights() -> None:
-    """Against the F1 of each, from all their activations at once."""
+    """Other latents' F1 matches a calculation from all their activations on the same passages."""
     generator = np.random.default_rng(1)
     rows = generator.integers(0, 5, 3000).tolist()
     codes = {latent: (np.flatnonzero(generator.random(3000) < 0.3), None) for latent in range(2)}
@@ -96,7 +96,10 @@ def labelled(path: Path, lines: list[dict[str, Any]]) -> Judge:
 
 
 def test_a_drawn_sample_comes_back_with_labels(tmp_path: Path) -> None:
-    """Whoever labels the first half of the lines, weighs them twice."""
+    """A labeled sample keeps the total weight even if only half of its lines have labels.
+
+    Then each labeled line counts twice.
+    """
     rows = np.random.default_rng(0).integers(0, 5, 6000).tolist()
     index = index_of(rows, {0: ([0], [1.0])})
     sampling = Sampling(2, open_judge("re: gold"), 0.5)
@@ -172,7 +175,10 @@ def asked(capsys: pytest.CaptureFixture[str], run: Run, *words: str) -> tuple[in
 def test_the_command_asks_and_draws(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Tokens of this world are numbers of rows, which no latent knows."""
+    """`analyse sensitivity` judges passages and draws samples from the command line.
+
+    This world's tokens are row numbers, so no latent knows a concept.
+    """
     code, out, _ = asked(capsys, run, "--ask", "3=re:7 ", "--passage", "1", "--json")
     assert code == 0
     (numbers,) = json.loads(out)["asked"]

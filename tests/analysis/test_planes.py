@@ -39,12 +39,12 @@ def test_values_that_can_be_worked_out() -> None:
     draw = np.random.default_rng(0)
     corners = 2 * np.pi * draw.integers(0, 7, N) / 7
     seven = np.stack([np.cos(corners), np.sin(corners)], 1)
-    assert mixture(seven) == pytest.approx(2 / 7, abs=0.04)  # a line through two corners
-    assert mixture(exclusive(draw)) == pytest.approx(0.5, abs=0.05)  # one of the two
+    assert mixture(seven) == pytest.approx(2 / 7, abs=0.04)  # a line through two of seven corners
+    assert mixture(exclusive(draw)) == pytest.approx(0.5, abs=0.05)  # one of the two features
     large = draw.random((200_000, 2))
     assert separability(large) < 2e-3
-    # without the correction it is 81 / (2 x 1,000 x ln 2) = 0.06 bits on average, and the least of
-    # 25 angles is somewhat lower
+    # without the bias correction it would be 81 / (2 x 1,000 x ln 2) = 0.06 bits on average; the
+    # least over 25 angles would be somewhat lower
     few = [separability(draw.standard_normal((N, 2))) for _ in range(20)]
     assert np.mean(few) < 0.01
 

@@ -1,4 +1,4 @@
-"""Latents that two dictionaries share: a dictionary beside copies of itself, and beside others."""
+"""Shared latents of two dictionaries: the same one changed in known ways, or another one."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ DEAD = 5
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """64 latents, of which the last 5 are dead."""
+    """An indexed run of 64 latents, of which the last 5 are dead."""
     run = produced(tmp_path_factory.mktemp("seeds"), "relu")
     add_checkpoint(run)
     make_index(run)
@@ -45,7 +45,10 @@ def test_latents_are_found_again_in_another_order(first: Run) -> None:
 
 
 def test_the_encoder_must_agree_as_well(first: Run) -> None:
-    """Half of the decoder rows keep their encoder; the others get that of another latent."""
+    """Latents whose decoder rows agree but whose encoder rows do not are not partners.
+
+    30 of the latents get another latent's encoder row.
+    """
 
     def mix(sae: Dictionary) -> None:
         sae.W_enc.data[:30] = sae.W_enc.data[:30].roll(1, 0)
@@ -55,7 +58,7 @@ def test_the_encoder_must_agree_as_well(first: Run) -> None:
 
 
 def test_a_latent_is_the_partner_of_one(first: Run) -> None:
-    """Two copies of latent 0 in the first dictionary have one partner in the second."""
+    """Of two copies of latent 0 in the first dictionary, only one gets the partner."""
 
     def copy(sae: Dictionary) -> None:
         for name in ("W_enc", "W_dec", "b_enc"):

@@ -1,4 +1,4 @@
-"""Sensitivity and precision, where the truth is planted."""
+"""Sensitivity and precision on planted data."""
 
 import numpy as np
 import pytest
@@ -10,14 +10,14 @@ from dist_sae.errors import ArgumentError
 
 DOCUMENTS, EACH = 200, 20
 KEYWORD, OTHER, ALARM = 0.9, 0.5, 0.01
-"""Chances to fire: on the concept where the filter sees it, where it does not, and elsewhere."""
+"""Probability of firing on the concept inside the filter, outside the filter, and elsewhere."""
 
 
 def world(recall: float, seed: int, share: float = 0.2) -> tuple[Judged, float, float]:
-    """A drawn sample, with the true sensitivity and precision.
+    """Return a drawn sample with its true sensitivity and precision.
 
-    Documents differ in how often they have the concept, 10 % on average. The latent fires more
-    often where the filter finds the concept, as it does if both know the same words.
+    10 % of passages have the concept on average, but documents differ. The latent fires more often
+    on concept passages inside the filter, as if both relied on the same words.
     """
     generator = np.random.default_rng(seed)
     document = np.repeat(np.arange(DOCUMENTS), EACH)
@@ -50,7 +50,7 @@ def holds(low: float | None, value: float, high: float | None) -> bool:
 
 @pytest.mark.parametrize("recall", [0.2, 0.6, 1.0])
 def test_intervals_cover_the_truth_however_poor_the_filter(recall: float) -> None:
-    """95 % intervals of 200 samples each: 92 % at least."""
+    """95 % intervals contain the truth in at least 92 % of 200 samples, even for a poor filter."""
     covered = np.zeros(3)
     for seed in range(200):
         judged, right, precision = world(recall, seed)
@@ -88,7 +88,7 @@ def census(act: NDArray[np.float32], has: NDArray[np.bool_], documents: int = 50
 
 @pytest.mark.parametrize("of_parent", [0.1, 0.4, 0.8])
 def test_absorption_shows_as_lost_sensitivity(of_parent: float) -> None:
-    """The parent's latent is silent where the child is: sensitivity = 1 - P(child | parent)."""
+    """A parent latent silent where its child fires has sensitivity 1 - P(child | parent)."""
     generator = np.random.default_rng(1)
     parent = generator.random(100_000) < 0.1
     child = parent & (generator.random(100_000) < of_parent)
@@ -99,13 +99,18 @@ def test_absorption_shows_as_lost_sensitivity(of_parent: float) -> None:
 
 
 def test_thresholds_areas_and_levels_are_those_worked_by_hand() -> None:
-    """Ten of each level: acts 0 and 2 on level 0, 0 on 1, 8 on 2, half of 8 and 10 on 3."""
+    """Thresholds, areas and levels match values worked out by hand.
+
+    Each level has ten passages. Activations are 0 or 2 on level 0, 0 on level 1, 8 on level 2, and
+    8 or 10 on level 3.
+    """
     level = np.repeat(np.arange(4, dtype=np.int8), 10)
     act = np.array([0, 2] * 5 + [0] * 10 + [8] * 10 + [8, 10] * 5, np.float32)
     judged = Judged(np.arange(40), level, act, np.ones(40), np.ones(40, np.bool_))
     found = measure(0, "made", 20.0, judged)
-    assert [at.sensitivity.value for at in found.at] == [1, 1, 0]  # above 0, 2 and 10
-    assert [at.precision.value for at in found.at] == [0.8, 1, None]  # 20 of 25, 20 of 20, none
+    assert [at.sensitivity.value for at in found.at] == [1, 1, 0]  # at thresholds 0, 2 and 10
+    # 20 of 25, 20 of 20, and none fire
+    assert [at.precision.value for at in found.at] == [0.8, 1, None]
     assert found.at[0].f1.value == pytest.approx(40 / 45)
     assert found.auroc.value == 1
     assert found.means == [1, 0, 8, 9]
@@ -124,14 +129,17 @@ def test_the_area_is_the_chance_of_the_larger_activation_with_weights_and_ties()
     expected = float((pairs * larger).sum() / pairs.sum())
     found = measure(0, "made", 5.0, judged).auroc
     assert found.value == pytest.approx(expected)
-    # the spread of the area over samples of 200, drawn from a large one, is what is estimated
+    # the interval estimates the spread over samples of 200 drawn from a large population
     assert found.low is not None
     assert found.high is not None
     assert 0.1 < found.high - found.low < 0.35
 
 
 def test_intervals_draw_documents_whole() -> None:
-    """Of 40 documents half fire everywhere: an error of sqrt(.25 / 40), however many passages."""
+    """Intervals resample whole documents, so the number of passages does not narrow them.
+
+    Half of 40 documents fire on every passage, which gives a standard error of sqrt(.25 / 40).
+    """
     document = np.repeat(np.arange(40), 100)
     has = np.arange(4000) % 2 == 0
     act = (document % 2).astype(np.float32)
@@ -144,7 +152,7 @@ def test_intervals_draw_documents_whole() -> None:
 
 
 def test_shuffled_passages_say_nothing() -> None:
-    """Activations of other passages, and the levels of none but chance."""
+    """With activations of other passages, nothing is found beyond chance."""
     generator = np.random.default_rng(3)
     has = generator.random(20_000) < 0.05
     act = np.where(has, 2, 0) * (generator.random(20_000) < 0.8)
@@ -159,7 +167,10 @@ def test_shuffled_passages_say_nothing() -> None:
 
 @pytest.mark.parametrize(("as_good", "stands"), [(0, True), (4, True), (5, False)])
 def test_a_latent_stands_out_if_few_others_are_as_good(as_good: int, *, stands: bool) -> None:
-    """Of 99 others: (1 + 4) / 100 is .05. The latent's F1 is 1, 1 and .67 at the thresholds."""
+    """A latent stands out if p = (1 + others as good) / (others + 1) is at most .05.
+
+    There are 99 others, so four may be as good. The latent's F1 is 1, 1 and .67 at the thresholds.
+    """
     has = np.arange(400) % 4 == 0
     act = np.where(has, np.where(np.arange(400) % 8 == 0, 3, 1), 0).astype(np.float32)
     level = np.where(has, 3, 0).astype(np.int8)
@@ -181,14 +192,18 @@ def test_with_few_other_latents_it_is_not_told_whether_it_stands_out() -> None:
 
 
 def test_what_no_drawn_passage_shows_may_still_be_there() -> None:
-    """A hundred passages with the concept in the filter, none among those drawn with chance .1."""
+    """Concept passages may exist outside the filter even if none was drawn there.
+
+    100 passages inside the filter have the concept, and none of those drawn outside with
+    probability .1.
+    """
     has = np.repeat([True, False], [100, 500])
     in_filter = has.copy()
     weight = np.where(in_filter, 1.0, 10.0)
     act = (has & (np.arange(600) % 2 == 0)).astype(np.float32)
     level = np.where(has, 3, 0).astype(np.int8)
     found = measure(0, "made", 1.0, Judged(np.arange(600), level, act, weight, in_filter))
-    # up to 3 / .1 unseen ones beside 100
+    # there may be up to 3 / .1 unseen ones in addition to the 100
     assert found.filter_recall is not None
     assert found.filter_recall.value == found.filter_recall.high == 1
     assert found.filter_recall.low == pytest.approx(100 / 130)

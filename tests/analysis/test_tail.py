@@ -1,4 +1,4 @@
-"""The tail of planted Zipf worlds, whose energy is known. No dictionary is trained."""
+"""The tail of planted Zipf worlds whose energy is known. These tests train no dictionary."""
 
 import math
 from typing import NamedTuple
@@ -16,18 +16,18 @@ from dist_sae.analysis.tail import Span, energies, fit_law, floor, forecast
 from tests.dictionaries.worlds import World
 
 N, D, L0, ROWS = 2048, 128, 6, 400
-SECOND = 1 + 0.25**2  # moment of the intensity
+SECOND = 1 + 0.25**2  # second moment of the intensity
 
 
 class Planted(NamedTuple):
-    """A world, some of its rows, and what is true of it."""
+    """A world, some of its rows, and its true values."""
 
     world: World
     x: Tensor
     total: Tensor
     """Squared distance of each row from the mean."""
     variances: np.ndarray
-    """Of the features."""
+    """Variance of each feature."""
 
 
 def plant(zipf: float, seed: int = 0) -> Planted:
@@ -39,14 +39,14 @@ def plant(zipf: float, seed: int = 0) -> Planted:
 
 
 def solve(planted: Planted, n: int, usable: int | None = None) -> Tensor:
-    """Squares that a pursuit leaves with the `n` most frequent features as the dictionary."""
+    """Return the squared residuals of a pursuit with the `n` most frequent features."""
     decoder = planted.world.directions[:n]
     mask = torch.arange(n) < (usable or n)
     return pursue(planted.x, lambda: decoder.split(100), mask, most_latents(L0)).squares.double()
 
 
 def measure(planted: Planted, n: int) -> tuple[Span, Span]:
-    """The tail of an ideal dictionary of `n` latents, and its unique energy."""
+    """Return the tail of an ideal dictionary of `n` latents and its share of unique energy."""
     left, by_half = solve(planted, n), solve(planted, n, n // 2)
     total = planted.total.sum()
     shares, half = left.sum(1) / total, by_half.sum(1) / total
@@ -62,7 +62,10 @@ def law_of(planted: Planted, n: int, tail: Span):  # type: ignore[no-untyped-def
 
 @pytest.mark.parametrize(("n", "known"), [(128, 0.380), (256, 0.285), (512, 0.190), (1024, 0.095)])
 def test_the_tail_is_found_apart_from_interference(n: int, known: float) -> None:
-    """The known energies are sums of p_i above n over L0; a tied encoder leaves far more."""
+    """The tail's interval contains the planted tail, which is less than a tied encoder's FVU.
+
+    The known energies are the sum of p_i beyond n, divided by L0.
+    """
     planted = plant(1.0)
     assert float(planted.world.p[n:].sum()) / L0 == pytest.approx(known, abs=0.001)
     tail, _ = measure(planted, n)
@@ -87,8 +90,9 @@ def test_the_floor_of_a_held_out_width_is_predicted(zipf: float, n: int, wider: 
     measured, _ = measure(planted, wider)
     assert predicted.low <= truth <= predicted.high
     assert predicted.low <= measured.value <= predicted.high
-    assert predicted.value < tail.low  # it is another number than the tail now
-    assert unique.value > 0.8  # features that no others describe
+    # the prediction is a smaller number than the tail of the narrower width
+    assert predicted.value < tail.low
+    assert unique.value > 0.8  # most of the energy belongs to features that no others describe
 
 
 @pytest.mark.parametrize("zipf", [0.7, 1.0, 1.3])
@@ -131,7 +135,11 @@ def test_exponents_are_found_in_counted_firings(zipf: float) -> None:
 
 
 def test_a_law_says_where_it_would_end_and_recapture_does_not() -> None:
-    """Two seeds find features by a logistic in the logarithm of their frequency (.906 / n)."""
+    """The law estimates the number of features, where recapture underestimates it.
+
+    In each of two seeds, the probability of finding a feature is logistic in its log frequency
+    (midpoint .906 / n).
+    """
     planted = plant(1.0)
     tail, _ = measure(planted, 512)
     end = law_of(planted, 512, tail).rank_of(512, tail)
@@ -146,7 +154,8 @@ def test_a_law_says_where_it_would_end_and_recapture_does_not() -> None:
     overlap = overlap_by_frequency(p[one][order], found, int(one.sum()), int(other.sum()))
     assert overlap.recapture < 0.4 * N
     assert overlap.shares[-1] > 0.95
-    assert overlap.shares[0] < 0.7  # the frontier, though all that was found is true
+    # rare latents at the frontier have few partners although all of them are true features
+    assert overlap.shares[0] < 0.7
     assert 0.7 < overlap.share < 0.95
 
 
@@ -156,7 +165,7 @@ def test_a_law_needs_latents() -> None:
 
 
 def test_flat_and_steep_laws_add_up() -> None:
-    """Against sums term by term; the exponent 1 is the logarithm."""
+    """A law's sums match sums term by term, also at exponent 1, where they are logarithms."""
     ranks = np.arange(1, 4097.0)
     for exponent in (0.5, 1.0, 2.0):
         values = 3.0 * ranks**-exponent
@@ -167,11 +176,11 @@ def test_flat_and_steep_laws_add_up() -> None:
         total = Span(*[float(values[1000:4000].sum())] * 3)
         assert law.rank_of(1000, total).value == pytest.approx(4000, rel=5e-3)
     endless = fit_law(ranks**-2.0).rank_of(1000, Span(1.0, 1.0, 1.0))
-    assert endless.value == math.inf  # all beyond 1,000 come to .001
+    assert endless.value == math.inf  # all terms beyond 1,000 add up to only .001
 
 
 def test_energies_come_from_the_histogram() -> None:
-    """Against E[f^2] of the activations themselves."""
+    """Energies from the histogram match E[f^2] - E[f]^2 of the activations."""
     generator = np.random.default_rng(1)
     rows, expected, n_rows = [], [], 100_000
     for shape, density, norm in ((1.0, 0.01, 1.0), (4.0, 0.3, 2.0), (30.0, 0.9, 1.0)):
@@ -191,7 +200,10 @@ def test_energies_come_from_the_histogram() -> None:
 
 
 def test_a_floor_gains_the_unique_share() -> None:
-    """rank^-1: from 100 to 200 latents the energies come to .1 * ln 2, half of them unique."""
+    """A wider dictionary lowers the floor by the unique share of the energy that it adds.
+
+    With rank^-1, latents 101 to 200 add .1 * ln 2, half of it unique.
+    """
     law = fit_law(0.1 / np.arange(1, 101.0))
     half, tail = Span(0.5, 0.4, 0.6), Span(0.3, 0.2, 0.4)
     gain = 0.1 * math.log(200.5 / 100.5)
@@ -202,16 +214,21 @@ def test_a_floor_gains_the_unique_share() -> None:
 
 @pytest.mark.system
 def test_intervals_of_what_is_left_cover_the_truth() -> None:
-    """95 % intervals of 200 samples of documents that differ in what they leave: 92 % at least."""
+    """95 % intervals contain the truth in at least 92 % of 200 samples.
+
+    The samples' documents differ in their residuals.
+    """
     covered, n = 0, 60
-    truth = 0.2 / 1.2 / (0.2 / 1.2 + 0.8 / 0.8)  # E[left / (left + explained)], by the means below
+    # E[left / (left + explained)], from the means below
+    truth = 0.2 / 1.2 / (0.2 / 1.2 + 0.8 / 0.8)
     for seed in range(200):
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randint(5, 40, (n,), generator=generator)
         documents = torch.repeat_interleave(torch.arange(n), rows)
         own = torch.rand(2, n, generator=generator)[:, documents]
         noise = torch.rand(2, len(documents), generator=generator)
-        left = (0.2 / 1.2) * 4 * own[0] * noise[0]  # uniform on 0 to 1 twice: a mean of 1 / 4
+        # a product of two uniforms on 0 to 1 has mean 1 / 4
+        left = (0.2 / 1.2) * 4 * own[0] * noise[0]
         explained = 4 * own[1] * noise[1]
         found = residual_share(left.expand(3, -1).double(), (left + explained).double(), documents)
         covered += found.low <= truth <= found.high

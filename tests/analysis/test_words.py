@@ -1,4 +1,4 @@
-"""Lists of words, and where words stand in rows."""
+"""Word lists, and where words occur in rows."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def tokens_of(texts: list[str]) -> list[int]:
 
 
 def test_a_word_stands_at_its_last_token() -> None:
-    # gold; helium of two tokens; golds, golden and paris are other words; gold-en holds gold
+    # gold; helium as two tokens; golds, golden and paris are other words; gold-en contains gold
     texts = [" gold", ".", " hel", "ium", " gold", "s", " gold", "en", " paris", " Paris"]
     texts += [" gold", "-", "en"]
     index = InMemoryIndex(np.array(tokens_of(texts)), 100, {})
@@ -29,7 +29,10 @@ def test_a_word_stands_at_its_last_token() -> None:
 
 
 def test_words_end_with_their_document_and_need_all_their_tokens() -> None:
-    """Rows of a unit lie in any order; a row that is left out may have begun the word."""
+    """Words end with their document, and a word whose first token is missing does not count.
+
+    Rows of a unit may be in any order.
+    """
     texts = ["ium", " hel", "ium", " hel", " gold", "s"]
     documents = np.array([0, 0, 1, 2, 3, 4])
     positions = np.array([1, 0, 5, 9, 7, 0], np.int32)
@@ -37,17 +40,20 @@ def test_words_end_with_their_document_and_need_all_their_tokens() -> None:
         np.array(tokens_of(texts)), 100, {}, documents=documents, positions=positions
     )
     found = find_words(index, Vocabulary(), [*CONCEPTS, Concept("ium", "x"), Concept("s", "x")])
-    # " hel" + "ium" of document 0; not the "ium" of document 1, whose beginning is missing; "s"
-    # begins document 4
+    # " hel" + "ium" of document 0 counts; the "ium" of document 1 does not, because its beginning
+    # is missing; "s" begins document 4
     assert found.rows.tolist() == [0, 1, 4, 5]
     assert found.concept.tolist() == [1, 1, 0, 4]
     assert found.is_last.tolist() == [True, False, True, True]
 
 
 def test_words_of_the_corpus_are_chosen_evenly_over_log_frequency() -> None:
-    """Of 80 words the n-th occurs 1600 / n times; 10 of 20 or more are asked for."""
+    """Corpus words are spread evenly over log frequency.
+
+    Of 80 words the n-th occurs 1600 / n times. 10 words with at least 20 occurrences are requested.
+    """
     texts = [f" w{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(80)]
-    texts[1] = " 1999"  # no word
+    texts[1] = " 1999"  # not a word
     times = [1600 // (n + 1) for n in range(80)]
     times[79] = 19  # too rare
     tokens = np.repeat(np.arange(80, dtype=np.int32), times)
@@ -56,9 +62,10 @@ def test_words_of_the_corpus_are_chosen_evenly_over_log_frequency() -> None:
     numbers = [texts.index(f" {concept.word}") for concept in chosen]
     assert len(set(numbers)) == 10
     assert not {1, 79} & set(numbers)
-    assert 0 in numbers  # alone in its tenth of the range
+    assert 0 in numbers  # the only word in its tenth of the range
     logs = np.log([times[number] for number in numbers])
-    assert 0.3 < np.mean(logs > np.log([20, 1600]).mean()) < 0.6  # of all words 11 % are
+    # only 11 % of all words are in this half
+    assert 0.3 < np.mean(logs > np.log([20, 1600]).mean()) < 0.6
     assert len(corpus_words(index, Vocabulary(texts), 500, 20)) == 78
 
 

@@ -1,4 +1,4 @@
-"""`dist-sae compare` as a user calls it, on small runs of one activation set."""
+"""`dist-sae compare` as a user runs it, on small runs of one activation set."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ from tests.index.indexed import add_checkpoint, make_index, produced
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run that is trained, evaluated and indexed."""
+    """A trained, evaluated and indexed run."""
     run = produced(tmp_path_factory.mktemp("compare"))
     add_checkpoint(run)
     write_history(
@@ -54,7 +54,7 @@ def folder(run: Run) -> str:
 
 
 def keep_joint_outcomes(first: Run, other: Run) -> None:
-    """Outcomes of both runs, of both with another checkpoint, and of the first alone."""
+    """Return outcomes of both runs, of both with another checkpoint, and of the first alone."""
     store = open_store(first.store.runs)
     names = (first.name, other.name)
     found = [find_checkpoint(store, run, None) for run in (first, other)]
@@ -70,7 +70,7 @@ def keep_joint_outcomes(first: Run, other: Run) -> None:
 
 
 def compare(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
-    """Stdout, or stderr where a failure is expected."""
+    """Run the command and return stdout, or stderr if a failure is expected."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logs, "configure", lambda **_: None)
         assert cli.main(["compare", *arguments]) == code
@@ -97,7 +97,7 @@ def test_numbers_stand_beside_the_settings_that_differ(
     assert content["runs"][1]["fvu"] == found["fvu"]
     assert content["runs"][0]["trained_rows"] == 3 * 64
     assert content["runs"][0]["rows_per_second"] == 3 * 64 / 6
-    assert content["runs"][1]["rows_per_second"] is None  # it has no history
+    assert content["runs"][1]["rows_per_second"] is None  # this run has no history
     assert content["caveats"] == []
     with table.open() as file:
         rows = list(csv.DictReader(file))
@@ -105,7 +105,7 @@ def test_numbers_stand_beside_the_settings_that_differ(
     assert float(rows[1]["fvu"]) == found["fvu"]
     text = page.read_text()
     assert f'<data value="{found["fvu"]}">' in text
-    assert text.count('<circle class="dot') >= 2  # a point for each run
+    assert text.count('<circle class="dot') >= 2  # one point per run
     assert "<td>sae.k</td><td>5</td><td>3</td>" in text
     assert "Of both" in text
     assert "Of older checkpoints" not in text
@@ -148,7 +148,7 @@ def test_an_evaluation_of_an_older_checkpoint_is_marked(
 
 
 def test_latents_with_a_near_copy_are_counted_by_frequency(first: Run) -> None:
-    """Dead latents alone are copied; the others get directions of their own."""
+    """Only dead latents are copied; the others get their own directions."""
 
     def new_directions(sae: Dictionary) -> None:
         n_alive = len(sae.b_enc) - 5
@@ -159,11 +159,11 @@ def test_latents_with_a_near_copy_are_counted_by_frequency(first: Run) -> None:
     add_checkpoint(other, change=new_directions)
     found = match_latents(first, other)
     assert found.share == 5 / 64
-    assert set(found.by_decade.values()) == {0.0}  # of latents that fire
+    assert set(found.by_decade.values()) == {0.0}  # latents that fire
     same = match_latents(first, first)
     assert same.share == 1
     assert set(same.by_decade.values()) == {1.0}
-    assert match_latents(other, first) == (5 / 64, {})  # it has no index
+    assert match_latents(other, first) == (5 / 64, {})  # this run has no index
 
 
 def test_runs_that_write_other_sites_cannot_be_matched(first: Run) -> None:
@@ -203,7 +203,7 @@ def test_a_file_that_cannot_be_written_is_named(
 
 
 def test_each_family_has_a_frontier_of_its_own() -> None:
-    """c is beaten by b of its family; of all points d, b and e are beaten by none."""
+    """c is dominated by b of its own family; of all points, d, b and e are dominated by none."""
     points = [("a", 1.0, 0.9), ("b", 2.0, 0.5), ("c", 3.0, 0.7), ("d", 1.0, 0.8), ("e", 4.0, 0.4)]
 
     def lengths(families: list[str] | None) -> list[int]:
