@@ -1,4 +1,4 @@
-"""`launch/gpu_check.sh`: its dry run on the CPU, and how stages that fail are told."""
+"""`launch/gpu_check.sh`: its dry run on the CPU, and how failed stages are reported."""
 
 import json
 import os
@@ -26,7 +26,7 @@ class Lacking(PathFinder):
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Lacking
 """
-"""A `sitecustomize` without them."""
+"""A `sitecustomize` that makes these packages unavailable."""
 
 
 @pytest.mark.system
@@ -62,7 +62,7 @@ def test_the_dry_run_passes_every_stage_without_clients_of_clusters_and_stores(
 def run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[[str], tuple[int, list[str]]]:
-    """Runs two stages that are lines of shell; returns the exit code and the printed lines."""
+    """Run two stages as shell commands; return the exit code and the printed lines."""
 
     def run(line: str) -> tuple[int, list[str]]:
         program = tmp_path / "python"

@@ -1,4 +1,4 @@
-"""Orchestration and protocol of `bench peers`, with stand-ins for the peers and no network."""
+"""Orchestration and protocol of `bench peers`, with fake peers and no network."""
 
 import json
 import subprocess
@@ -74,10 +74,10 @@ def test_bench_gives_a_row_for_each_peer_and_setting(
         ("peer0", "as_shipped"), ("peer0", "matched_bf16"),
         ("peer1", "as_shipped"), ("peer1", "matched_bf16"),
     ]  # fmt: skip
-    # 4 rows in the median step of .5 s; the 9 s of the warm-up do not count
+    # 4 rows in the median step of .5 s; the warm-up of 9 s does not count
     assert rows[0]["rows_per_second"] == 8
     assert rows[0]["rows_per_second_spread"] == [8, 8]
-    # 10 rows are 2 full batches of 4
+    # 10 rows give 2 full batches of 4
     assert (rows[0]["fvu"], rows[0]["rows_trained"]) == (0.25, 8)
     assert (rows[0]["version"], rows[0]["notes"], rows[0]["error"]) == ("1.2", ["a note"], None)
 
@@ -181,7 +181,8 @@ def test_common_scale_gives_mean_square_norm_d_in(tmp_path: Path) -> None:
 def test_fvu_is_in_raw_units_and_about_the_mean(tmp_path: Path) -> None:
     np.save(tmp_path / "heldout.npy", np.array([[1, 0], [3, 0], [1, 4], [3, 4]], np.float32))
     spec = make_spec(heldout=str(tmp_path / "heldout.npy"))
-    # about the mean (2, 2) each row has 1 + 4; x_hat misses the first column by 1 in raw units
+    # relative to the mean (2, 2) each row has 1 + 4; x_hat misses the first column by 1 in raw
+    # units
     fvu = protocol.heldout_fvu(spec, lambda x: x + torch.tensor([10.0, 0.0]), scale=10.0)
     assert fvu == pytest.approx(4 * 1 / (4 * 5))
     assert protocol.heldout_fvu(make_spec(), lambda x: x) is None
@@ -192,7 +193,8 @@ def test_fvu_of_a_transcoder_is_that_of_its_targets(tmp_path: Path) -> None:
     np.save(tmp_path / "heldout.npy", rows)
     spec = make_spec(heldout=str(tmp_path / "heldout.npy"), transcoder=True)
     scale = torch.tensor([2.0, 2.0, 10.0, 10.0])
-    # y_hat has the first column right, made of the inputs (2 x 5 = 10), and misses the second by 2
+    # y_hat is right in the first column, computed from the inputs (2 x 5 = 10), and off by 2 in the
+    # second
     fvu = protocol.heldout_fvu(
         spec, lambda x: torch.stack([x[:, 1] * 5, torch.full((len(x),), 20.0)], 1), scale
     )
@@ -265,7 +267,7 @@ def test_complete_environment_is_used_again(
     peer = Peer("a", "1.0", "a.py")
     first = environments.ensure_environment(peer, tmp_path)
     installed = len(calls)
-    assert calls[1][-1] == environments.TORCH  # before the peer
+    assert calls[1][-1] == environments.TORCH  # torch is installed before the peer
     assert environments.ensure_environment(peer, tmp_path) == first
     assert len(calls) == installed
     environments.ensure_environment(Peer("a", "1.1", "a.py"), tmp_path)

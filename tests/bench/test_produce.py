@@ -18,7 +18,7 @@ def test_bench_produce_measures_beside_the_activation_set(tmp_path: Path) -> Non
     out = run("bench", "produce", str(path), "--units", "3", "--rounds", "2", "--json")
     result = json.loads(out.splitlines()[-1])
     assert result["units"] == 3
-    assert result["rows"] > 3 * 300  # of 350
+    assert result["rows"] > 3 * 300  # units have about 350 rows
     assert result["ratio_low"] <= result["ratio"] <= result["ratio_high"]
     assert result["rows_per_second"] > 0
     assert 0 <= result["padding"] <= 0.05

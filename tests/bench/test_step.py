@@ -1,4 +1,4 @@
-"""`dist-sae bench step` as a program: measurements, and refusals of bad settings."""
+"""`dist-sae bench step` as a program: its measurements, and errors for bad settings."""
 
 import json
 
@@ -22,7 +22,7 @@ def test_bench_step_reports_the_ratio_and_where_the_time_goes() -> None:
 
 
 def test_bench_step_refuses_in_one_line_what_cannot_be() -> None:
-    """The refusal comes before the rendezvous, in the run file's terms."""
+    """Bad settings are refused before the rendezvous, and named as in the run file."""
     for options, expected in (
         (("--k", "0"), "error: bench: sae.k: input should be greater than 0 (got 0)\n"),
         (

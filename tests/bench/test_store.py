@@ -1,4 +1,4 @@
-"""`dist-sae bench store` measures on a folder and on an S3 server, and leaves nothing behind."""
+"""`dist-sae bench store` on a folder and on an S3 server, and that it cleans up."""
 
 import json
 from pathlib import Path
@@ -34,11 +34,11 @@ def test_bench_store_measures_a_folder_and_leaves_what_was_there(tmp_path: Path)
     out = run("bench", "store", "--url", str(tmp_path), *SMALL, "--json")
     result = json.loads(out.splitlines()[-1])
     assert [*tmp_path.rglob("*")] == [other]
-    # 4 units of 1,024 rows; a row is 8 values of 2 bytes, token, position (4 + 4), document (8)
+    # 4 units of 1,024 rows; a row is 8 values of 2 bytes, token and position (4 + 4), document (8)
     assert result["payload_bytes"] == 4 * 1024 * (8 * 2 + 16)
     stored = result["tar_bytes"] + result["metadata_bytes"]
     assert result["overhead"] == stored / result["payload_bytes"] - 1
-    # two tar headers of 512 bytes a block, four blocks a unit, are the least of what comes on top
+    # the overhead is at least two tar headers of 512 bytes per block, with four blocks per unit
     assert result["tar_bytes"] > result["payload_bytes"] + 4 * 2 * 2 * 512
     for way in ("write", "read"):
         assert 0 < result[f"{way}_ratio_low"] <= result[f"{way}_ratio"]
@@ -59,7 +59,7 @@ def test_bench_store_measures_an_s3_server_and_leaves_what_was_there(bucket: Buc
 def test_both_ways_of_a_pair_move_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Raw reads fetch every block of the set once, raw writes store the tars bit by bit."""
+    """Raw reads fetch every block once, and raw writes store the same tars byte by byte."""
     read: list[int] = []
     written: list[bytes] = []
     get, put = bench.RawFolder.get, bench.RawFolder.put
@@ -80,7 +80,7 @@ def test_both_ways_of_a_pair_move_the_same_bytes(
     monkeypatch.setattr(bench, "WRITE_BYTES", 1000)  # so that there are several parts
     bench_store(bench_run(SHAPE, str(tmp_path), None), SHAPE, rounds=1, cached=True)
     assert len(written) == 4
-    assert len(read) == 2 * 4 * 4  # to warm up and in the round; four blocks a unit
+    assert len(read) == 2 * 4 * 4  # one warm-up and one round; four blocks per unit
     assert sum(read) >= 2 * 4 * 1024 * (8 * 2 + 16)
 
 

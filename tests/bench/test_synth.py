@@ -1,4 +1,4 @@
-"""`bench synth` without sae-lens: rows on disk, our trainer, orchestration with a stand-in."""
+"""`bench synth` without sae-lens: rows on disk, our trainer, and orchestration with a fake."""
 
 import json
 import sys
@@ -37,14 +37,14 @@ SCORES = {
 
 
 def drawn(rows: int, seed: int = 0) -> Tensor:
-    """Strengths of features, [rows, features], two or so in a row."""
+    """Return strengths of features, [rows, features], about two per row."""
     generator = torch.Generator().manual_seed(seed)
     fires = torch.rand(rows, N_FEATURES, generator=generator) < 2 / N_FEATURES
     return fires * (10 + 10 * torch.rand(rows, N_FEATURES, generator=generator))
 
 
 def write_world(folder: Path, rows: int = 512) -> Tensor:
-    """Write a small world's folder; returns the strengths of its training rows."""
+    """Write a small world to a folder; return the feature strengths of its training rows."""
     generator = torch.Generator().manual_seed(1)
     directions = torch.randn(N_FEATURES, D_IN, generator=generator)
     np.save(folder / "directions.npy", (directions / directions.norm(dim=1)[:, None]).numpy())
@@ -68,7 +68,7 @@ def comparison(**changes: Any) -> synth.Comparison:
 
 
 class Scripts:
-    """Stands for the processes: remembers what they are told, and answers."""
+    """Fake of the processes that records the specs it gets and returns fixed results."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.told: list[tuple[str, dict[str, Any], int]] = []
@@ -99,7 +99,7 @@ def test_directions_are_those_of_the_loss_over_all_pairs() -> None:
     start = torch.randn(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = (start / start.norm(dim=1, keepdim=True)).requires_grad_()
     optimizer = torch.optim.Adam([expected], lr=1e-2)
-    for _ in range(20):  # as in sae-lens, by differentiation
+    for _ in range(20):  # like sae-lens, by autograd
         products = expected @ expected.T
         on_itself = products.diagonal()
         between = (products - torch.diag(on_itself)).square().sum()
@@ -125,7 +125,7 @@ def leaves(*features: int) -> list[SimpleNamespace]:
 
 
 def generator_of(n_features: int) -> SimpleNamespace:
-    """As sae-lens's: each feature in .4 to .9 of the rows, if its parents do not matter."""
+    """Return a generator like sae-lens's; without parents a feature fires in .4 to .9 of rows."""
     random = torch.Generator().manual_seed(0)
     factor = 0.3 * torch.randn(n_features, 2, generator=random)
     return SimpleNamespace(
@@ -138,7 +138,7 @@ def generator_of(n_features: int) -> SimpleNamespace:
 
 
 def drawn_by_definition(generator: Any, nodes: list[Any], rows: int) -> Tensor:
-    """As sae-lens: all features of all rows, then level by level children, then siblings."""
+    """Draw like sae-lens: all features of all rows, then children by level, then siblings."""
     (factor, scale), n_features = generator.low_rank_correlation, 12
     common, own = torch.randn(rows, factor.shape[1]), torch.randn(rows, n_features)
     row, feature = (common @ factor.T + own * scale > generator.correlation_thresholds).nonzero().T
@@ -182,8 +182,8 @@ def test_rows_are_drawn_as_if_every_feature_were_looked_at() -> None:
         expected, then = drawn_by_definition(generator, nodes, rows), torch.rand(1)
         torch.manual_seed(rows)
         assert torch.equal(sample(rows).to_dense(), expected)
-        assert torch.equal(torch.rand(1), then)  # as many random numbers were drawn
-    # a world without trees, one where nothing fires, and one that sae-lens has to draw
+        assert torch.equal(torch.rand(1), then)  # the same number of random numbers was drawn
+    # a world without trees, one where nothing fires, and one that only sae-lens can draw
     assert (sampler(generator, None)(50).to_dense() > 0).float().mean() > 0.5
     generator.correlation_thresholds = torch.full((12,), 99.0)
     assert sample(3).to_dense().count_nonzero() > 0
@@ -193,7 +193,7 @@ def test_rows_are_drawn_as_if_every_feature_were_looked_at() -> None:
 
 
 def test_f1_at_an_l0_leaves_the_largest_codes_of_all_latents() -> None:
-    # latents 0 and 1 are like features 2 and 0; latent 1's decoder row is 2.2 long
+    # latents 0 and 1 are most similar to features 2 and 0; latent 1's decoder row has norm 2.2
     W_dec = torch.tensor([[0.1, -1.0], [2.0, 0.9]])
     directions = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 3.0]])
     codes = torch.tensor([[3.0, 0.0], [0.0, 2.0], [1.0, 1.1], [2.5, 0.0]])
@@ -203,14 +203,15 @@ def test_f1_at_an_l0_leaves_the_largest_codes_of_all_latents() -> None:
         batches = zip(torch.split(codes, 3), torch.split(strengths, 3), strict=True)
         return f1_at_l0(batches, W_dec, directions, l0)
 
-    # sizes as written: 4.4 of latent 1, 3, 2.5, 2.4 of latent 1 and 1 of latent 0, of four rows;
-    # F1 is 2 right / (active + fired): feature 2 fires in rows 0 and 2, feature 0 in 1 and 2
+    # sizes times decoder norms in four rows: 4.4 of latent 1, 3, 2.5, 2.4 of latent 1, and 1 of
+    # latent 0; F1 is 2 right / (active + fired): feature 2 fires in rows 0 and 2, feature 0 in 1
+    # and 2
     assert f1(1 / 4) == pytest.approx((0 + 2 / 3) / 2)
     assert f1(2 / 4) == pytest.approx((2 / 3 + 2 / 3) / 2)
     assert f1(3 / 4) == pytest.approx((2 * 1 / (2 + 2) + 2 / 3) / 2)
     assert f1(4 / 4) == pytest.approx((1 / 2 + 1) / 2)
     assert f1(5 / 4) == pytest.approx((2 * 2 / (3 + 2) + 1) / 2)
-    assert f1(6 / 4) is None  # five codes are active
+    assert f1(6 / 4) is None  # only five codes are active
 
 
 def test_rows_without_any_feature_are_the_bias(tmp_path: Path) -> None:
@@ -230,7 +231,7 @@ def test_batches_have_each_row_once_a_pass_in_an_order_of_the_seed(tmp_path: Pat
     first, other = (torch.cat(list(rows.batches(12, 5, seed))) for seed in (0, 1))
     for one_pass in (first[:30], first[30:]):
         found = (one_pass[:, None] == all_rows).all(2).float().sum(0)
-        same = (all_rows[:, None] == all_rows).all(2).float().sum(0)  # rows may be alike
+        same = (all_rows[:, None] == all_rows).all(2).float().sum(0)  # rows may be equal
         assert torch.equal(found, same)
     assert torch.equal(first, torch.cat(list(rows.batches(12, 5, 0))))
     assert not torch.equal(first, other)
@@ -271,7 +272,7 @@ def test_our_trainer_gives_sae_lens_the_same_dictionary_from_one_rank_and_from_t
     z = (x - alone["b_dec"]) @ alone["W_enc"] + alone["b_enc"]
     kept = z.relu() * (z >= z.topk(2).values[:, -1:])
     x_hat = kept @ alone["W_dec"] + alone["b_dec"]
-    # in the rows' own scale, which is ten times that of training; b_dec alone leaves 1
+    # in the rows' own scale, ten times that of training; with b_dec alone the FVU would be 1
     assert float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()) < 0.4
 
 
@@ -288,7 +289,7 @@ def test_every_trainer_runs_with_every_seed_and_ours_with_every_number_of_shards
     ]
     assert [spec["threads"] for _, spec, _ in trained[:3]] == [2, 1, 2]
     theirs = trained[2][1]
-    # settings of the trainer are apart from those of the dictionary; 70 rows are 4 batches of 16
+    # the trainer's settings are separate from the dictionary's; 70 rows give 4 batches of 16
     assert (theirs["settings"], theirs["train"], theirs["steps"]) == ({"k": 2}, {"lr": 0.5}, 4)
     scored = [spec for _, spec, _ in scripts.told if spec["action"] == "score"]
     assert [spec["out"] for spec in scored[:3]] == [

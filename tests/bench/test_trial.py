@@ -1,4 +1,4 @@
-"""The short run by which `dist-sae estimate --measure` takes its rates."""
+"""The short run from which `dist-sae estimate --measure` takes its rates."""
 
 import json
 from pathlib import Path
@@ -18,9 +18,11 @@ def record(step: int, seconds: float) -> dict[str, object]:
 
 
 def test_steps_count_as_much_as_in_the_run() -> None:
-    """Steps of 1 s until latents can be dead, which is a tenth of the run, and of 3 s afterwards.
+    """Steps before and after latents can be dead are weighted as in the whole run.
 
-    A quarter of the trial is before; the first record is of 9 s. Steps of the run take .1 + 2.7 s.
+    Steps take 1 s until latents can be dead, for a tenth of the run, and 3 s afterwards. A quarter
+    of the trial is before this point. The first record, of 9 s, is skipped. So a step of the run
+    takes .1 + 2.7 s.
     """
     records = [record(2, 9.0), record(4, 2.0), *(record(step, 6.0) for step in (6, 8, 10, 12))]
     records += [{"step": 12, "heldout_fvu": 0.1}, record(14, 6.0), record(16, 6.0)]
@@ -31,7 +33,10 @@ def test_steps_count_as_much_as_in_the_run() -> None:
 
 
 def test_every_job_of_a_sweep_is_shortened(tmp_path: Path) -> None:
-    """Latents are dead after .6 of the rows of the one job, which is more than a quarter."""
+    """Each job is shortened, and keeps its share of `dead_after_rows`, but at least a quarter.
+
+    One job's share is .6, which is kept.
+    """
     sweep = {"over": {"sae.dead_after_rows": [2458, 100]}, "jobs": {"a": {"train.warmup_steps": 8}}}
     run = make_run(tmp_path, TINY, sweep=sweep)
     short = trial_run(run, [find_sizes(run)], 16, str(tmp_path / "trial"))

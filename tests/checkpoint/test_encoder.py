@@ -1,4 +1,4 @@
-"""An encoder that is read where it is stored encodes as the dictionary in memory does."""
+"""An encoder read from storage on demand gives the same codes as the dictionary in memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ PART_ROWS = 8
 
 
 class Folder(LocalStore):
-    """Notes what is read of it."""
+    """Store that records which objects are read."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -45,7 +45,7 @@ class Folder(LocalStore):
             yield path
 
     def of_encoder(self) -> list[int]:
-        """First rows of the encoder's parts that have been read since the last call."""
+        """Return the first rows of the encoder parts read since the last call."""
         names = [name for name in self.read if name.startswith("W_enc-")]
         self.read = []
         return [int(name.removeprefix("W_enc-").partition(".")[0]) for name in names]
@@ -53,14 +53,14 @@ class Folder(LocalStore):
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
-    """A store with parts of eight latents; the product looks at five at a time."""
+    """A store with parts of eight latents. Products use five latents at a time."""
     monkeypatch.setattr(layout, "PART_BYTES", PART_ROWS * ROW_BYTES)
     monkeypatch.setattr(select, "CHUNK_LATENTS", 5)
     return Folder(str(tmp_path))
 
 
 def stored(sae: Dictionary, store: ObjectStore) -> Checkpoint:
-    """Save a dictionary, and open it in the store, which sees the same folder."""
+    """Save a dictionary, and open it through a store on the same folder."""
     saved(Path(store.url), sae)
     return Checkpoints(store, "run", 1).open(1)
 
@@ -70,7 +70,7 @@ def encoder(checkpoint: Checkpoint, sae: Dictionary, memory_bytes: int = 0) -> S
 
 
 def assert_same(found: Codes, expected: Codes) -> None:
-    """The same latents are active. Activations may differ in the last bits (`select.products`)."""
+    """Check that the same latents are active; activations may round as in `select.products`."""
     assert expected.acts.any()
     one, other = dense(found), dense(expected)
     assert torch.equal(one > 0, other > 0)
@@ -79,7 +79,7 @@ def assert_same(found: Codes, expected: Codes) -> None:
 
 @pytest.mark.parametrize("kind", RECIPES)
 def test_codes_are_those_of_the_dictionary(kind: str, folder: Folder) -> None:
-    """Mapped, and from a store that is no folder."""
+    """Codes match the dictionary's, from a memory-mapped folder and from another store."""
     sae, x = make(RECIPES[kind], torch.float32), rows(torch.float32)
     for store in (folder, MeteredStore(folder, UNMETERED)):
         assert_same(encoder(stored(sae, store), sae).encode(x), sae.encode(x))
@@ -87,7 +87,10 @@ def test_codes_are_those_of_the_dictionary(kind: str, folder: Folder) -> None:
 
 
 def test_only_the_experts_of_the_rows_are_read(folder: Folder) -> None:
-    """Experts have 16 latents, in two parts; a part that is mapped is not read again."""
+    """Only the parts of the rows' own experts are read, each once.
+
+    An expert has 16 latents in two parts.
+    """
     sae = make(CONFIGS["routed"], torch.float32)
     x = rows(torch.float32)[:1]
     assert isinstance(sae, Routed)
@@ -103,7 +106,7 @@ def test_only_the_experts_of_the_rows_are_read(folder: Folder) -> None:
 
 
 def test_parts_from_elsewhere_are_kept_while_they_fit(folder: Folder) -> None:
-    """Three of eight parts."""
+    """Parts from a remote store stay in memory as long as they fit: three of eight here."""
     sae, x = make(CONFIGS["topk"], torch.float32), rows(torch.float32)
     checkpoint = stored(sae, MeteredStore(folder, UNMETERED))
     some = encoder(checkpoint, sae, 3 * PART_ROWS * ROW_BYTES + 1)
@@ -115,7 +118,10 @@ def test_parts_from_elsewhere_are_kept_while_they_fit(folder: Folder) -> None:
 def test_of_layers_that_take_turns_only_one_is_copied(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five latents of one layer lie among 20 rows, some of which are in two parts."""
+    """In a CLT, only one layer's latents are copied from the interleaved rows.
+
+    Five latents of one layer are spread over 20 rows, some of them across two parts.
+    """
     sae, x = make(CONFIGS["clt"], torch.float32), rows(torch.float32)
     stored_encoder = encoder(stored(sae, folder), sae)
     copied, cat = list[torch.Size](), torch.cat

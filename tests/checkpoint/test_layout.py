@@ -1,4 +1,4 @@
-"""Checkpoints in the store: atomic, checked, and as many as wanted."""
+"""Checkpoints in the store: atomic, checksummed, and pruned."""
 
 from pathlib import Path
 
@@ -37,7 +37,8 @@ class Dying:
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "PART_BYTES", 200)  # 16 rows of W_enc: several parts, a short last
+    # 16 rows of W_enc per part: several parts, the last one short
+    monkeypatch.setattr(layout, "PART_BYTES", 200)
     checkpoints = Checkpoints(open_store(str(tmp_path)), "run", keep=2)
     save(checkpoints, 400, TENSORS, {"scale": 0.1})
     loaded = checkpoints.latest()
@@ -66,7 +67,7 @@ class Counting(Wrapped):
 def test_any_rows_are_read_from_the_parts_that_hold_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layout, "PART_BYTES", 12 * 20)  # of 20 rows of W_enc, so 16
+    monkeypatch.setattr(layout, "PART_BYTES", 12 * 20)  # 20 rows of W_enc, rounded down to 16
     store = Counting(open_store(str(tmp_path)))
     checkpoints = Checkpoints(store, "run", keep=2)
     save(checkpoints, 7, TENSORS, {})
@@ -85,7 +86,10 @@ def test_any_rows_are_read_from_the_parts_that_hold_them(
 
 
 def test_what_ranks_write_apart_is_one_tensor(tmp_path: Path) -> None:
-    """Records of ranks come in any order; one rank stores replicated tensors."""
+    """Parts written by several ranks form one tensor, whatever the order of the ranks' records.
+
+    One rank stores the replicated tensors.
+    """
     checkpoints = Checkpoints(open_store(str(tmp_path)), "run", keep=2)
     W_enc, bias = TENSORS["W_enc"], torch.arange(3.0)
     records = []
@@ -93,7 +97,7 @@ def test_what_ranks_write_apart_is_one_tensor(tmp_path: Path) -> None:
         own = bias if first == 0 else bias[:0]
         pieces = [Piece("W_enc", W_enc[first:stop], first, 50), Piece("b_dec", own, 0, 3)]
         records.append(checkpoints.write(4, pieces))
-    assert checkpoints.latest() is None  # nothing exists before the commit
+    assert checkpoints.latest() is None  # no checkpoint exists before the commit
     size = checkpoints.commit(4, records, {})
     checkpoint = checkpoints.open(4)
     assert torch.equal(checkpoint.read("W_enc"), W_enc)
@@ -118,7 +122,7 @@ def test_a_death_at_any_write_leaves_the_one_before(tmp_path: Path, writes: int)
     checkpoint = Checkpoints(store, "run", keep=2).latest()
     assert checkpoint is not None
     assert checkpoint.step == (1 if writes < 4 else 2)
-    save(Checkpoints(store, "run", keep=2), 2, newer, {})  # and the save can be done again
+    save(Checkpoints(store, "run", keep=2), 2, newer, {})  # the save can be repeated
     assert Checkpoints(store, "run", keep=2).steps() == [1, 2]
 
 
@@ -136,7 +140,11 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 
 
 def test_every_mth_and_the_best_are_kept_as_well(tmp_path: Path) -> None:
-    """Held-out FVU falls until step 25 and rises again; unmeasured ones are not the best."""
+    """Every 20th step and the two best are kept as well.
+
+    Held-out FVU falls until step 25 and then rises. Checkpoints without an FVU are not candidates
+    for the best.
+    """
     checkpoints = Checkpoints(open_store(str(tmp_path)), "run", keep=2, every=20, best=2)
     fvu = {5: None, 10: 0.5, 15: 0.4, 20: 0.3, 25: 0.2, 30: 0.3, 35: 0.4, 40: 0.5, 45: 0.6}
     for step, value in fvu.items():

@@ -1,4 +1,4 @@
-"""The lease that allows one trainer per run, also after a trainer was killed."""
+"""The lease that allows one trainer per run, even after a trainer was killed."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ def store(tmp_path: Path) -> ObjectStore:
 
 @pytest.fixture
 def elsewhere() -> Holder:
-    """A trainer of another machine."""
+    """A trainer on another machine."""
     return Holder(life="x", host="far", pid=7, machine="other", started="1", beat=0)
 
 
@@ -57,7 +57,7 @@ def test_a_trainer_that_was_killed_here_is_followed_at_once(store: ObjectStore) 
     store.put(KEY, seal(mine.model_copy(update={"pid": process.pid, "life": "killed"})))
     with hold(store):
         assert read_record(Holder, store, KEY).life not in ("killed", mine.life)
-    # its number may be another process's by now, this one's for example
+    # another process may have got its id by now, e.g. this process
     store.put(KEY, seal(mine.model_copy(update={"started": "0", "life": "killed"})))
     with hold(store):
         pass
@@ -67,13 +67,14 @@ def test_a_trainer_that_was_killed_and_is_not_reaped_is_dead(store: ObjectStore)
     with hold(store):
         mine = read_record(Holder, store, KEY)
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
-        started = Path(f"/proc/{process.pid}/stat").read_text().split()[21]  # see proc(5)
+        # start time, see proc(5)
+        started = Path(f"/proc/{process.pid}/stat").read_text().split()[21]
         its = {"pid": process.pid, "started": started, "life": "killed"}
         store.put(KEY, seal(mine.model_copy(update=its)))
         with pytest.raises(RunTakenError), hold(store):
             pass
         process.kill()
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # from here on it is a zombie
         with hold(store):
             pass
 
@@ -115,7 +116,7 @@ def test_a_trainer_whose_run_was_taken_over_stops_and_leaves_it_to_the_other(
 ) -> None:
     stopping = threading.Event()
     with caplog.at_level(logging.ERROR), hold(store, stopping):
-        for _ in range(600):  # a renewal that was under way may come after the first
+        for _ in range(600):  # a renewal in progress may overwrite the first write
             store.put(KEY, seal(elsewhere))
             if stopping.wait(0.05):
                 break

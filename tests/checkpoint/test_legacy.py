@@ -13,7 +13,7 @@ from tests.dictionaries.recipes import D_IN
 
 
 def as_stored_once(name: str, rows: Tensor, theta: Tensor) -> tuple[str, Tensor]:
-    """Convert back by theta = exp(l) / sqrt(d_in): dL/dl = dL/dtheta theta."""
+    """Convert back by theta = exp(l) / sqrt(d_in), and its gradient dL/dl = dL/dtheta theta."""
     if not name.endswith("theta"):
         return name, rows
     old = name.replace("theta", "log_threshold")
@@ -24,7 +24,10 @@ def as_stored_once(name: str, rows: Tensor, theta: Tensor) -> tuple[str, Tensor]
 
 @pytest.mark.parametrize("kind", ["jumprelu", "jumprelu_tanh"])
 def test_a_run_goes_on_from_an_older_checkpoint(tmp_path: Path, kind: str) -> None:
-    """Check weights, running mean and both moments; also from a copy, as for a warm start."""
+    """Weights, running mean and both moments are restored from an old checkpoint.
+
+    The checkpoint may also be a copy, as made for a warm start.
+    """
     run = make_run(tmp_path, kind)
     state = make_state(run, kind)
     advance(state, range(4))

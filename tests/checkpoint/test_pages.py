@@ -1,4 +1,4 @@
-"""A dictionary that is read page by page equals the whole one in memory."""
+"""A dictionary read page by page equals the whole one in memory."""
 
 import math
 from pathlib import Path
@@ -48,7 +48,7 @@ def saved(folder: Path, sae: Dictionary) -> Checkpoint:
 def paged(
     checkpoint: Checkpoint, config: DictionaryConfig, latents: int, dtype: torch.dtype
 ) -> PagedDictionary:
-    """A dictionary with so many latents on a page."""
+    """Return a dictionary with the given number of latents per page."""
     with torch.device("meta"):
         shape = build_sae(config, widths(config), dtype=dtype)  # type: ignore[arg-type]
     n_bytes = sum(tensor.nbytes for _, tensor in shape.tensors())
@@ -57,7 +57,7 @@ def paged(
 
 
 def dense(codes: Codes) -> Tensor:
-    """Codes of each row, [rows, n_latents]."""
+    """Return codes as a dense matrix, [rows, n_latents]."""
     matrix = torch.zeros(len(codes.starts), N_LATENTS, dtype=codes.acts.dtype)
     entries = Entries(codes.latents, codes.starts, N_LATENTS)
     matrix[entries.rows, codes.latents] = codes.acts
@@ -65,7 +65,7 @@ def dense(codes: Codes) -> Tensor:
 
 
 def coded(some: PagedDictionary, x: Tensor) -> Tensor:
-    """Codes of each row, [rows, n_latents], from all pages."""
+    """Return codes from all pages as a dense matrix, [rows, n_latents]."""
     matrix = torch.zeros(len(x), N_LATENTS, dtype=x.dtype)
     for page, here, codes in some.encode_pages(x):
         found = dense(codes)
@@ -80,7 +80,10 @@ def coded(some: PagedDictionary, x: Tensor) -> Tensor:
 def test_pages_equal_the_whole(
     kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pages of 12 latents of 64, or of 3, fewer than k; rows in uneven pieces."""
+    """Pages give the same results as the whole dictionary, for 12 latents per page and for 3.
+
+    3 is fewer than k. The rows come in batches of uneven size.
+    """
     monkeypatch.setattr(pages, "SLICE_ROWS", BATCH // 3)
     x, config = rows(dtype), RECIPES[kind]
     checkpoint = saved(tmp_path, make(config, dtype))
@@ -102,7 +105,10 @@ def test_pages_equal_the_whole(
 
 
 def test_of_equal_codes_on_several_pages_the_lower_latent_is_kept(tmp_path: Path) -> None:
-    """All latents are alike, so the first k of them are active, where any is."""
+    """Ties across pages go to the lower latents.
+
+    All latents are equal, so the first k are active on every row where any is.
+    """
     sae = make(CONFIGS["topk"], torch.float32)
     with torch.no_grad():
         sae.W_enc.copy_(sae.W_enc[:1].round().expand_as(sae.W_enc))  # so that products are exact
@@ -118,7 +124,10 @@ def test_of_equal_codes_on_several_pages_the_lower_latent_is_kept(tmp_path: Path
 
 
 def test_rows_are_grouped_into_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In their order, none lost, whatever the sizes of the batches; in memory left as they are."""
+    """Rows are regrouped in order and without loss, whatever the batch sizes.
+
+    If the whole dictionary is in memory, batches pass through unchanged.
+    """
     monkeypatch.setattr(pages, "SLICE_ROWS", 8)
     sae = make(CONFIGS["topk"], torch.float32)
     checkpoint = saved(tmp_path, sae)
@@ -141,7 +150,7 @@ def test_rows_are_grouped_into_turns(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_page_holds_whole_experts(tmp_path: Path) -> None:
-    """However little memory there is."""
+    """A page contains whole experts, however little memory there is."""
     config = CONFIGS["routed"]  # 4 experts
     some = paged(saved(tmp_path, make(config, torch.float32)), config, 1, torch.float32)
     assert [len(part) for part in some.parts("W_dec")] == [16, 16, 16, 16]

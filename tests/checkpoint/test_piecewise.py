@@ -1,4 +1,4 @@
-"""safetensors files made in pieces: the library's bytes, and memory that no width moves."""
+"""safetensors files in pieces: the library's bytes, in memory that does not grow with width."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_a_transpose_is_made_of_columns(columns: int, monkeypatch: pytest.Monkey
 
 
 def write(folder: Path, n_latents: int) -> Run:
-    """Write a checkpoint of so many latents in parts of 1 MiB, without having it in memory."""
+    """Write a checkpoint of n latents in parts of 1 MiB, without having it in memory."""
     sae = {"kind": "jumprelu", "n_latents": n_latents, "init": "random"}
     run = load_run(write_run(folder, sae=sae))
     checkpoints = Checkpoints(open_store(run.store.runs), run.name, 1)
@@ -78,7 +78,7 @@ def write(folder: Path, n_latents: int) -> Run:
 
 
 def small_blocks() -> None:
-    """In a process of its own."""
+    """Reduce buffer sizes. Runs in a separate process, so nothing needs to be restored."""
     piecewise.TRANSPOSED_BYTES, piecewise.PIECE_BYTES = 4 * MIB, MIB
     raw.MEMORY_BYTES = 8 * MIB
 
@@ -107,9 +107,10 @@ def left_to_another_run(run: Run) -> None:
 def test_memory_does_not_grow_with_the_width(
     program: Callable[[Run], None], bound: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A weight is of 8 MiB, then of 32; parts are of 1 MiB, of which eight are copied at a time.
+    """Peak memory is bounded for weights of 8 MiB and of 32 MiB.
 
-    Export has 8 MiB for weights, 4 for the transpose, and 24 bytes for each latent.
+    Parts are 1 MiB, and eight of them are copied at a time. Export uses 8 MiB for weights, 4 MiB
+    for the transpose, and 24 bytes per latent.
     """
     monkeypatch.setattr(layout, "PART_BYTES", MIB)
     tiny, small, large = (write(tmp_path / str(n), n) for n in (1024, 8192, 32_768))

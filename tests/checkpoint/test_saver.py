@@ -1,4 +1,4 @@
-"""Saving beside the training: what is copied when, and what happens when a rank cannot."""
+"""Saving in the background: what is copied when, and what happens if a rank fails."""
 
 import threading
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from tests.world import Wrapped
 
 
 class Held(Wrapped):
-    """A store whose writes wait until they may go on."""
+    """A store whose writes block until the test allows them."""
 
     def __init__(self, store: ObjectStore) -> None:
         super().__init__(store)
@@ -66,7 +66,8 @@ def test_training_goes_on_and_does_not_reach_what_is_saved(tmp_path: Path) -> No
     store, saved = Held(open_store(str(tmp_path))), list[Saved]()
     with make_saver(store, state, saved.append) as saver:
         expected = tensors(state)
-        saver.save(3, {0: (0, 0, 0)}, heldout_fvu=0.5)  # returns, though nothing can be written
+        # returns although nothing can be written yet
+        saver.save(3, {0: (0, 0, 0)}, heldout_fvu=0.5)
         advance(state, range(3, 6))
         assert not saved
         store.go.set()
@@ -83,7 +84,10 @@ def test_training_goes_on_and_does_not_reach_what_is_saved(tmp_path: Path) -> No
 
 
 def test_where_memory_is_short_training_waits_until_all_is_durable(tmp_path: Path) -> None:
-    """And nothing is copied but the part that is on its way."""
+    """Without background saving, `save` returns when all is durable, and copies no weights.
+
+    Only the part that is being uploaded is copied.
+    """
     state = make_state(make_run(tmp_path, "topk"), "topk")
     advance(state, range(3))
     store, saved = open_store(str(tmp_path)), list[Saved]()
@@ -115,7 +119,10 @@ def test_the_step_that_is_saved_already_is_not_saved_again(tmp_path: Path) -> No
 
 
 def test_what_belongs_to_a_checkpoint_is_there_before_it(tmp_path: Path) -> None:
-    """The history: a run that dies right after a save would lack the steps before it."""
+    """The history is written before the checkpoint.
+
+    Otherwise a run that dies right after a save would lack the history of the steps before it.
+    """
     state = make_state(make_run(tmp_path, "topk"), "topk")
     advance(state, range(1))
     store, seen = open_store(str(tmp_path)), list[list[int]]()
@@ -129,7 +136,10 @@ def test_what_belongs_to_a_checkpoint_is_there_before_it(tmp_path: Path) -> None
 
 
 def test_what_one_rank_cannot_save_is_no_checkpoint(tmp_path: Path) -> None:
-    """It says why; the other stops too, does not wait for it, and is to be started again."""
+    """A rank that cannot save reports why, and no checkpoint is committed.
+
+    The other rank stops too instead of waiting, and exits as one to be restarted.
+    """
     state = make_state(make_run(tmp_path, "topk"), "topk")
     advance(state, range(1))
     store = open_store(str(tmp_path))

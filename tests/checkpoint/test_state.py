@@ -1,4 +1,4 @@
-"""State of a run, saved and restored for every recipe."""
+"""Training state, saved and restored for every recipe."""
 
 from pathlib import Path
 
@@ -32,17 +32,17 @@ DEAD_AFTER = 2 * BATCH
 
 
 RECIPES = CONFIGS | {"routed": CONFIGS["routed"].model_copy(update={"balance": "bias"})}
-"""With everything in them that a step changes."""
+"""Every recipe, with all state that a step can change."""
 
 
 def make_run(folder: Path, kind: str) -> Run:
-    # nothing is read, so its sites need not be there
+    # nothing is read, so the recipe's sites need not exist
     return load_run(write_run(folder)).model_copy(update={"sae": RECIPES[kind]})
 
 
 def make_state(run: Run, kind: str, axis: LatentAxis = WHOLE) -> TrainingState:
     sae = make(RECIPES[kind], torch.float32, axis)
-    # a buffer per latent, as no recipe has one yet
+    # a buffer per latent, since no recipe has one yet
     numbers = torch.arange(len(sae.W_enc)) + sae.first_latent
     sae.add_tensor("numbers", numbers.float(), per_latent=True)
     dead = DeadLatents(len(sae.W_enc), DEAD_AFTER, axis)
@@ -90,7 +90,7 @@ def test_a_recipe_goes_on_from_its_checkpoint_bitwise(tmp_path: Path, kind: str)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_shard_takes_its_rows_and_gives_them_back(tmp_path: Path, kind: str) -> None:
-    """Check whole to two shards, and two shards to whole."""
+    """State moves from one shard to two and back to one."""
     run = make_run(tmp_path, kind)
     state = make_state(run, kind)
     advance(state, range(3))
@@ -145,7 +145,10 @@ def test_inference_takes_the_running_mean(tmp_path: Path, kind: str) -> None:
 def test_a_mean_without_its_threshold_is_not_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As older checkpoints have it. Training goes on from them."""
+    """A running mean without its threshold, as in older checkpoints, is not used for inference.
+
+    Training resumes from such a checkpoint, with the last threshold as the mean's.
+    """
     run = make_run(tmp_path, "batchtopk")
     state = make_state(run, "batchtopk")
     advance(state, range(5))
@@ -167,7 +170,11 @@ def test_a_mean_without_its_threshold_is_not_used(
 def test_a_mean_knows_how_much_it_has_taken_in(
     tmp_path: Path, scalars: dict[str, int], expected: int
 ) -> None:
-    """A child's may be younger than Adam's state; older checkpoints do not say."""
+    """The running mean's number of updates is restored.
+
+    In a run that started from another one, the mean may be younger than Adam's state. Older
+    checkpoints do not store the number.
+    """
     run = make_run(tmp_path, "topk")
     state = make_state(run, "topk")
     assert state.average is not None
@@ -186,7 +193,10 @@ def test_a_mean_knows_how_much_it_has_taken_in(
 def test_what_ranks_do_together_comes_before_the_first_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rank whose write fails takes no further piece, and would leave the others waiting."""
+    """Collectives run before the first piece is written.
+
+    A rank whose write fails takes no further piece, so a later collective would hang the others.
+    """
     state = make_state(make_run(tmp_path, "batchtopk"), "batchtopk")
     advance(state, range(3))
     pieces = state.pieces()

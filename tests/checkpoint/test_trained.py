@@ -28,7 +28,7 @@ def store(tmp_path: Path) -> ObjectStore:
 
 
 def save(run: Run, store: ObjectStore, step: int, keep: int = 2) -> torch.Tensor:
-    """Save a checkpoint of a dictionary at a step; returns its decoder."""
+    """Save a checkpoint of a dictionary at a step; return its decoder."""
     state = make_state(run, "topk")
     advance(state, range(step))
     checkpoints = Checkpoints(store, run.name, keep)
@@ -46,7 +46,7 @@ def save(run: Run, store: ObjectStore, step: int, keep: int = 2) -> torch.Tensor
 
 
 def part(run: Run, store: ObjectStore, step: int) -> str:
-    """Key of one of a checkpoint's objects."""
+    """Return the key of one of a checkpoint's objects."""
     keys = store.keys(f"{run.name}/checkpoints/step-{step:08d}/")
     return next(key for key in keys if "/W_dec" in key)
 
@@ -110,8 +110,8 @@ def test_one_that_its_trainer_deletes_meanwhile_has_a_newer_one(
     def read_slowly(
         self: Checkpoint, name: str, start: int, stop: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        if name == "W_dec" and not saved:  # other tensors have been read by now
-            with torch.enable_grad():  # it is another process
+        if name == "W_dec" and not saved:  # by now other tensors have been read
+            with torch.enable_grad():  # the trainer would be another process
                 saved.append(save(run, store, 2, keep=1))
         return pieces(self, name, start, stop)
 

@@ -1,4 +1,4 @@
-"""Starting a run from another run's checkpoint, also sharded."""
+"""Starting a run from another run's checkpoint, on one or several shards."""
 
 import threading
 from pathlib import Path
@@ -47,7 +47,7 @@ def make_run(folder: Path, n_latents: int = 96) -> Run:
 
 
 def checkpoint(folder: Path, **tensors: torch.Tensor) -> Checkpoint:
-    """Checkpoint of another run, with its training state."""
+    """Return a checkpoint of another run, with its training state."""
     checkpoints = Checkpoints(open_store(str(folder)), "narrow", 2)
     rest = {"exp_avg.W_enc": torch.ones(N_KNOWN, D_IN), "idle_rows": torch.zeros(N_KNOWN)}
     save(checkpoints, 30, WEIGHTS | rest | tensors, SCALARS)
@@ -62,7 +62,8 @@ def test_weights_are_left_and_nothing_else(tmp_path: Path) -> None:
     assert found.manifest.tensors.keys() == WEIGHTS.keys()
     assert found.scalars == {name: SCALARS[name] for name in ("scale", "run")}
     assert copied == sum(e.bytes for e in runs.entries() if e.key.endswith("safetensors"))
-    assert Checkpoints(runs, run.name, 2).steps() == []  # a run does not take it for its own
+    # the run does not mistake the copy for its own checkpoint
+    assert Checkpoints(runs, run.name, 2).steps() == []
 
 
 def test_the_running_mean_goes_before_the_last_weights(tmp_path: Path) -> None:
@@ -76,14 +77,17 @@ def test_the_running_mean_goes_before_the_last_weights(tmp_path: Path) -> None:
     assert warm_start.width(found) == N_KNOWN
     assert torch.equal(sae.b_enc[:N_KNOWN], WEIGHTS["b_enc"] + 1)
     assert torch.equal(sae.W_enc[:N_KNOWN], WEIGHTS["W_enc"] + 1)
-    lengths = sae.W_dec[:N_KNOWN].norm(dim=1)  # a mean of unit rows is none
+    lengths = sae.W_dec[:N_KNOWN].norm(dim=1)  # a mean of unit rows is not a unit row
     torch.testing.assert_close(lengths, torch.ones(N_KNOWN))
     assert not sae.b_enc[N_KNOWN:].any()
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3])
 def test_a_shard_takes_its_latents_of_what_was_left(tmp_path: Path, shards: int) -> None:
-    """Check 3 shards of 32 latents: the first two are known as a whole, the last is new."""
+    """Each shard loads its part of the copied latents.
+
+    With 3 shards of 32 latents, the first two are known and the last is new.
+    """
     run, runs = make_run(tmp_path), open_store(str(tmp_path / "runs"))
     warm_start.prepare(checkpoint(tmp_path), runs, run)
     found = warm_start.find(runs, run, "plan")
@@ -112,7 +116,7 @@ def test_a_run_that_measures_may_begin_with_one_that_held_nothing_out(tmp_path: 
 
 
 def test_what_was_left_last_counts(tmp_path: Path) -> None:
-    """Also when it is from an earlier step."""
+    """The last prepared copy is used, even if it is from an earlier step."""
     run, runs = make_run(tmp_path), open_store(str(tmp_path / "runs"))
     late = checkpoint(tmp_path)
     checkpoints = Checkpoints(open_store(str(tmp_path)), "narrow", 2)
@@ -132,7 +136,7 @@ def test_what_was_left_in_part_goes_too(tmp_path: Path) -> None:
 
 
 def random_run(folder: Path, n_latents: int, **sections: Any) -> Run:
-    """A run of a recipe with random initial directions."""
+    """Return a run of a recipe with random initial directions."""
     sae = {"kind": "batchtopk", "n_latents": n_latents, "k": 3, "auxk": 16, "init": "random"}
     places = {"activations": str(folder / "a"), "runs": str(folder / "runs")}
     return load_run(write_run(folder, sae=sae, store=places | {"max_ahead_units": 25}, **sections))
@@ -145,13 +149,17 @@ def test_new_latents_must_have_rows_to_point_at(tmp_path: Path) -> None:
 
 
 def test_rows_for_new_latents_count_for_how_far_producers_must_run_ahead(tmp_path: Path) -> None:
-    """8 units in the first windows, 6,576 rows in 18 units of about 367; else 2,640 rows in 8."""
+    """Rows needed for new latents raise the number of units that producers must run ahead.
+
+    6,576 rows are in 18 units of about 367 rows, and the first windows have 8 units. Without new
+    latents 2,640 rows would do, in 8 units.
+    """
     run = random_run(tmp_path, 6000, corpus={"documents": 1000})
     plan(run)
     warm_start.prepare(checkpoint(tmp_path), open_store(run.store.runs), run)
     mesh, telemetry = Mesh(0, 1, torch.device("cpu"), WHOLE), Telemetry("world", "train", None)
     stopping = threading.Event()
-    stopping.set()  # it would wait for the first unit
+    stopping.set()  # otherwise it would wait for the first unit
     watch = Watch(Ranks(0, 1, 0, ("here",)), stopping, lost_seconds=60, hung_seconds=60)
     for ask in (lambda: plan(run), lambda: train(run, mesh, watch, stopping, telemetry)):
         with pytest.raises(ConfigError, match=r"25 would block .* first 6576 rows need 34 units"):

@@ -1,4 +1,4 @@
-"""The cache of baselines beside an activation set."""
+"""The cache of baseline results stored with an activation set."""
 
 from functools import partial
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Evaluation by two ranks that share the dictionary and the language model, as processes."""
+"""Evaluation by two rank processes that share the dictionary and the language model."""
 
 import json
 import shutil
@@ -40,11 +40,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "even": ("even", "resid_post.1", {"kind": "topk", "k": 5, "auxk": 0}, 2),
     "uneven": ("uneven", "attn_z.0", {"kind": "routed", "k": 4, "experts": 4}, 2),
 }
-"""Model, site, recipe and ranks that share the model."""
+"""Model, site, recipe, and number of ranks that share the model."""
 
 
 def evaluate_on_two(path: Path, *options: str) -> list[tuple[int, str, str]]:
-    """Each rank's exit code, stdout and stderr."""
+    """Evaluate on two ranks; return each rank's exit code, stdout and stderr."""
     ranks = [
         start("evaluate", str(path), "--json", *options, env=env) for env in rank_environments(2, 2)
     ]
@@ -53,7 +53,7 @@ def evaluate_on_two(path: Path, *options: str) -> list[tuple[int, str, str]]:
 
 
 def prepare(folder: Path, case: str) -> Path:
-    """Produce activations and save a new dictionary; returns the run file."""
+    """Produce activations and save a new dictionary; return the run file's path."""
     name, site, recipe, _ = CASES[case]
     config = UNEVEN["llama"]() if name == "uneven" else None
     path = run_file(folder, save_model(folder / "model", "llama", config))
@@ -88,7 +88,11 @@ def prepare(folder: Path, case: str) -> Path:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_measure_what_one_does(tmp_path: Path, case: str) -> None:
-    """The model by transformers, or by DeepSpeed with parts of the site's rows on each rank."""
+    """Two ranks give one process's results, whether or not they share the language model.
+
+    Each rank runs the whole model in transformers, or both share it in DeepSpeed. In DeepSpeed each
+    rank has part of the site's width.
+    """
     path = prepare(tmp_path, case)
     expected = json.loads(run_program("evaluate", str(path), "--json").splitlines()[-1])
     run = load_run(path)

@@ -1,4 +1,4 @@
-"""Evaluation of a real, tiny language model: its numbers, and what is not computed twice."""
+"""Evaluation on a real, tiny language model: its results, and what is reused between calls."""
 
 import json
 import logging
@@ -44,7 +44,7 @@ DOCUMENTS, WORDS = 60, 20
 
 @pytest.fixture(scope="module")
 def produced_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A produced activation set of a language model, without a run."""
+    """A produced activation set of a language model, without checkpoints."""
     folder = tmp_path_factory.mktemp("language")
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(3, 50, (DOCUMENTS, WORDS), generator=generator)
@@ -110,7 +110,7 @@ def run(produced_run: Run, tmp_path: Path) -> Run:
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One item per batch whose losses the language model has computed."""
+    """A list that gets one item per batch on which the language model computes losses."""
     losses: Callable[..., Any] = SplicedModel.losses
     seen: list[int] = []
 
@@ -130,7 +130,7 @@ def evaluation(run: Run, name: str = "evaluation.json") -> dict[str, Any]:
 def test_what_no_dictionary_changes_is_computed_once(run: Run, passes: list[int]) -> None:
     kept = Path(run.store.activations) / "evaluation"
     first = evaluate(run)
-    batches = len(passes) // 4  # clean, by zero, by the mean, by the reconstruction
+    batches = len(passes) // 4  # clean, with zeros, with the mean, with the reconstruction
     assert len(passes) == 4 * batches >= 8
     files = {path: path.read_bytes() for path in kept.iterdir()}
     assert {path.name.partition("-")[0] for path in files} == {"cross", "pca", "produced"}
@@ -142,7 +142,7 @@ def test_what_no_dictionary_changes_is_computed_once(run: Run, passes: list[int]
         assert other[name] == first[name]
     assert other["ce_spliced"] != first["ce_spliced"]
 
-    for path, content in files.items():  # what was damaged is made anew
+    for path, content in files.items():  # damaged results are computed again
         path.write_bytes(content[:-9])
     again = run.model_copy(update={"evaluate": run.evaluate.model_copy(update={"latents": 3})})
     (Path(run.store.runs) / "language/evaluation.json").unlink()
@@ -166,7 +166,7 @@ def test_progress_is_told_to_the_last_row_and_context(
 
 
 def test_cross_entropies_are_those_of_the_plain_model(run: Run) -> None:
-    """Compare nats per token on held-out documents; the intervals contain the estimates."""
+    """Cross-entropies are in nats per held-out token, and intervals contain the estimates."""
     result = evaluate(run)
     assert isinstance(run.model, HuggingFaceModel)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(run.model.path)
@@ -225,7 +225,10 @@ def test_pages_give_the_same_numbers(run: Run, request: pytest.FixtureRequest) -
 def test_a_checkpoint_that_its_trainer_deletes_meanwhile_has_a_newer_one(
     run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is measured instead, from the beginning; nothing else that is missing is taken for it."""
+    """If the trainer deletes the checkpoint being read, the newest is evaluated from the start.
+
+    Any other missing object is still an error.
+    """
     checkpoints = Checkpoints(open_store(run.store.runs), run.name, 1)
     older = checkpoints.open(10)
     tensors = older.tensors
@@ -257,14 +260,14 @@ def text_of(run: Run) -> list[str]:
 
 
 def test_pca_is_that_of_the_training_rows(run: Run) -> None:
-    """In fp64, of all rows at once."""
+    """The PCA's FVU matches one computed in fp64 from all rows at once."""
     result = evaluate(run)
     activation_set = open_activation_set(run)
     made = activation_set.plan
     training = joined(activation_set.rows(made.train_units, 10**6)).double()
     heldout = joined(activation_set.heldout_rows(150)).double()
     directions = torch.linalg.eigh(torch.cov(training.T)).eigenvectors[:, -4:]
-    centred = heldout - 0.25  # the mean, not scaled
+    centred = heldout - 0.25  # the unscaled mean
     left = centred - centred @ directions @ directions.T
     assert result["pca_components"] == 4
     expected = float(left.square().sum() / centred.square().sum())
@@ -272,19 +275,19 @@ def test_pca_is_that_of_the_training_rows(run: Run) -> None:
 
 
 def test_what_is_done_is_not_done_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the checkpoint or the settings of the evaluation are others."""
+    """Results are reused until the checkpoint or the evaluation's settings change."""
     first, place, page = evaluate(run), Path(export(run)), Path(report(run))
     files = [place / "cfg.json", place / "sae_weights.safetensors", page]
     before = [path.stat().st_mtime_ns for path in files]
     with monkeypatch.context() as patch:
-        patch.setattr("dist_sae.checkpoint.pages.load_weights", None)  # no weights are read
+        patch.setattr("dist_sae.checkpoint.pages.load_weights", None)  # fails if weights are read
         assert evaluate(run) == first
         assert (export(run), report(run)) == (str(place), str(page))
     assert [path.stat().st_mtime_ns for path in files] == before
 
     settings = run.evaluate.model_copy(update={"rows": 70})
     assert evaluate(run.model_copy(update={"evaluate": settings}))["rows"] == 70
-    report(run)  # its numbers are others
+    report(run)  # rewrites the page, because the results changed
     checkpoints = Checkpoints(open_store(run.store.runs), run.name, 2)
     checkpoint = checkpoints.open(10)
     zeros = checkpoint.tensors | {"W_dec": torch.zeros(32, D)}
@@ -316,7 +319,7 @@ def test_units_that_nobody_makes_are_not_waited_for_without_end(run: Run) -> Non
     manifest = store.get(key)
     store.delete(key)
     for path in Path(run.store.activations, "units").iterdir():
-        os.utime(path, (0, 0))  # so that none is a sign of a producer
+        os.utime(path, (0, 0))  # so that no recent unit suggests a running producer
     timeouts = run.timeouts.model_copy(update={"missing_seconds": 0.2})
     try:
         with pytest.raises(
@@ -348,7 +351,7 @@ def test_an_evaluation_names_its_subject(run: Run) -> None:
     assert (result["kind"], result["n_latents"], result["k"]) == ("topk", 32, 4)
     assert (result["site"], result["seed"], result["sae"]["auxk"]) == ("resid_post.1", 0, 0)
     assert (result["train_documents"], result["heldout_documents"]) == (48, 12)
-    # two contexts of a document, each with a BOS that is left out
+    # two contexts per document, each with an excluded BOS
     assert result["excluded_rows"]["special_token"] == 2 * DOCUMENTS
     assert result["trained_rows"] == 640
     assert result["passes"] == pytest.approx(640 / (48 * (WORDS - 2)), rel=0.2)

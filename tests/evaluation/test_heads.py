@@ -1,4 +1,4 @@
-"""Cross-entropies of models whose head predicts masked tokens, and of those without one."""
+"""Cross-entropies of masked language models, and of models without a head."""
 
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,10 @@ def measured(
 
 
 def test_an_encoders_are_of_masked_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mean of every predicted token's loss; zero is also the mean here, and no latent fires.
+    """An encoder's cross-entropy is the mean loss over all masked tokens.
 
-    Rows of masked tokens, which training never sees, are left alone.
+    Rows of masked tokens are not replaced, because training never sees them. In this test no latent
+    fires, so zero, mean and reconstruction are the same.
     """
     of_passes: list[torch.Tensor] = []
     n_replaced: list[int] = []
@@ -63,7 +64,8 @@ def test_an_encoders_are_of_masked_tokens(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(SplicedModel, "losses", record)
     found, _ = measured(tmp_path, save_model(tmp_path / "m", "bert", kind=hf.AutoModelForMaskedLM))
-    first = 3 * len(of_passes) // 4  # passes without the dictionary: plain, at zero, at the mean
+    # three quarters of the passes are without the dictionary: plain, with zeros, with the mean
+    first = 3 * len(of_passes) // 4
     clean = of_passes[:first:3]
     assert not any(n_replaced[:first:3])
     assert sum(n_replaced[1:first:3]) == sum(n_replaced[first:]) > 0
@@ -85,17 +87,17 @@ def test_they_are_left_out_of_a_model_without_a_head(
 def test_all_active_latents_are_never_held_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ReLU has no bound on how many are active."""
+    """Evaluation never calls `encode`, since ReLU may activate any number of latents per row."""
     monkeypatch.setattr(ReLU, "encode", None)
     path = save_model(tmp_path / "m", "llama")
     found, _ = measured(tmp_path, path, ReLUConfig(n_latents=32))
-    assert found["ce_spliced"] == found["ce_zero"]  # its parameters are zeros
+    assert found["ce_spliced"] == found["ce_zero"]  # all of the dictionary's parameters are zero
 
 
 def test_they_are_left_out_where_ablation_changes_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As where training sees no row of them."""
+    """Cross-entropies are left out if ablation replaces no row, e.g. if all rows are excluded."""
     found, _ = measured(tmp_path, save_model(tmp_path / "m", "llama"), over_norm=1e-9)
     assert found.keys() == {"ce_left_out"}
     assert "changes no prediction" in found["ce_left_out"]
@@ -103,7 +105,10 @@ def test_they_are_left_out_where_ablation_changes_nothing(
 
 
 def test_intervals_are_of_the_draws_that_have_a_share() -> None:
-    """Ablation changes one of three documents; 8 of 27 draws lack it."""
+    """Bootstrap draws without an ablation effect are skipped.
+
+    Ablation changes one of three documents, and 8 of 27 draws lack that document.
+    """
     clean = torch.tensor([1.1, 2.3, 3.7])
     harms = {"clean": 0.0, "spliced": 1.0, "zero": 4.0, "mean": 2.0}
     sums = {name: (clean + torch.tensor([0.0, 0.0, x])).tolist() for name, x in harms.items()}

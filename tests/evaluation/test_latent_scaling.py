@@ -1,4 +1,4 @@
-"""Latent scaling finds shared features whose latents seem to be one model's alone."""
+"""Latent scaling finds shared features whose latents look exclusive to one model."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from tests.world import save
 
 WIDTH, BOTH, ALONE, ROWS = 48, 30, 9, 3000
 SHRUNK, SPLIT = range(20), range(20, 24)
-"""Features of both models: with a latent whose decoder is zero at one, and with one for each."""
+"""Shared features whose latent has a zero decoder for one model, or that have two latents."""
 LATENTS = BOTH + 2 * ALONE + len(SPLIT)
 SITES = ("resid_post.7", "resid_post.7@other")
 CONFIGS: dict[str, SaeConfig] = {
@@ -35,15 +35,15 @@ class Planted(NamedTuple):
     sae: Dictionary
     x: Tensor
     of_one: Tensor
-    """Latents that write one site alone."""
+    """Latents that write only one site."""
     shared: Tensor
     """Latents whose feature both models have."""
 
 
 def planted(config: SaeConfig) -> Planted:
-    """A dictionary that knows the truth, but for decoder rows that are shrunk by hand.
+    """Return a dictionary of the true features, except for decoder rows set to zero by hand.
 
-    The direction of a feature of both models turns by up to 60 degrees from one to the other.
+    The directions of a shared feature in the two models differ by up to 60 degrees.
     """
     generator = torch.Generator().manual_seed(0)
     n = BOTH + 2 * ALONE
@@ -69,7 +69,7 @@ def planted(config: SaeConfig) -> Planted:
         halves[place, 1 - feature % 2] = 0
     sae = build_sae(config, Widths((WIDTH, WIDTH), (WIDTH, WIDTH)))
     decoder = torch.cat([rows, halves]).flatten(1)
-    lengths = decoder.norm(dim=1, keepdim=True)  # a crosscoder holds its rows at 1
+    lengths = decoder.norm(dim=1, keepdim=True)  # a crosscoder's decoder rows have norm 1
     with torch.no_grad():
         sae.W_dec.copy_(decoder / lengths)
         sae.W_enc.copy_(lengths * torch.cat([inverse, inverse[SPLIT.start : SPLIT.stop]]))
@@ -90,9 +90,9 @@ def measured(dictionary: PagedDictionary, x: Tensor) -> LatentScaling:
 def test_shrunk_and_split_features_are_flagged_and_exclusive_ones_are_not(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In memory, and the same in pages of a few latents; against dense sums in fp64.
+    """Latent scaling matches dense sums in fp64, both in memory and in pages of a few latents.
 
-    Of row's 16 codes about 12 are noise, of which rounding decides some.
+    About 12 of a row's 16 codes are noise, and rounding decides some of these.
     """
     monkeypatch.setattr(pages, "SLICE_ROWS", 1024)
     config = CONFIGS[kind]
@@ -122,7 +122,8 @@ def test_shrunk_and_split_features_are_flagged_and_exclusive_ones_are_not(
     assert not (right & ~shared).any()
     assert round(n_flagged) == int((right & of_one).sum())
     alone = fires.clone()
-    alone[BOTH + ALONE : BOTH + 2 * ALONE] = False  # as if what the second has alone never fired
+    # as if the second model's own latents never fired
+    alone[BOTH + ALONE : BOTH + 2 * ALONE] = False
     by_site = scaling.result(SITES, alone)["latents_by_site"]
     n = LATENTS - ALONE
     lost = found["latents_by_site"][SITES[1]]["exclusive_share"] * LATENTS - ALONE
@@ -130,7 +131,7 @@ def test_shrunk_and_split_features_are_flagged_and_exclusive_ones_are_not(
 
 
 class SumOfTwo(LatentAxis):
-    """Adds the tensors of one rank to those of another, which asks later."""
+    """Axis that adds the first rank's tensors to the second's, which runs afterwards."""
 
     def __init__(self) -> None:
         self.first: list[Tensor] = []
@@ -164,7 +165,7 @@ def test_ranks_add_their_latents_up() -> None:
 
 
 def dense_nu(sae: Dictionary, x: Tensor, of_one: Tensor) -> Tensor:
-    """By the definition, latent by latent, from all codes."""
+    """Return the scaling by its definition, one latent at a time from dense codes."""
     codes, acts = sae.encode(x), torch.zeros(len(x), LATENTS, dtype=torch.float64)
     ends = torch.cat([codes.starts[1:], torch.tensor([len(codes.acts)])])
     places = torch.arange(len(x)).repeat_interleave(ends - codes.starts)

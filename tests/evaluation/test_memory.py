@@ -1,4 +1,4 @@
-"""Memory of evaluation and report, which no width of the dictionary moves."""
+"""Memory of evaluation and report, which does not grow with the width of the dictionary."""
 
 import threading
 from pathlib import Path
@@ -28,7 +28,7 @@ from tests.world import save
 
 D_IN, BUDGET = 64, 100_000_000
 SMALL, WIDE = 32_768, 8 * 32_768
-"""Widths whose weights take 17 MB, which stay in memory, and 135 MB, which do not."""
+"""Widths whose weights take 17 MB, which fit in memory, and 135 MB, which do not."""
 KINDS: dict[str, dict[str, Any]] = {
     "topk": {"k": 8, "auxk": 0},
     "jumprelu": {"initial_threshold": 0.1},
@@ -72,7 +72,7 @@ def write(folder: Path, kind: str, n_latents: int) -> Run:
 def test_evaluation_and_report_stay_within_their_budget(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
 ) -> None:
-    """Beyond it are numbers of each latent, of which there are few, and a part that is read."""
+    """Peak memory is the budget, plus one part of a tensor and 80 bytes per latent."""
     if kind == "topk" and not pytestconfig.getoption("--long"):
         pytest.skip("jumprelu is tried, which has one tensor more; topk needs --long")
     monkeypatch.setattr(layout, "PART_BYTES", 4 * MIB)

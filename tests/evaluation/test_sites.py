@@ -30,7 +30,7 @@ SCALES = dict(zip((*STREAMS, *INPUTS, *OUTPUTS), (0.5, 2.0, 3.0, 4.0, 0.25, 1.5,
 
 
 class Stub:
-    """A dictionary that is any function of scaled rows."""
+    """A dictionary that applies a given function to the scaled rows."""
 
     def __init__(self, x_hat: Callable[[Tensor], Tensor]) -> None:
         self._x_hat = x_hat
@@ -40,7 +40,7 @@ class Stub:
 
 
 def normalisers_of(reads: tuple[str, ...], writes: tuple[str, ...]) -> SiteNormalisers:
-    """Other scales and means for each site."""
+    """Return normalizers whose scales and means differ between sites."""
     of = {
         site: Normaliser(SCALES[site], torch.full((D,), 0.1 * SCALES[site]).double(), 1.0, 1)
         for site in (*reads, *writes)
@@ -50,7 +50,7 @@ def normalisers_of(reads: tuple[str, ...], writes: tuple[str, ...]) -> SiteNorma
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A planned run over contexts of 16 tokens, of which every row is replaced."""
+    """A planned run with contexts of 16 tokens whose rows are all replaced."""
     folder = tmp_path_factory.mktemp("run")
     made = load_run(
         run_file(folder, save_model(folder / "model", "llama")),
@@ -89,7 +89,8 @@ def test_the_identity_recovers_all_at_several_sites_and_zeros_recover_nothing(ru
         assert place["ce_spliced"] == place["ce_zero"] != place["ce_mean"]
         assert place["ce_recovered"] == 0
     alone = [each["ce_zero"] for each in zeros["ce_by_site"].values()]
-    assert alone[0] == alone[2] == zeros["ce_zero"] != alone[1]  # of nothing, layers make nothing
+    # a model of zeros stays zero through its layers, so either stream alone has the same effect
+    assert alone[0] == alone[2] == zeros["ce_zero"] != alone[1]
     assert "ce_replacement" not in identity
     assert "ce_recovered" in identity["intervals"]
 
@@ -106,7 +107,7 @@ def test_means_recover_nothing_against_the_mean(run: Run) -> None:
 
 
 def causal_map() -> Tensor:
-    """Scaled inputs of two MLPs -> scaled outputs; the first is not written from the second."""
+    """Return a map from two MLPs' scaled inputs to outputs; the first ignores input two."""
     generator = torch.Generator().manual_seed(2)
     weights: Tensor = torch.randn(2 * D, 2 * D, generator=generator) / D**0.5
     weights[D:, :D] = 0
@@ -114,7 +115,7 @@ def causal_map() -> Tensor:
 
 
 def by_hand(run: Run, *, live: bool) -> tuple[float, float]:
-    """Losses in nats per token, plain and replaced, of transformers with MLPs of this test's."""
+    """Return nats per token with the plain MLPs and with the MLPs replaced by the map."""
     assert isinstance(run.model, HuggingFaceModel)
     model = hf.AutoModelForCausalLM.from_pretrained(run.model.path).eval()
     weights = causal_map()
@@ -157,7 +158,7 @@ def by_hand(run: Run, *, live: bool) -> tuple[float, float]:
 
 
 def heldout_contexts(run: Run) -> list[list[int]]:
-    """The first five contexts of held-out documents."""
+    """Return the first five contexts of held-out documents."""
     made = load_plan(open_store(run.store.activations), run)
     texts = Path(run.corpus.files[0]).read_text().splitlines()  # type: ignore[union-attr]
     contexts: list[list[int]] = []
@@ -170,7 +171,7 @@ def heldout_contexts(run: Run) -> list[list[int]]:
 
 
 def test_the_replacement_model_reads_what_it_wrote_and_the_spliced_one_does_not(run: Run) -> None:
-    """Against transformers with the two MLPs replaced by hand."""
+    """Spliced and replacement losses match transformers with the two MLPs replaced by hand."""
     weights = causal_map()
     found = measured(run, INPUTS, OUTPUTS, lambda x: x @ weights, causal=True)
     clean, spliced = by_hand(run, live=False)
@@ -190,7 +191,10 @@ def test_of_one_layer_the_replacement_model_is_the_spliced_one(run: Run) -> None
 
 
 def test_a_row_that_is_unusual_at_one_site_is_left_alone_at_all() -> None:
-    """Row 1 is long at the first site, row 2 at the second; row 3 is not admitted."""
+    """A row with an unusual norm at one site is not replaced at any site.
+
+    Row 1 is long at the first site and row 2 at the second. Row 3 is excluded.
+    """
     keep = torch.tensor([[True, True, True, False, True]])
     acts = {site: torch.ones(1, 5, D) for site in OUTPUTS}
     acts["mlp_out.0"][0, 1] *= 100
@@ -205,7 +209,10 @@ def test_a_row_that_is_unusual_at_one_site_is_left_alone_at_all() -> None:
 
 
 def test_fvu_by_site_is_of_its_columns() -> None:
-    """Worked by hand: about the mean (1, 0, 0) the rows are (0, 3, 4) and (2, 0, 0) away."""
+    """FVU by site matches values worked out by hand.
+
+    Relative to the mean (1, 0, 0) the rows are (0, 3, 4) and (2, 0, 0).
+    """
     targets = torch.tensor([[1.0, 3.0, 4.0], [3.0, 0.0, 0.0]])
     x_hat = torch.tensor([[1.0, 3.0, 3.0], [2.0, 0.0, 2.0]])
     fit = Fit.empty(1, (slice(0, 1), slice(1, 3)))

@@ -1,4 +1,4 @@
-"""Dictionaries of two sites, evaluated and indexed on a device that is not there."""
+"""Dictionaries of two sites, evaluated and indexed on a fake device."""
 
 import threading
 from pathlib import Path
@@ -46,7 +46,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def trained(world: Run, kind: str) -> Run:
-    """A run with a checkpoint of random weights."""
+    """Return a run with a checkpoint of random weights."""
     settings = world.model_dump(mode="json") | {
         "name": kind.replace("_", "-"),
         "sae": {"kind": kind, "n_latents": 64, **RECIPES[kind]},

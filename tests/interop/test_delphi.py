@@ -1,6 +1,6 @@
-"""delphi's cache has what the index has, at the tokens that the model was given.
+"""delphi's cache has the index's activations, at the tokens that the model was given.
 
-`read` is an independent reading of eai-delphi 0.1.3's loader.
+`read` is an independent implementation of eai-delphi 0.1.3's loader.
 """
 
 import json
@@ -26,7 +26,7 @@ Postings = dict[int, list[tuple[int, int, float]]]
 
 
 def read(folder: Path) -> tuple[Postings, NDArray[np.int64]]:
-    """(context, place, activation) of each latent, and the tokens."""
+    """Return (context, place, activation) of each latent, and the tokens."""
     found: Postings = {}
     tokens: NDArray[Any] = np.empty(0)
     for file in folder.glob("*.safetensors"):
@@ -43,7 +43,7 @@ def read(folder: Path) -> tuple[Postings, NDArray[np.int64]]:
 
 @pytest.fixture(scope="module")
 def indexed(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """An index of several buckets, of documents of one and a quarter contexts."""
+    """A run with an index of several buckets, and documents of one and a quarter contexts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "LEAST_LATENTS", 16)
         sizes = {"context_tokens": 24, "sites": ["synthetic"]}
@@ -77,7 +77,7 @@ def test_a_cache_has_the_activations_of_the_index(indexed: Run) -> None:
         for context, place, act in here:
             match = [key for key in acts if acts[key] == act and key[1] % 24 == place]
             assert match
-            if len(match) == 1:  # which context of which document this is
+            if len(match) == 1:  # then it is known which context of which document this is
                 (document, position) = match[0]
                 assert contexts.setdefault(context, (document, position // 24)) == (
                     document,

@@ -1,8 +1,8 @@
-"""What is exported is what was trained, read by SAELens's rules.
+"""Exports equal the trained dictionary when read by SAELens's rules.
 
-`forward` is an independent reading of SAELens 6.54.12, for TopK and transcoders checked against
-that package's classes on 10,000 rows when it was written; it knows nothing of this project but the
-two files.
+`forward` is an independent implementation of SAELens 6.54.12 that uses only the two exported files.
+For TopK and transcoders it was checked against that package's classes on 10,000 rows when it was
+written.
 """
 
 import json
@@ -38,7 +38,7 @@ from tests.world import save
 
 SCALE, THETA = 0.37, 2.5
 IDLE = {IDLE_ROWS: torch.zeros(64, dtype=torch.int64)}
-# Keys that SAELens writes itself; without the version it would silently drop the metadata.
+# Keys that SAELens writes. Without the version it would silently drop the metadata.
 KEYS = {
     "architecture",
     "d_in",
@@ -50,13 +50,13 @@ KEYS = {
     "reshape_activations",
     "metadata",
 }
-TOPK_KEYS = {"k", "rescale_acts_by_decoder_norm"}  # without k it would silently take 100
+TOPK_KEYS = {"k", "rescale_acts_by_decoder_norm"}  # without k SAELens would silently use 100
 
 
 def forward(
     folder: Path, x: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(feature activations, reconstruction) of raw activations."""
+    """Return (feature activations, reconstruction) of raw activations."""
     config: dict[str, Any] = json.loads((folder / "cfg.json").read_text())
     weights = safetensors.numpy.load_file(folder / "sae_weights.safetensors")
     w = {name: tensor.astype(np.float64) for name, tensor in weights.items()}
@@ -103,7 +103,7 @@ EXPORTED = [
     for kind in KINDS
     if kind != "transcoder" and architecture(CONFIGS[kind])  # type: ignore[arg-type]
 ]
-"""Autoencoders of one site."""
+"""Autoencoders of one site that SAELens supports."""
 
 
 @pytest.fixture(params=EXPORTED)
@@ -122,7 +122,8 @@ def exported(tmp_path: Path, kind: str) -> tuple[Path, dict[str, torch.Tensor]]:
     weights = {
         "W_enc": torch.randn(64, 16, generator=generator),
         "W_dec": torch.nn.functional.normalize(W_dec) if kind in UNIT_ROWS else W_dec / 4,
-        "b_enc": torch.randn(64, generator=generator) - 14,  # some rows have fewer than k positive
+        # some rows have fewer than k positive pre-activations
+        "b_enc": torch.randn(64, generator=generator) - 14,
         "b_dec": torch.randn(16, generator=generator),
     }
     if kind in ("batchtopk", "matryoshka"):
@@ -164,7 +165,10 @@ def test_what_saelens_does_not_have_is_refused(
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_an_exported_transcoder_maps_raw_activations(tmp_path: Path, *, skip: bool) -> None:
-    """fp64 on both sides of fp32 files; the sites have other widths, and other scales."""
+    """An exported transcoder gives our outputs for raw inputs.
+
+    Both sides compute in fp64 from fp32 files. The two sites differ in width and in scale.
+    """
     sae = {"kind": "transcoder", "n_latents": 64, "k": 3, "auxk": 16, "selection": "batch", **MLP}
     sites = {"sites": ["mlp_in.3", "mlp_out.3"]}
     run = load_run(write_run(tmp_path, sae={**sae, "skip": skip}, activations=sites), HF)
@@ -225,9 +229,9 @@ def test_files_have_what_saelens_wants(
 def test_the_exported_dictionary_is_the_trained_one(
     exported: tuple[Path, dict[str, torch.Tensor]], kind: str, tmp_path: Path
 ) -> None:
-    """fp64 on both sides of fp32 files: raw x in, the same features and the same raw x_hat out.
+    """An export gives our features and x_hat for raw x, computed in fp64 from fp32 files.
 
-    A feature is what a latent contributes, its code times the norm of its decoder row.
+    A feature activation is a latent's code times the norm of its decoder row.
     """
     folder, weights = exported
     x = 5 * torch.randn(2000, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -273,7 +277,11 @@ def test_hooks_are_those_of_the_same_rows(
     model_class: str,
     hook: str,
 ) -> None:
-    """None: the model is not at hand. See docs/python.md for rows compared in TransformerLens."""
+    """Exports name the hook point that has the site's rows.
+
+    None: the model's files are not available. docs/python.md describes the rows compared in
+    TransformerLens.
+    """
     model = tmp_path / "x"
     if architecture:
         architecture.save_pretrained(model)
@@ -297,7 +305,7 @@ def test_a_folder_may_have_the_name_that_the_hub_has_for_its_model(tmp_path: Pat
     zeros = {"W_enc": torch.zeros(64, 16), "W_dec": torch.ones(64, 16) / 4}
     zeros |= {"b_enc": torch.zeros(64), "b_dec": torch.zeros(16)}
     checkpoints = Checkpoints(open_store(run.store.runs), run.name, 1)
-    save(checkpoints, 5, zeros | IDLE, scalars(run, 1.0))  # before anybody thought of the name
+    save(checkpoints, 5, zeros | IDLE, scalars(run, 1.0))  # saved without the hub's name
     named = load_run(path, [*settings, "export.model_name=some/model"])
     config = json.loads((Path(export(named)) / "cfg.json").read_text())
     assert config["metadata"]["model_name"] == "some/model"
@@ -306,7 +314,7 @@ def test_a_folder_may_have_the_name_that_the_hub_has_for_its_model(tmp_path: Pat
 def whole(
     weights: dict[str, torch.Tensor], run: Run, scale: float = SCALE
 ) -> dict[str, torch.Tensor]:
-    """What is exported, computed in one go."""
+    """Return the tensors to be exported, computed from the whole dictionary at once."""
     sae = build_sae(run.sae, 16)
     sae.load_state_dict(weights)
     sae.constrain()
@@ -335,7 +343,7 @@ def test_pages_are_no_other_numbers(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same bytes as the library writes of the whole, also where a row has a length of 0."""
+    """Exporting in pages gives the library's bytes, even if a decoder row is zero."""
     run, weights = load_run(tmp_path / "run.yaml"), exported[1]
     weights["W_dec"][7] = 0
     monkeypatch.setattr(layout, "PART_BYTES", 11 * 16 * 4)

@@ -1,4 +1,4 @@
-"""Foreign objects beside ours: ignored wherever keys are listed, with one warning a folder."""
+"""Foreign objects next to ours are ignored in every listing, with one warning per folder."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ COPIES = ("{}~", "{}.bak", ".{}.swp", "copy of {}", "{} (1)")
 
 
 def litter(store: ObjectStore, put: Callable[[str, bytes], object]) -> int:
-    """Put foreign objects into every folder, as file managers do; returns the number of folders."""
+    """Put foreign objects into every folder, as file managers do; return the number of folders."""
     own_keys = list(store.keys())
     folders = {"claims/", *(f"{key.rpartition('/')[0]}/" for key in own_keys if "/" in key)}
     for folder in folders:
@@ -55,7 +55,7 @@ def litter(store: ObjectStore, put: Callable[[str, bytes], object]) -> int:
 
 
 def numbers(run: Run) -> dict[str, Any]:
-    """Collect all that programs find by listing."""
+    """Collect everything that programs find by listing."""
     activations, runs = (
         open_store(url, run.store.s3) for url in (run.store.activations, run.store.runs)
     )
@@ -82,7 +82,7 @@ def numbers(run: Run) -> dict[str, Any]:
 def world(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> tuple[Run, Callable[[str, str, bytes], None]]:
-    """A run with every kind of object, and a way to write past the code under test."""
+    """A run with every kind of object, and a way to write without the code under test."""
     places: dict[str, Any] = {}
     if request.param == "s3":
         bucket: Bucket = request.getfixturevalue("bucket")
@@ -95,7 +95,7 @@ def world(
     activations, runs = (
         open_store(url, run.store.s3) for url in (run.store.activations, run.store.runs)
     )
-    activations.delete("units/00000001.json")  # its shard is an orphan
+    activations.delete("units/00000001.json")  # so its shard is an orphan
     activations.put("claims/00000001.json", json.dumps({"worker": "a"}).encode())
     Consumers(activations, 1.0).report("tiny", reached=2, needed=1)
     for step in (4, 8):
@@ -121,7 +121,7 @@ def test_what_is_not_ours_is_passed_by_and_named_once(
 ) -> None:
     run, put = world
     before = numbers(run)
-    assert before["free"] == (None, {1})  # another has it in hand
+    assert before["free"] == (None, {1})  # the other unit is claimed by another worker
     assert before["steps"] == ([4, 8], {4, 8})
     assert before["orphans"]["orphans"] == 1
     for folder in ("activations", "runs"):
@@ -154,7 +154,7 @@ def test_what_is_not_ours_is_not_deleted(
         others[folder] = set(store.keys()) - ours
     assert upkeep.gc(run, hours=-1.0, delete=True)["orphans"] == 1
     save(Checkpoints(stores["runs"], "tiny", 1), 12, {"W_enc": torch.zeros(4, 2)}, {})
-    History(stores["runs"], "tiny", 0).flush()  # forgets the lives from 4 and 8 on
+    History(stores["runs"], "tiny", 0).flush()  # deletes the records from steps 4 and 8 on
     assert set(stores["activations"].keys()) >= others["activations"]
     assert set(stores["runs"].keys()) - others["runs"] == {
         "tiny/checkpoints/step-00000012/W_enc-000000000.safetensors",

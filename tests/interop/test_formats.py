@@ -1,8 +1,9 @@
-"""What other formats hold is what was trained, and comes back from them.
+"""Exports to other formats equal the trained dictionary, and can be imported again.
 
-Each oracle is an independent reading of a library's forward pass in fp64: eai-sparsify 1.3.3,
-dictionary-learning 0.1.0 and circuit-tracer 0.5.0. It knows nothing of this project but the files.
-The packages' own classes were compared on 100,000 rows when it was written: docs/interop.md.
+Each oracle is an independent fp64 implementation of a library's forward pass that uses only the
+exported files: eai-sparsify 1.3.3, dictionary-learning 0.1.0 and circuit-tracer 0.5.0. The oracles
+were compared with the packages' own classes on 100,000 rows when they were written:
+docs/interop.md.
 """
 
 import json
@@ -142,7 +143,7 @@ def named(case: Any) -> str:
 
 
 def trained(folder: Path, sae: dict[str, Any]) -> tuple[Run, Dictionary, SiteNormalisers]:
-    """A run with a checkpoint of random weights, of which some rows use less than others."""
+    """Return a run with a checkpoint of random weights; rows vary in their active latents."""
     counts = {"k": 3, "auxk": 0} if "relu" not in sae["kind"] and sae["kind"] != "gated" else {}
     sites = [*sae.get("reads", ["mlp_in.0"]), *sae.get("writes", [])]
     path = write_run(
@@ -173,7 +174,7 @@ def trained(folder: Path, sae: dict[str, Any]) -> tuple[Run, Dictionary, SiteNor
 
 
 def infer(sae: Dictionary, normalisers: SiteNormalisers, x: Rows) -> tuple[Rows, Rows]:
-    """Codes and raw reconstructions of raw rows."""
+    """Return codes and raw reconstructions of raw rows."""
     of = normalisers.by_site
     read = torch.tensor([of[site].scale for site in normalisers.reads], dtype=torch.float64)
     write = torch.tensor([of[site].scale for site in normalisers.writes], dtype=torch.float64)
@@ -192,7 +193,7 @@ def raw_rows(run: Run, rows: int = 500) -> Rows:
 def test_an_export_is_the_trained_dictionary_and_comes_back(
     library: str, sae: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In pages of few latents, so that every tensor has several pieces."""
+    """Exports and imports round-trip, even in small pages that split every tensor."""
     monkeypatch.setattr(raw, "MEMORY_BYTES", 4 * 4 * 4 * (2 * D + 2))
     monkeypatch.setattr(piecewise, "TRANSPOSED_BYTES", 4 * N * 4)
     run, dictionary, normalisers = trained(tmp_path, sae)
@@ -204,7 +205,7 @@ def test_an_export_is_the_trained_dictionary_and_comes_back(
     assert np.array_equal(features > 0, codes > 0)
     assert 0 < (codes > 0).mean() < 0.9
     np.testing.assert_allclose(y_hat, expected, rtol=1e-5, atol=1e-5)
-    if run.sae.kind in UNIT_ROWS:  # a code is what it contributes
+    if run.sae.kind in UNIT_ROWS:  # a code is the length of its contribution
         np.testing.assert_allclose(features, codes / SCALES["mlp_in.0"], rtol=1e-5, atol=1e-5)
     if run.sae.has_skip and library == "circuit-tracer":
         with pytest.raises(ConfigError, match="has a skip connection and thresholds; dist_sae"):
@@ -269,7 +270,7 @@ def test_what_a_format_cannot_hold_is_refused(
 
 
 class Code:
-    """Pickles as a call of `os.mkdir`."""
+    """An object that calls `os.mkdir` when unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -292,7 +293,10 @@ def test_of_a_pickle_nothing_but_tensors_is_read(tmp_path: Path) -> None:
 
 
 def test_state_dicts_as_dictionary_learning_saves_them_are_read(tmp_path: Path) -> None:
-    """Its oldest class centres by `bias`, and its Matryoshka class has the latents' groups."""
+    """Old dictionary-learning files are read.
+
+    Its oldest class centers by `bias`, and its Matryoshka class stores the latents' groups.
+    """
     generator = torch.Generator().manual_seed(0)
     W_enc, W_dec = (torch.randn(N, D, generator=generator) for _ in range(2))
     b_enc, b_dec = torch.randn(N, generator=generator), torch.randn(D, generator=generator)
@@ -389,7 +393,7 @@ def test_the_run_file_names_the_sites_of_a_transcoder(tmp_path: Path) -> None:
 
 
 def test_saelens_has_transcoders(tmp_path: Path) -> None:
-    """As it stores them, with W_enc [d_in, n_latents]; exported by us and read again."""
+    """A transcoder exported for SAELens, with W_enc as [d_in, n_latents], can be imported again."""
     run, dictionary, normalisers = trained(tmp_path, {**BATCH, **MLP})
     folder = Path(export(run))
     section = sae_section(found := read_dictionary(folder), run, folder)
@@ -408,7 +412,7 @@ WEIGHTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "circuit-tracer": ({**BATCH, **MLP}, "layer_0.safetensors", "W_dec", "b_enc"),
     "dictionary-learning": ({"kind": "batchtopk"}, "ae.pt", "encoder.weight", "threshold"),
 }
-"""A kind, its file, a matrix and a vector of it."""
+"""Recipe, file name, a matrix and a vector of each library."""
 
 
 @pytest.mark.parametrize("fault", ["missing", "extra", "turned", "damaged"])
@@ -443,7 +447,10 @@ def test_tensors_that_a_format_has_not_are_one_line(
 
 
 def test_numbers_of_half_precision_are_read_as_they_are(tmp_path: Path) -> None:
-    """Thresholds too: a code that is just above one in bf16 is active."""
+    """bf16 files are read exactly, including thresholds.
+
+    A code just above a bf16 threshold must be active.
+    """
     run, _, _ = trained(tmp_path, {"kind": "jumprelu"})
     folder = Path(export(run))
     file = folder / "sae_weights.safetensors"

@@ -1,6 +1,6 @@
-"""Exported hook points are those of our rows, in TransformerLens's bridge, for each architecture.
+"""Exported hook points have our rows in TransformerLens's bridge, for each architecture.
 
-Run with --long: it installs SAELens, and TransformerLens with it, into an environment of its own.
+Run with --long: this installs SAELens and TransformerLens into a separate environment.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Dictionaries of other libraries, against forward passes by hand in fp64."""
+"""Dictionaries imported from other libraries, against fp64 forward passes by hand."""
 
 import json
 import re
@@ -64,7 +64,7 @@ def sae_lens(folder: Path, architecture: str, *, centred: bool, unit: bool, **co
 
 
 def ours(folder: Path, tmp_path: Path, x: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """What latents contribute, and the reconstruction, of raw activations."""
+    """Return the latents' contributions and the reconstruction of raw activations."""
     found, run = read_dictionary(folder), load_run(write_run(tmp_path))
     run = Run.model_validate(run.model_dump() | {"sae": sae_section(found, run, folder)})
     dictionary = convert(run, found, [SCALE], [SCALE]).double()
@@ -110,7 +110,10 @@ def test_a_gated_dictionary_of_saelens_may_be_centred(tmp_path: Path) -> None:
 
 
 def test_saelens_may_select_by_the_length_of_a_contribution(tmp_path: Path) -> None:
-    """Its selected code is z |d|, and the decoder's rows are divided by |d|."""
+    """SAELens's option to select by code times decoder norm is supported.
+
+    Its selected code is z |d|, and its decoder rows are divided by |d|.
+    """
     folder = sae_lens(tmp_path, "topk", centred=True, unit=False, rescale_acts_by_decoder_norm=True)
     w = safetensors.numpy.load_file(folder / "sae_weights.safetensors")
     x, norms = raw_rows(), np.linalg.norm(w["W_dec"], axis=1)
@@ -219,7 +222,10 @@ def run(tmp_path: Path) -> Run:
 def test_an_imported_dictionary_is_a_run(
     tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is evaluated, another run trains on from it, and it is not trained itself."""
+    """An imported dictionary can be evaluated and trained further in another run.
+
+    It cannot be trained in its own run.
+    """
     folder = sae_lens(tmp_path, "topk", centred=True, unit=True)
     place = str(tmp_path / "run.yaml")
     assert main(["import", str(folder), "--as", place, "--set", "name=other"]) == 0
@@ -246,7 +252,7 @@ def test_an_imported_dictionary_is_a_run(
 
 
 def test_rows_of_several_lengths_are_those_of_the_checkpoint(tmp_path: Path, run: Run) -> None:
-    """Checkpoints of `topk` are read with unit rows."""
+    """Importing decoder rows of unequal length into `topk`, which needs unit rows, keeps x_hat."""
     folder = sae_lens(tmp_path, "topk", centred=True, unit=False)
     import_dictionary(folder, run)
     trained = read_trained(open_store(run.store.runs), load_run(f"{run.store.runs}/tiny/run.yaml"))

@@ -1,6 +1,6 @@
-"""Exports in the other libraries' own classes, and back: 100,000 rows, every format and kind.
+"""Exports in other libraries' own classes, and imports: 100,000 rows, every format and kind.
 
-Run with --long: it installs the libraries into environments of their own, those of `bench peers`.
+Run with --long: this installs the libraries into separate environments, shared with `bench peers`.
 """
 
 import json
@@ -49,7 +49,7 @@ class Found(NamedTuple):
 
 
 def ask(library: str, jobs: Sequence[dict[str, str]], folder: Path) -> list[Found]:
-    """Have a library compute, in one process."""
+    """Run jobs with a library in one process of its environment; return the results."""
     python = ensure_environment(LIBRARIES[library], Path(PEERS))
     for job in jobs:
         Path(job["out"]).mkdir(parents=True)
@@ -65,9 +65,9 @@ def ask(library: str, jobs: Sequence[dict[str, str]], folder: Path) -> list[Foun
 
 
 def check(ours: tuple[Any, Any], theirs: tuple[Any, Any], what: str) -> None:
-    """The same latents are active, and x_hat is the same within 1e-5.
+    """Check that the same latents are active, and that x_hat agrees within 1e-5.
 
-    Files are fp32: where a code has just passed its threshold, it may be the other way round.
+    Files are fp32, so a code that is barely above its threshold may be inactive on the other side.
     """
     (codes, y_hat), (their_codes, their_y_hat) = ours, theirs
     differ = (codes > 0) != (their_codes > 0)
@@ -111,7 +111,7 @@ def test_libraries_compute_what_we_do(
 
 
 def _has_no_way_back(format_name: str, sae: dict[str, Any]) -> bool:
-    """Thresholds and a skip connection have no recipe here."""
+    """Return whether the export cannot be imported: no recipe has both thresholds and a skip."""
     return bool(sae.get("skip")) and format_name != "sparsify"
 
 

@@ -1,8 +1,8 @@
-"""What Neuronpedia imports: columns of its tables, and numbers of the exported dictionary.
+"""Export for Neuronpedia: the columns of its tables, and the exported dictionary's numbers.
 
-`TABLES` is an independent transcription of its database's schema (November 2026): its import takes
+`TABLES` is an independent transcription of its database's schema (November 2026). Its import reads
 lines of features, activations and explanations with the columns that the first line names, and
-objects of the other tables as they are, so one column that it does not have is an error.
+inserts the other tables' objects as they are. So a single unknown column is an error.
 """
 
 import gzip
@@ -82,7 +82,7 @@ TABLES: dict[str, dict[str, tuple[type, bool]]] = {
         "num_tokens_in_prompt": (int, False),
     },
 }
-"""Columns: type, and whether there is no default."""
+"""Each column's type, and whether it is required because it has no default."""
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +155,12 @@ def test_ids_lead_from_one_table_to_the_next(folder: Path) -> None:
 
 
 def test_numbers_are_those_of_the_exported_dictionary(run: Run, folder: Path) -> None:
-    """The embedding of word n is the n-th unit vector; the site is the embeddings."""
+    """Exported numbers match those computed from the dictionary and the model.
+
+    The site is the embeddings, and word n's embedding is the n-th unit vector.
+    """
     weights = safetensors.numpy.load_file(Path(export(run)) / "sae_weights.safetensors")
-    codes = np.maximum(weights["W_enc"] + weights["b_enc"], 0)  # of each word, [words, latents]
+    codes = np.maximum(weights["W_enc"] + weights["b_enc"], 0)  # for each word, [words, latents]
     hf: Any = transformers
     model = hf.AutoModelForCausalLM.from_pretrained(run.model.path)  # type: ignore[union-attr]
     gain = model.model.norm.weight.detach().numpy()
@@ -210,7 +213,10 @@ def test_pages_are_written_once_and_old_ones_do_not_stay(run: Run, folder: Path)
 def test_a_wide_dictionary_has_no_more_files_than_the_import_lists(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five latents fire: in two files that is three, then two."""
+    """The number of files stays within what Neuronpedia's import lists.
+
+    Five latents fire. With a limit of two files, one gets three and the other two.
+    """
     monkeypatch.setattr(neuronpedia, "LATENTS", 1)
     monkeypatch.setattr(neuronpedia, "MOST_BATCHES", 2)
     assert main(command(run, "--set", "export.neuronpedia.model=wide")) == 0

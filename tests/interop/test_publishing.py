@@ -1,7 +1,7 @@
-"""What is published: its files, its card, and that nothing is sent without the word.
+"""What is published: its files and its card, and that nothing is sent without `--yes`.
 
-The hub is a server on loopback that takes what `huggingface_hub` sends: a small file within the
-commit, weights by the LFS protocol.
+The hub is a local server that implements what `huggingface_hub` uses: small files are part of the
+commit, and weights go by the LFS protocol.
 """
 
 import base64
@@ -25,7 +25,8 @@ from tests.interop.test_formats import MLP, trained
 from tests.servers import free_ports
 
 NAME = "org/name"
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the hub's
+# raised by the hub's client
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
 class Hub(ThreadingHTTPServer):
@@ -148,7 +149,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def command(tmp_path: Path) -> list[str]:
-    """Of a run with an evaluated checkpoint."""
+    """Arguments that publish a run with an evaluated checkpoint."""
     run, _, _ = trained(tmp_path, {"kind": "jumprelu"})
     checkpoint = Checkpoints(open_store(run.store.runs), run.name, 1).latest()
     assert checkpoint
@@ -188,7 +189,8 @@ def test_nothing_is_sent_without_the_word(
         'sae = SAE.from_pretrained("org/name", "mlp_in.0")',
     ):
         assert f"{line}\n" in body
-    assert main([*command, "--dry-run", str(folder)]) == 0  # again
+    # a second dry run into the same folder is allowed
+    assert main([*command, "--dry-run", str(folder)]) == 0
     (folder / "mine").touch()
     assert main([*command, "--dry-run", str(folder)]) == 2
     assert "look: already contains mine; name an empty folder" in capsys.readouterr().err
@@ -197,7 +199,10 @@ def test_nothing_is_sent_without_the_word(
 def test_what_is_sent_is_what_was_shown(
     hub: Hub, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In one commit, to a private repository; weights by the LFS protocol."""
+    """The files sent are those of the dry run, in one commit to a private repository.
+
+    The weights are sent by the LFS protocol.
+    """
     folder = tmp_path / "look"
     assert main([*command, "--dry-run", str(folder)]) == 0
     assert main([*command, "--yes"]) == 0
@@ -249,7 +254,10 @@ def test_a_hub_that_refuses_or_is_away_is_one_line(
 def test_a_folder_is_no_name_of_a_model(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The card would tell others a path of this machine."""
+    """A local folder is refused as the model's name.
+
+    The card would reveal a path of this machine.
+    """
     model = tmp_path / "model"
     more = ["--set", f"model.path={model}", "--set", "export.model_name=null"]
     assert main([*command, *more, "--dry-run", str(tmp_path / "look")]) == 2
@@ -273,7 +281,10 @@ def test_numbers_of_another_checkpoint_are_not_told(command: list[str], tmp_path
 
 
 def test_a_transcoder_is_loaded_as_that_of_its_layer(tmp_path: Path) -> None:
-    """circuit-tracer loads a repository if it has all layers alone."""
+    """The card of a single-layer transcoder shows how to load that layer.
+
+    circuit-tracer loads a whole repository only if it has all layers.
+    """
     trained(tmp_path, {"kind": "transcoder", "selection": "batch", **MLP})
     settings = [*HF, "export.model_name=some/model"]
     words = [word for setting in settings for word in ("--set", setting)]
