@@ -58,9 +58,9 @@ TEXTS = ["gold", "the of", "gold gold the", "of x the gold of of the x gold gold
 
 
 def test_a_classifier_gives_the_quarter_of_its_chance(tmp_path: Path) -> None:
-    """A text's level comes from the second label, as if it were judged alone and truncated.
+    """A text's level comes from the second label and does not depend on the other texts.
 
-    The text is cut at the model's maximum length.
+    Texts are cut at the model's maximum length.
     """
     model = save_classifier(tmp_path, 2)
     model.classifier.weight.data *= 8

@@ -66,7 +66,7 @@ def test_the_forecast_is_the_width_that_has_the_concept() -> None:
 
 
 def test_intervals_of_f50_cover_the_planted_one() -> None:
-    """At least 52 of 60 95 % intervals contain f50.
+    """At least 52 of 60 intervals at 95 % contain the planted f50.
 
     Fewer would occur by chance once in 500 times.
     """

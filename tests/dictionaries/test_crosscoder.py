@@ -84,7 +84,7 @@ def test_one_site_is_the_recipe_without_sites(
 
 @pytest.mark.parametrize("settings", WEIGHTINGS, ids=str)
 def test_decoder_rows_stay_as_they_are_held(settings: dict[str, Any]) -> None:
-    """A decoder row's norm over the sites stays 1, or sqrt(.15) for shared latents.
+    """A decoder row's weight over the sites stays 1, or sqrt(.15) for shared latents.
 
     Shared latents also keep the same decoder at every site.
     """
@@ -147,7 +147,7 @@ def test_shared_latents_are_spread_over_the_shards(kind: str) -> None:
 
 
 def test_a_bonus_makes_shared_latents_win() -> None:
-    """A shared latent with penalty .25 wins once its projection is longer than the other latent's.
+    """A shared latent with penalty .25 wins if its projection is over half as long as the other's.
 
     A code pays off where z^2 exceeds its cost. At a quarter of the cost, that is from half of z.
     """

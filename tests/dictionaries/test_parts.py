@@ -86,7 +86,7 @@ def test_geometric_median_is_not_moved_by_an_outlier() -> None:
 
 
 def test_initial_reconstruction_has_the_scale_of_least_squared_error() -> None:
-    """At the initial scale the error is orthogonal to the reconstruction, so it is least."""
+    """At the initial scale, the error is least: it is orthogonal to the reconstruction."""
     x = 3 * torch.randn(256, 24, generator=torch.Generator().manual_seed(0)) + 1
     sae = build_sae(TopKConfig(n_latents=96, k=8, auxk=0), 24)
     initialise_tied(sae, sae_rows(x), seed=5)

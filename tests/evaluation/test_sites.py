@@ -89,7 +89,7 @@ def test_the_identity_recovers_all_at_several_sites_and_zeros_recover_nothing(ru
         assert place["ce_spliced"] == place["ce_zero"] != place["ce_mean"]
         assert place["ce_recovered"] == 0
     alone = [each["ce_zero"] for each in zeros["ce_by_site"].values()]
-    # a model of zeros stays zero through its layers, so either stream alone has the same effect
+    # residual streams of zeros stay zero through all later layers
     assert alone[0] == alone[2] == zeros["ce_zero"] != alone[1]
     assert "ce_replacement" not in identity
     assert "ce_recovered" in identity["intervals"]

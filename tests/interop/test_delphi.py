@@ -77,7 +77,7 @@ def test_a_cache_has_the_activations_of_the_index(indexed: Run) -> None:
         for context, place, act in here:
             match = [key for key in acts if acts[key] == act and key[1] % 24 == place]
             assert match
-            if len(match) == 1:  # then it is known which context of which document this is
+            if len(match) == 1:  # then the document and its context are known
                 (document, position) = match[0]
                 assert contexts.setdefault(context, (document, position // 24)) == (
                     document,
