@@ -143,7 +143,7 @@ def coverages(world: World, narrow: Known, wide: Known, rows: int) -> dict[str, 
         hits["tail"] += [held_out.low <= wide.tail <= held_out.high]
         hits["floor"].append(predicted.low <= wide.tail <= predicted.high)
         hits["held out"].append(predicted.low <= held_out.value <= predicted.high)
-        assert predicted.high < tail.high  # the prediction says more than that the tail does not grow
+        assert predicted.high < tail.high  # not only that the tail does not grow
     return {name: float(np.mean(found)) for name, found in hits.items()}
 
 

@@ -194,8 +194,8 @@ def test_with_few_other_latents_it_is_not_told_whether_it_stands_out() -> None:
 def test_what_no_drawn_passage_shows_may_still_be_there() -> None:
     """Concept passages may exist outside the filter even if none was drawn there.
 
-    100 passages inside the filter have the concept, and none of those drawn outside with
-    probability .1.
+    100 passages inside the filter have the concept. Passages outside are drawn with probability
+    .1, and none of these has it.
     """
     has = np.repeat([True, False], [100, 500])
     in_filter = has.copy()

@@ -67,8 +67,8 @@ def test_l0_is_counted_over_all_shards_and_replicas(replicas: int, shards: int) 
 def test_thresholds_stay_precise_whatever_the_products_are() -> None:
     """Thresholds stay in fp32 when products are in bf16.
 
-    At a wide dictionary's learning rate, a bf16 threshold would never move, because its last bit is
-    2^-9 of its value.
+    At a wide dictionary's learning rate, a bf16 threshold of .2 would never move, because its last
+    bit is worth 2^-10.
     """
     sae, x = make(CONFIGS["jumprelu"], torch.float32), rows(torch.float32)
     assert isinstance(sae, JumpReLU)

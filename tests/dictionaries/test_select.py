@@ -286,8 +286,8 @@ def test_the_queued_selection_of_all_above_their_bound_is_the_other(
 def test_native_finds_what_torch_finds_above_bounds(n: int, dtype: torch.dtype) -> None:
     """C++ returns the same entries as torch, in the same order.
 
-    The bounds include values equal to some products, which do not count, and NaN products. An
-    infinite bound keeps nothing or everything.
+    Products that equal their bound and NaN products are not returned. Infinite bounds select none
+    or all.
     """
     generator = torch.Generator().manual_seed(n)
     products = torch.randn(37, n, generator=generator).to(dtype)

@@ -91,7 +91,7 @@ def test_two_ranks_measure_what_one_does(tmp_path: Path, case: str) -> None:
     """Two ranks give one process's results, whether or not they share the language model.
 
     Each rank runs the whole model in transformers, or both share it in DeepSpeed. In DeepSpeed each
-    rank has part of the site's width.
+    rank may have only some of the site's columns.
     """
     path = prepare(tmp_path, case)
     expected = json.loads(run_program("evaluate", str(path), "--json").splitlines()[-1])
