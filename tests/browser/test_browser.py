@@ -43,12 +43,12 @@ class Answer(NamedTuple):
 
     @property
     def latents(self) -> list[int]:
-        """Latents that a list links to, in order."""
+        """The latents that a list links to, in order."""
         return [int(n) for n in re.findall(r'<td><a href="/latent/(\d+)[?"]', self.text)]
 
     @property
     def said(self) -> str:
-        """The text alone, on one line."""
+        """The text of the page's main part without tags, on one line."""
         body = self.text.partition("<main>")[2].partition("</main>")[0]
         return " ".join(html.unescape(re.sub("<[^>]+>", " ", body)).split())
 
@@ -134,7 +134,9 @@ def test_a_list_is_sorted_and_cut_by_cluster(ask: Ask, index: Index) -> None:
 
 
 def test_a_row_says_what_a_latent_fires_on(ask: Ask, index: Index, run: Run) -> None:
-    """The most frequent tokens of its largest activations, of equally frequent ones the largest."""
+    """The row lists the most frequent tokens among the largest activations. Tokens that are equally
+    frequent are ordered by their largest activation.
+    """
     tokens = [firing.token for firing in index.latent(3).largest]
     order = sorted(set(tokens), key=lambda token: (-tokens.count(token), tokens.index(token)))
     named = OpenedRun(run).tokenizer().batch_decode([[token] for token in order[:5]])
@@ -179,7 +181,7 @@ def test_a_latent_has_its_place_on_the_map(ask: Ask, run: Run, other: Run) -> No
     assert "a, b 30 latents, stability 0.75" in found.said
     assert "child of 4" in found.said
     (circle,) = re.findall(r'<circle cx="(\d+)" cy="(\d+)" r="5"/>', found.text)
-    # places are from about -1 to 1 on both axes, and the map is 200 wide
+    # coordinates are about -1 to 1 on both axes, and the map is 200 wide
     assert [int(v) / 100 - 1 for v in circle] == pytest.approx([np.cos(8), np.sin(8)], abs=0.02)
     assert ask("/map").text.count("<canvas") == 2
     with asking(Pages(OpenedRun(other), None)) as (without, _):
@@ -243,7 +245,7 @@ def test_a_text_is_coloured_by_the_latent_that_is_chosen(ask: Ask, run: Run) -> 
     marked = re.findall(r"<mark[^>]*>(.*?)</mark>", passage[1])
     assert len(marked) == sum(latent in each.latents for each in found)
     assert f"{len(peaks)} latents fire on these 9 tokens" in page.said
-    # the strongest on the text come first, in rows of their own
+    # the latents that are strongest on the text come first, in separate rows
     best = max((a, n) for each in found for n, a in zip(each.latents, each.acts, strict=True))[1]
     assert page.latents[0] == best
 
@@ -251,7 +253,7 @@ def test_a_text_is_coloured_by_the_latent_that_is_chosen(ask: Ask, run: Run) -> 
 def test_a_latent_is_compared_with_the_nearest_of_another_run(
     ask: Ask, run: Run, other: Run, index: Index
 ) -> None:
-    """Both dictionaries are over the same rows, so the rows that both fire on are counted."""
+    """Rows on which both latents fire are counted, because both dictionaries read the same rows."""
     one, two = (OpenedRun(each).dictionary().sae.W_dec.detach().double() for each in (run, other))
     cosines = one[8] @ two.T / one[8].norm() / two.norm(dim=1)
     nearest = cosines.argsort(descending=True)[:5].tolist()
@@ -300,7 +302,7 @@ def test_a_wrong_question_is_answered_in_one_line(
 
 
 def test_what_is_not_there_is_said(run: Run, other: Run, tmp_path: Path) -> None:
-    """A run without a map and without another run, whose model is gone."""
+    """The run has no map and no other run to compare with, and its model was deleted."""
     moved = other.model_copy(
         update={"model": other.model.model_copy(update={"path": str(tmp_path / "gone")})}
     )
@@ -321,14 +323,18 @@ def test_what_is_not_there_is_said(run: Run, other: Run, tmp_path: Path) -> None
 
 
 def test_only_names_of_this_machine_are_answered(ask: Ask) -> None:
-    """A page elsewhere may have a name that leads here: its browser would read what it likes."""
+    """An unknown Host header is refused. Otherwise a foreign page could point its own name to this
+    machine (DNS rebinding), and its browser could read every page.
+    """
     assert ask("/", Host="elsewhere.example").status == 403
     assert ask("/", Host="localhost:1").status == 200
     assert "default-src 'none'" in ask("/").headers["Content-Security-Policy"]
 
 
 def test_elsewhere_a_token_is_needed(run: Run) -> None:
-    """The token gives a cookie, and leaves the address, which is otherwise the one asked for."""
+    """The token sets a cookie. The redirect drops the token from the URL and keeps the rest of the
+    URL.
+    """
     with asking(Pages(OpenedRun(run), None), "0.0.0.0") as (ask, url):
         found = re.fullmatch(r"http://(\S+):(\d+)/\?token=(\S{32})", url)
         assert found
@@ -386,7 +392,7 @@ def test_runs_that_cannot_be_browsed_or_compared_get_one_line(
 
 
 def test_an_index_without_postings_is_browsed(tmp_path: Path) -> None:
-    """Of its examples peaks alone are sure to be coloured; no rows are counted for another run."""
+    """Only the peak of an example is certain to be colored, and shared rows are not counted."""
     run = indexed_run(tmp_path, index={"postings": "none", "neighbours": 0, "output_tokens": 0})
     with asking(Pages(OpenedRun(run), None, other=OpenedRun(run))) as (ask, _):
         latent = ask("/").latents[0]
@@ -402,7 +408,7 @@ def test_an_index_without_postings_is_browsed(tmp_path: Path) -> None:
 def test_pages_of_some_latents_are_files(
     run: Run, other: Run, tmp_path: Path, index: Index
 ) -> None:
-    """They link to one another alone."""
+    """The pages link only to one another."""
     chosen = [5, *(near.latent for near in index.latent(5).nearest[:2])]
     arguments = ["--static", str(tmp_path), "--latents", *map(str, chosen)]
     assert main(["browse", place(run), *arguments, "--compare", place(other)]) == 0

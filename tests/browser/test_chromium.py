@@ -56,7 +56,9 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def context(browser: Browser) -> Iterator[BrowserContext]:
-    """A user's browser, in which no page may complain or ask anything of another machine."""
+    """A user's browser. The test fails if a page logs an error or sends a request to another
+    machine.
+    """
     faults: list[str] = []
 
     def watch(route: Route) -> None:
@@ -81,7 +83,7 @@ def page(context: BrowserContext) -> Page:
 
 
 def latents(page: Page) -> list[int]:
-    """Latents of a list."""
+    """The latents of a list."""
     return [int(text) for text in page.locator(".latents td:first-child a").all_inner_texts()]
 
 
@@ -98,7 +100,7 @@ def search(page: Page, kind: str, asked: str) -> None:
 
 
 def test_every_page_is_reached_from_the_list(page: Page, url: str, index: Index) -> None:
-    """By links alone; no page complains or asks another machine (`context`)."""
+    """Links reach every page. `context` fails on an error or a request to another machine."""
     page.goto(url)
     assert latents(page) == densest(index)[:PAGE_LATENTS]
     page.click(".latents td:first-child a >> nth=2")
@@ -231,7 +233,7 @@ CONTRAST = """() => {
 def test_text_is_legible_in_the_dark_and_in_the_light(
     browser: Browser, url: str, scheme: str
 ) -> None:
-    """WCAG's contrast of text, 4.5, on the paper of the scheme."""
+    """Text has at least WCAG's contrast of 4.5 on the background of each color scheme."""
     page = browser.new_page(color_scheme="dark" if scheme == "dark" else "light")
     page.goto(f"{url}/latent/8")
     paper, *contrasts = page.evaluate(CONTRAST)

@@ -1,4 +1,4 @@
-"""A wide index: pages read what they show, and nothing that grows with the dictionary."""
+"""A wide index: a page reads only what it shows, and its reads do not grow with the dictionary."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ N = 4096
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Row groups are small, so that a table has many, as one of a million latents has."""
+    """Make a run with small row groups, so that a table has many, as with a million latents."""
     with pytest.MonkeyPatch.context() as patch:
         rows = {"latents": 64, "examples": 256, "pairs": 256}
         patch.setattr(dist_sae.index.tables, "GROUP_ROWS", rows)
@@ -47,8 +47,8 @@ def test_pages_read_what_they_show(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     pages.prepare()
     index = index_of(run)
     latent = int(np.argsort(-index.firings)[N // 4])
-    pages.latent(latent)  # footers are kept
-    pages.search({"kind": "text", "asked": "abc"})  # the model and the dictionary too
+    pages.latent(latent)  # file footers are cached
+    pages.search({"kind": "text", "asked": "abc"})  # the model and the dictionary are cached too
 
     def bytes_of(folder: str) -> int:
         return sum(size for key, size in reads if f"/{folder}/" in key)
@@ -61,9 +61,10 @@ def test_pages_read_what_they_show(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert reads == []
     pages.search({"kind": "text", "asked": "a text that was pasted"})
     assert not bytes_of("index")
-    assert bytes_of("checkpoints") < 20_000  # a manifest; the dictionary stays in memory
+    assert bytes_of("checkpoints") < 20_000  # only a manifest: the dictionary stays in memory
     reads.clear()
-    pages.latent((latent + N // 2) % N)  # of other row groups: those read last are kept
+    # a latent of other row groups, because the last ones read are cached
+    pages.latent((latent + N // 2) % N)
     for table, share in {"latents": 0.05, "examples": 0.05, "pairs": 0.05}.items():
         whole = sum(f.stat().st_size for f in Path(index.place, table).iterdir())
         assert 0 < bytes_of(table) < share * whole
@@ -71,7 +72,7 @@ def test_pages_read_what_they_show(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_list_of_a_wide_index_is_what_its_tables_say(run: Run) -> None:
-    """Sorted by density over all buckets, whose latents are mixed."""
+    """The list is sorted by density over all buckets, although their latents are interleaved."""
     pages, index = Pages(OpenedRun(run), None), index_of(run)
     assert index.manifest.n_buckets > 1
     text = pages.listed(ListQuery(page=3))

@@ -26,7 +26,7 @@ TENSORS = {
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
-    """Stdout, or stderr where a failure is expected."""
+    """Return stdout, or stderr if a failure is expected."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logs, "configure", lambda **_: None)
         assert cli.main(["checkpoints", *arguments]) == code

@@ -17,7 +17,7 @@ from tests.world import changed
 
 
 def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a command that must fail says: one line, after its exit code 2."""
+    """Return the one error line of a command that must fail with exit code 2."""
     assert main(arguments) == 2
     said = capsys.readouterr()
     assert said.out == ""
@@ -31,7 +31,9 @@ def files_in(folder: Path) -> list[str]:
 
 
 def real_run(folder: Path, corpus: str) -> Path:
-    """A run over text; its language model does not exist, and is not asked for before the text."""
+    """Write a run over text whose language model does not exist. The text is checked before the
+    model.
+    """
     path = write_run(folder, TINY, activations={"sites": ["resid_post.0"]})
     run = yaml.safe_load(path.read_text())
     run["model"] = {"kind": "huggingface", "path": str(folder / "no-model")}
@@ -42,7 +44,7 @@ def real_run(folder: Path, corpus: str) -> Path:
 
 @pytest.fixture
 def produced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    """The run file of a run whose activation set is complete."""
+    """The run file of a run with a complete activation set."""
     path = write_run(tmp_path, TINY)
     assert main(["plan", str(path)]) == 0
     assert main(["produce", str(path)]) == 0
@@ -117,7 +119,8 @@ def test_empty_corpus_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_corpus_too_small_for_a_batch_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # 5 % of 40 documents are held out; 38 give 38 * 63 rows, for the first of a context is left out
+    # 5 % of 40 documents are held out. The other 38 give 38 * 63 rows, because the first token of
+    # each context is left out
     path = write_run(tmp_path, TINY, corpus={"documents": 40})
     sizes = ["--set", "train.batch_rows=4096", "--set", "train.rows=4096"]
     problem = "corpus: about 2394 rows to train on, less than one batch (train.batch_rows 4096)"
@@ -184,7 +187,8 @@ def test_json_is_the_last_line_of_stdout(
     # 29 documents in the shortest stream, 30 in three others
     assert result["pass_rows"] == 4 * 29 * 63
     assert result["unusable_rows"] == 3 * 63
-    assert result["bytes"] == 125 * 63 * (4 * 8 + 16)  # 8 numbers of 4 bytes, and where from
+    # 8 values of 4 bytes, and 16 bytes that locate the row
+    assert result["bytes"] == 125 * 63 * (4 * 8 + 16)
     assert result["run_rows"] == 4096
     assert result["passes"] == round(4096 / (4 * 29 * 63), 3)
 
@@ -349,7 +353,8 @@ raise ImportError("no interrupt, it seems")
 
 @pytest.mark.system
 @pytest.mark.parametrize("name", ["TERM", "INT"])
-@pytest.mark.parametrize("module", ["argparse", "webdataset"])  # at the start, and of a program
+# imported at the start, and by a command
+@pytest.mark.parametrize("module", ["argparse", "webdataset"])
 def test_signal_during_an_import_ends_in_one_line(tmp_path: Path, name: str, module: str) -> None:
     (tmp_path / f"{module}.py").write_text(DYING.format(name=name))
     paths = os.pathsep.join([str(tmp_path), *sys.path])
@@ -365,7 +370,9 @@ def test_signal_during_an_import_ends_in_one_line(tmp_path: Path, name: str, mod
 
 
 def test_signal_at_the_very_end_does_not_change_the_exit_code() -> None:
-    """Python destroys what modules hold after it has given signals back to the system."""
+    """A signal during interpreter shutdown is ignored. Python restores the default handlers first
+    and destroys module globals later, so the default action would kill the process.
+    """
     program = """
 import os, signal, sys
 from dist_sae import signals

@@ -1,4 +1,4 @@
-"""What shells complete: run in bash itself; the other scripts have the same words."""
+"""Shell completion: bash runs its own script, and the other scripts must have the same words."""
 
 import subprocess
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`dist-sae run`: the whole job as a user starts it."""
+"""`dist-sae run`: the whole pipeline, started as a user starts it."""
 
 import errno
 import io
@@ -35,12 +35,14 @@ TRAINERS = {"trainers": 2, "threads": 1}
 BOTH = {"producers": 2, **TRAINERS}
 Start = Callable[[Path], "subprocess.Popen[str]"]
 LATER = CLAIMS.key(8)
-"""Claim of a unit in the second window of a stream: in another's hand, so that a run cannot end."""
+"""The claim of a unit in a stream's second window. A run cannot end while another producer holds
+the claim.
+"""
 
 
 @pytest.fixture
 def start(preloaded: dict[str, Path]) -> Start:
-    """Starts `dist-sae run`; its children are started from preloaded modules, too."""
+    """A function that starts `dist-sae run`. Its children also start from preloaded modules."""
     return lambda path: _start(path, preloaded["dist-sae"])
 
 
@@ -70,7 +72,7 @@ def test_one_command_goes_from_nothing_to_a_report_and_continues_after_ctrl_c(
     process = start(path)
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("train ") and "fvu" in line:  # after a step
+        if line.startswith("train ") and "fvu" in line:  # after a step has ended
             process.send_signal(signal.SIGINT)
             break
     _, err = process.communicate(timeout=HANG_SECONDS)
@@ -80,7 +82,7 @@ def test_one_command_goes_from_nothing_to_a_report_and_continues_after_ctrl_c(
     steps = Checkpoints(open_store(str(tmp_path / "runs")), "world", 2).steps()
     assert steps
     assert steps[-1] < 100
-    refused = run("run", str(path), "--set", "sae.k=1", code=2)  # before it starts anything
+    refused = run("run", str(path), "--set", "sae.k=1", code=2)  # refused before any process starts
     place = tmp_path / "runs/world"
     assert refused.startswith(
         f"error: {place}: contains a run with other settings (sae.k: 3 -> 1); "
@@ -102,7 +104,7 @@ def test_one_command_goes_from_nothing_to_a_report_and_continues_after_ctrl_c(
     assert (logs / "index-0-0.log").exists()
 
     (logs / "trainer-0.log").unlink()
-    # nothing is left to plan, make, train or index
+    # nothing remains to plan, produce, train or index
     out, err = start(path).communicate(timeout=HANG_SECONDS)
     assert json.loads(out.splitlines()[-1]) == result, err
     assert not (logs / "trainer-0.log").exists()
@@ -151,15 +153,16 @@ class Finder:
 
 sys.meta_path.insert(0, Finder)
 """
-"""A `sitecustomize` with which torch's compiler cannot be imported."""
+"""A `sitecustomize` module that makes the import of torch's compiler fail."""
 
 
 def test_the_whole_run_works_over_s3_without_an_index_and_torchs_compiler(
     tmp_path: Path, bucket: Bucket
 ) -> None:
-    """An index in S3 is of `tests/kubernetes/test_pods.py`.
+    """`dist-sae run` works in a bucket. `tests/kubernetes/test_pods.py` covers an index in S3.
 
-    To import the compiler, which torch's own optimisers do, takes 1.4 s of CPU: here it fails.
+    Importing the compiler takes 1.4 s of CPU, and torch's own optimizers import it. Here the import
+    fails, so no code path may need it.
     """
     (tmp_path / "sitecustomize.py").write_text(NO_COMPILER)
     url = f"s3://{bucket.name}/some/prefix"
@@ -174,7 +177,7 @@ def test_the_whole_run_works_over_s3_without_an_index_and_torchs_compiler(
     done = subprocess.run(
         [sys.executable, "-m", "dist_sae", "run", str(path), "--json"],
         env=os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"},
-        cwd=tmp_path,  # its logs are put there
+        cwd=tmp_path,  # its logs are written to the working directory
         capture_output=True,
         text=True,
         check=False,
@@ -187,11 +190,11 @@ def test_the_whole_run_works_over_s3_without_an_index_and_torchs_compiler(
     assert {"activations/plan.json", "activations/units/00000000.json"} <= keys
     assert {"runs/world/evaluation.json", "runs/world/export/cfg.json"} <= keys
     assert not [key for key in keys if key.startswith("runs/world/index/")]
-    assert not [key for key in keys if "/claims/" in key]  # all given back
+    assert not [key for key in keys if "/claims/" in key]  # all claims were released
     shards = [key for key in keys if key.startswith("activations/shards/")]
     assert len(shards) == 1  # the held-out one
     assert "activations/consumers/world.json" in keys
-    # a trainer that was killed when all was done starts again, and needs no unit
+    # a trainer that was killed after all work was done starts again, and needs no unit
     run("train", str(path), "--set", "processes.trainers=1")
 
 
@@ -199,7 +202,8 @@ def test_the_whole_run_works_over_s3_without_an_index_and_torchs_compiler(
     ("settings", "who", "what"),
     [
         ({"max_passes": 1}, "plan", "train.rows asks for"),
-        ({"lr": 1e38}, "trainer-", "the gradient's norm is"),  # both trainers; one of them says so
+        # both trainers fail, and one of them is reported
+        ({"lr": 1e38}, "trainer-", "the gradient's norm is"),
     ],
 )
 def test_a_failing_process_ends_the_run_with_its_own_error(
@@ -238,7 +242,9 @@ def test_the_one_that_failed_first_is_blamed(
     *,
     with_others: bool,
 ) -> None:
-    """And not the other, which is ended by us for not heeding the signal."""
+    """The error names the process that failed first, not the other one, which ignores SIGTERM and
+    is killed by the supervisor.
+    """
     for grace in ("GRACE_SECONDS", "FAILED_GRACE_SECONDS"):
         monkeypatch.setattr(pipeline, grace, 0.5)
     deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('{}', flush=True); "
@@ -286,7 +292,9 @@ class Full(io.StringIO):
 
 
 def test_children_are_heard_when_nothing_can_be_shown(tmp_path: Path) -> None:
-    """Else they would stand still as soon as the pipe is full."""
+    """Children's output is read even if the console is full. Otherwise they would block once the
+    pipe fills.
+    """
     words = WARNS + 'print(\'{"role": "train", "done": 1, "total": 2}\', flush=True); '
     words += "[log(30, 'x' * 1000) for _ in range(300)]; print('{\"all\": 1}')"
     console = Console(file=Full())
@@ -306,13 +314,13 @@ def test_children_stop_when_the_parent_is_killed(tmp_path: Path) -> None:
     process = _start(path, sys.executable, "-m", "dist_sae")
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("train ") and "fvu" in line:  # after a step
+        if line.startswith("train ") and "fvu" in line:  # after a step has ended
             break
     orphans = [os.pidfd_open(child) for child in children(process.pid)]
     assert orphans
     process.kill()
     process.communicate()
-    for orphan in orphans:  # readable once the process has ended
+    for orphan in orphans:  # a pidfd is readable once its process has ended
         ready, _, _ = select.select([orphan], [], [], HANG_SECONDS)
         assert ready
         os.close(orphan)

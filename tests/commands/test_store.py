@@ -1,4 +1,4 @@
-"""`dist-sae store` for people, and its shards for webdataset itself."""
+"""`dist-sae store` on the command line, and its shards as webdataset reads them."""
 
 import warnings
 from pathlib import Path
@@ -19,7 +19,7 @@ from tests.runs import TINY, write_run
 
 @pytest.fixture(scope="module")
 def produced(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run file of a complete set in bf16, with an orphan of unit 0."""
+    """The run file of a complete activation set in bf16, with an orphaned shard of unit 0."""
     path = write_run(tmp_path_factory.mktemp("set"), TINY, activations={"dtype": "bf16"})
     for command in ("plan", "produce"):
         assert main([command, str(path)]) == 0
@@ -44,7 +44,8 @@ def test_urls_are_the_shards_of_one_part_as_webdataset_reads_them(
     units = plan.heldout_units if options else plan.train_units
     rows = []
     urls = listed(capsys, produced, *options, "--site", "synthetic")
-    with warnings.catch_warnings():  # WebDataset leaves its file to the garbage collector
+    # WebDataset leaves its file to be closed by the garbage collector
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         samples = list(webdataset.WebDataset(urls, shardshuffle=False))
     for sample in samples:

@@ -1,4 +1,4 @@
-"""Run-dependent defaults, and runs that started before these existed."""
+"""Defaults that depend on the run, and runs that started before these defaults existed."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def test_the_resolved_run_has_numbers_where_settings_follow_others(
 
 
 def test_a_run_that_began_with_the_defaults_of_its_time_is_the_same_run(tmp_path: Path) -> None:
-    """10 million rows whatever the run, and a learning rate that was not written down."""
+    """The old defaults were 10 million rows for every run, and an unset learning rate."""
     path = write_run(tmp_path, TINY)
     run = load_run(path, ["sae.dead_after_rows=null"])
     stored = run_fingerprint(run)
@@ -58,12 +58,14 @@ def test_a_run_that_began_with_the_defaults_of_its_time_is_the_same_run(tmp_path
 def test_a_penalised_run_goes_on_with_the_penalty_that_it_began_with(
     tmp_path: Path, older: dict[str, Any]
 ) -> None:
-    """Its file left it open; what a file says now is compared."""
+    """A penalty that the run file omitted keeps its old default. A penalty that the file sets now
+    is compared with it.
+    """
     kind = {"kind": older["kind"], "n_latents": 64}
     run = load_run(write_run(tmp_path, sae=kind))
     stored = run_fingerprint(run)
     stored["sae"] |= older
-    del stored["sae"]["init"]  # newer than the run
+    del stored["sae"]["init"]  # the key is newer than the run
     assert changes(stored, run) == []
     assert as_begun(run, stored).sae.model_dump().items() >= older.items()
     other = load_run(write_run(tmp_path, sae={**kind, "sparsity": 0.3}))

@@ -1,4 +1,4 @@
-"""Messages for mistakes in a run file, which name the intended key."""
+"""Messages for mistakes in a run file name the intended key."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ ENDS = "and start and end with a letter or a digit"
 @pytest.mark.parametrize(
     ("override", "answer"),
     [
-        # as other tools call it
+        # the key's name in other tools
         ("train.learning_rate=1", "train.learning_rate: unknown key; did you mean lr?"),
         ("sae.d_sae=4", "sae.d_sae: unknown key; did you mean n_latents?"),
         (
@@ -29,14 +29,14 @@ ENDS = "and start and end with a letter or a digit"
             "sae.l1_coefficient=1",
             f"sae.l1_coefficient: unknown key; did you mean sparsity? it is a key of kind {KINDS}",
         ),
-        # of another kind or section
+        # keys of another kind or section
         ("sae.sparsity=1", f"sae.sparsity: unknown key; it is a key of kind {KINDS}"),
         ("train.n_latents=4", "train.n_latents: unknown key; did you mean sae.n_latents?"),
         (
             "train.first_positions=1",
             "train.first_positions: unknown key; did you mean activations.exclude.first_positions?",
         ),
-        # shapes in words
+        # patterns are described in words
         (
             "name=My_Run",
             f"name: use at most 52 lower-case letters, digits, '-' and '.', {ENDS} (got 'My_Run')",
@@ -54,7 +54,7 @@ ENDS = "and start and end with a letter or a digit"
             "telemetry.pushgateway_url=host",
             "telemetry.pushgateway_url: write http://host:port or https://host (got 'host')",
         ),
-        # sites as TransformerLens and modules are called
+        # sites under TransformerLens's names and module names
         (
             "activations.sites=[blocks.7.hook_resid_post]",
             "activations.sites.0: blocks.7.hook_resid_post is called resid_post.7 here",

@@ -1,4 +1,4 @@
-"""Run files, checkpoints and plans from before a key was renamed."""
+"""Run files, checkpoints and plans that were written before a key was renamed."""
 
 import logging
 from functools import partial
@@ -32,7 +32,7 @@ NEW: dict[str, Any] = OLD | {
 
 @pytest.fixture
 def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run file with old names, in a program that has warned of none yet."""
+    """A run file with old names, in a process that has not warned about any of them."""
     monkeypatch.setattr(renamed, "warned", set())
     (tmp_path / "old").mkdir()
     return write_run(tmp_path / "old", store={"activations": "/a", "runs": "/r"}, **OLD)
@@ -97,15 +97,15 @@ def test_sections_that_are_none_are_named(old: Path, section: dict[str, Any]) ->
 def test_checkpoints_and_plans_by_old_names_are_of_the_same_run(
     old: Path, new: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And nobody is told: nobody typed them."""
+    """No warning is logged, because no user typed these names."""
     stored = run_fingerprint(new)
     stored["model"]["shards"] = stored["model"].pop("tensor_parallel")
     assert changes(stored, new) == []
-    stored["train"] |= OLD["train"]  # from before these were free
+    stored["train"] |= OLD["train"]  # from before these keys were free to change
     assert changes(stored, new) == []
     assert validate_run(yaml.safe_load(old.read_text()), "ConfigMap") == new
     planned = plan_settings(new)
-    assert "tensor_parallel" not in planned["model"]  # or the plan would have another hash
+    assert "tensor_parallel" not in planned["model"]  # otherwise the plan's hash would change
     planned["model"] |= {"shards": 8, "batch_tokens": 1}
     assert setting_changes(planned, plan_settings(new)) == []
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

@@ -66,7 +66,7 @@ def test_auxk_left_open_fits_a_small_dictionary() -> None:
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        # the tag of the union, `files`, is also the name of the key
+        # `files` is the union's tag and also the name of a key
         (
             "corpus={kind: files, files: [1]}",
             "corpus.files.0: input should be a valid string (got 1)",
@@ -161,7 +161,8 @@ def test_overrides_are_yaml_and_the_last_one_wins(tmp_path: Path) -> None:
     assert run.train.rows == 100_000
     assert run.train.betas == (0.8, 0.9)
     assert run.train.clip_norm is None
-    assert run.train.deepspeed == {"zero": {"eps": 1e-5}}  # a number, although nothing asks for one
+    # parsed as a number, although the schema does not require one
+    assert run.train.deepspeed == {"zero": {"eps": 1e-5}}
 
 
 def test_overrides_create_the_sections_they_need(tmp_path: Path) -> None:
@@ -179,7 +180,8 @@ def test_overrides_create_the_sections_they_need(tmp_path: Path) -> None:
         ("=3", "--set =3: write it as section.key=value"),
         ("sae..k=3", "--set sae..k=3: write it as section.key=value"),
         ("sae.k=[", "--set sae.k=[: the value is not valid YAML"),
-        ("name=\udcff", "--set name=\udcff: the value is not valid YAML"),  # a byte of no text
+        # a byte that is not text
+        ("name=\udcff", "--set name=\udcff: the value is not valid YAML"),
         ("sae.k.x=1", "--set sae.k.x=1: k is a value, not a section"),
     ],
 )
@@ -298,7 +300,7 @@ def test_steps_are_full_batches(tmp_path: Path) -> None:
 
 
 SLOW = {"torch", "deepspeed", "transformers", "boto3", "numpy"}
-"""Libraries that take long to import."""
+"""Libraries that are slow to import."""
 
 
 def test_importing_the_configuration_needs_no_torch() -> None:
@@ -312,7 +314,7 @@ def test_importing_the_configuration_needs_no_torch() -> None:
 
 
 def test_help_loads_no_slow_library() -> None:
-    """So it answers within .1 s; importing torch takes 2 s."""
+    """`--help` answers within 0.1 s, because it does not import torch, which takes 2 s."""
     command = [sys.executable, "-X", "importtime", "-m", "dist_sae", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
@@ -336,7 +338,7 @@ def test_run_files_that_ship_are_valid(path: Path) -> None:
 
 
 def test_the_million_latents_train_on_the_quickstarts_activations() -> None:
-    """The plan is made from these sections: with others the store would refuse the run."""
+    """The plan is built from these sections, and the store refuses a run with a different plan."""
     shipped = {path.stem: load_run(path) for path in RUN_FILES}
     one, other = (shipped[f"smollm2-resid7-{kind}-cpu"] for kind in ("topk", "routed-1m"))
     for section in ("model", "corpus", "activations", "store"):
@@ -347,7 +349,7 @@ def test_the_million_latents_train_on_the_quickstarts_activations() -> None:
 def test_a_run_s_text_and_model_are_found_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Local files get absolute paths; names on a hub and in buckets stay as they are."""
+    """Local files get absolute paths. Names on a hub and in buckets do not change."""
     (tmp_path / "models/tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
 

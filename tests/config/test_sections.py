@@ -1,4 +1,4 @@
-"""Sections of a run file that do not agree."""
+"""Run files whose sections contradict one another."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The jobs of a sweep, and what is refused."""
+"""The jobs of a sweep, and the sweeps that are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from tests.runs import write_run
 
 
 def test_every_combination_of_values_is_a_run_of_its_own(tmp_path: Path) -> None:
-    """What follows from a setting follows from the job's: the rate from 16,384 latents is 2e-4."""
+    """Defaults are derived from the job's settings, e.g. a learning rate of 2e-4 for 16,384
+    latents.
+    """
     over = {
         "sae.n_latents": {"first": 1024, "last": 16384, "times": 4},
         "train.seed": {"first": 0, "last": 1, "plus": 1},
@@ -29,7 +31,7 @@ def test_every_combination_of_values_is_a_run_of_its_own(tmp_path: Path) -> None
 
 
 def test_a_sweep_may_be_given_on_the_command_line(tmp_path: Path) -> None:
-    """Below `sweep.over` and `sweep.jobs.NAME` a key keeps its dots."""
+    """A key below `sweep.over` or `sweep.jobs.NAME` may contain dots."""
     sets = ["sweep.over.sae.k=[2, 3]", "sweep.jobs.fast.train.lr=0.01"]
     found = jobs_of(load_run(write_run(tmp_path), sets))
     assert {job.name: (job.sae.model_dump()["k"], job.train.lr) for job in found} == {
@@ -51,7 +53,7 @@ def test_named_jobs_are_trained_with_each_value(tmp_path: Path) -> None:
 
 
 def test_a_job_is_the_run_that_a_file_of_its_own_gives(tmp_path: Path) -> None:
-    """Also of a sweep that was written and read again, as in a ConfigMap."""
+    """This is also true of a sweep that was written and read again, as in a ConfigMap."""
     sweep = {"over": {"sae.k": [2], "sae.kind": ["batchtopk"]}}
     run = load_run(write_run(tmp_path, sweep=sweep))
     own = load_run(
@@ -146,7 +148,7 @@ def test_an_override_that_jobs_would_undo_is_refused(tmp_path: Path) -> None:
 
 
 def spread(folder: Path, n_jobs: int, trainers: int, **own: Any) -> list[list[str]]:
-    """Jobs by group, with the ranks of each."""
+    """Return each group's jobs, each with its number of ranks."""
     jobs = {f"j{number}": {"train.seed": number, **own} for number in range(n_jobs)}
     pods = {"trainer": {"ranks": 4, "gpus": 4}} if trainers % 4 == 0 else {}
     run = load_run(
@@ -161,7 +163,7 @@ def spread(folder: Path, n_jobs: int, trainers: int, **own: Any) -> list[list[st
 
 
 def test_ranks_are_spread_over_jobs(tmp_path: Path) -> None:
-    """As many groups as jobs or as ranks; a group holds all shards of a job."""
+    """There are as many groups as jobs or as ranks allow. A group has all shards of a job."""
     assert spread(tmp_path, 2, 4) == [["j0x2"], ["j1x2"]]
     assert spread(tmp_path, 5, 2) == [["j0x1", "j2x1", "j4x1"], ["j1x1", "j3x1"]]
     cut = {"processes.latent_shards": 2}

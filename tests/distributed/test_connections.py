@@ -1,4 +1,4 @@
-"""Ranks of large jobs stay below the usual limit of open files."""
+"""Ranks of large jobs stay below the usual limit on open files."""
 
 from pathlib import Path
 
@@ -14,10 +14,11 @@ WORLD = 8
 
 
 def test_ranks_connect_only_to_those_with_whom_they_exchange(tmp_path: Path) -> None:
-    """Not to all others in each of 4 groups, which are 28 sockets, and 4 that listen.
+    """A rank connects only to its neighbors. Connecting to every other rank in each of 4 groups
+    would take 28 sockets, and 4 that listen.
 
-    A ring has 2 neighbours, and a tree log2(8); the store has one connection for the groups. Rank 0
-    serves the store, to all: it asks for more files, as the others need not.
+    A ring has 2 neighbors, and a tree log2(8). The TCP store has one connection for the groups.
+    Rank 0 serves the store to all ranks, so only rank 0 raises its limit on open files.
     """
     ranks = []
     for env in rank_environments(WORLD, WORLD):

@@ -1,4 +1,4 @@
-"""Engines: DeepSpeed does what plain torch does, and neither updates on a bad gradient."""
+"""Engines: DeepSpeed matches plain torch, and neither updates the weights on a bad gradient."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,7 +25,7 @@ from dist_sae.kernels import select
 from tests.dictionaries.recipes import sae_rows
 from tests.runs import write_run
 
-# DeepSpeed's import and torch's collectives warn about themselves
+# importing DeepSpeed and using torch's collectives raise warnings
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 CPU = {"offload_optimizer": {"device": "cpu"}}
@@ -39,7 +39,7 @@ ENGINES = ["local", "deepspeed", *ZERO]
 VARIANCE = 5.0
 
 
-@pytest.fixture(scope="module")  # DeepSpeed remembers its process groups for good
+@pytest.fixture(scope="module")  # DeepSpeed keeps its process groups for the life of the process
 def mesh() -> Iterator[Mesh]:
     with rendezvous(1) as ranks, join_mesh(ranks) as mesh:
         yield mesh
@@ -84,7 +84,7 @@ def losses(engine: Engine, xs: list[Tensor]) -> list[float]:
 
 
 def state(sae: Dictionary, engine: Engine) -> dict[str, Tensor]:
-    """Parameters and Adam's moments."""
+    """Return copies of the parameters and of Adam's moments."""
     found = {name: p.detach().clone() for name, p in sae.named_parameters()}
     for name, parameter in sae.named_parameters():
         found |= {f"{m}.{name}": engine.moment(parameter, m).clone() for m in engine.moments}
@@ -113,7 +113,7 @@ def check_close(one: Mapping[str, Tensor], other: Mapping[str, Tensor], bound: f
 
 
 def gradients(sae: Dictionary, x: Tensor, step: StepContext) -> dict[str, Tensor]:
-    """The gradients of a batch, by autograd alone."""
+    """Compute a batch's gradients by autograd alone."""
     names, parameters = zip(*sae.named_parameters(), strict=True)
     found = torch.autograd.grad(sae.objective(sae_rows(x), step).terms.total, parameters)
     return dict(zip(names, found, strict=True))
@@ -135,11 +135,12 @@ def test_deepspeed_and_plain_torch_give_the_same_curve(tmp_path: Path, mesh: Mes
 @pytest.mark.system
 @pytest.mark.parametrize("kind", ZERO)
 def test_zero_gives_the_curve_of_plain_torch(tmp_path: Path, mesh: Mesh, kind: str) -> None:
-    """Up to rounding: the norm is summed in another order, and DeepSpeed divides by it plus 1e-6.
+    """The curves agree up to rounding: ZeRO sums the norm in another order, and DeepSpeed divides
+    by the norm plus 1e-6.
 
-    The first makes an fp32 ulp (6e-8) or two, the second 1e-6 of the gradient where it is clipped
-    (the bound is 0.45, so that it is on most steps): Adam forgets a common factor of the gradients
-    but for its changes from step to step.
+    The sum's order changes the result by one or two fp32 ulps (6e-8). The division changes a
+    clipped gradient by 1e-6 of its size. The bound of 0.45 clips most steps. Adam cancels a common
+    factor of the gradients, except for its changes from step to step.
     """
     xs = batches(12)
     (local, plain), (deep, engine) = (
@@ -153,7 +154,7 @@ def test_zero_gives_the_curve_of_plain_torch(tmp_path: Path, mesh: Mesh, kind: s
 
 @pytest.mark.parametrize("kind", ZERO)
 def test_zero_without_clipping_differs_in_nothing(tmp_path: Path, mesh: Mesh, kind: str) -> None:
-    """Adam works entry by entry, so flattening the parameters changes no bit of an update."""
+    """Adam works elementwise, so flattening the parameters changes no bit of an update."""
     xs = batches(12)
     (local, plain), (deep, engine) = (
         build(tmp_path, one, mesh, xs[0], clip_norm=None) for one in ("local", kind)
@@ -161,7 +162,8 @@ def test_zero_without_clipping_differs_in_nothing(tmp_path: Path, mesh: Mesh, ki
     curve = losses(plain, xs)
     found = losses(engine, xs)
     assert found[::2] == curve[::2]
-    assert found[1::2] == pytest.approx(curve[1::2], rel=1e-6)  # the norms
+    # the norms are summed in another order
+    assert found[1::2] == pytest.approx(curve[1::2], rel=1e-6)
     check_same(state(local, plain), state(deep, engine))
 
 
@@ -199,7 +201,9 @@ def test_an_engine_goes_on_where_another_stopped(tmp_path: Path, mesh: Mesh, kin
 
 @pytest.mark.parametrize("kind", ZERO)
 def test_the_constraint_holds_in_zeros_masters_too(tmp_path: Path, mesh: Mesh, kind: str) -> None:
-    """Masters that kept their own norms would bring them back with the next update."""
+    """DeepSpeed's fp32 masters are normalized too. Otherwise the next update would restore their
+    old norms.
+    """
     from deepspeed.utils import safe_get_full_fp32_param
 
     xs = batches(6)
@@ -215,7 +219,9 @@ def test_the_constraint_holds_in_zeros_masters_too(tmp_path: Path, mesh: Mesh, k
 def test_products_read_the_present_encoder(
     tmp_path: Path, mesh: Mesh, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever changed it: a step, another checkpoint, reviving; the mean, while it is measured."""
+    """No product reads a stale bf16 copy of the encoder after a step, after another checkpoint is
+    loaded, after latents are revived, or while the weight average is applied.
+    """
     xs = batches(4)
     sae, engine = build(tmp_path, kind, mesh, xs[0])
     sae.product_dtype = torch.bfloat16
@@ -235,7 +241,7 @@ def test_products_read_the_present_encoder(
     read.clear()
     with average.applied():
         sae.measure(sae_rows(xs[0]))
-    assert not any(read)  # they make their own
+    assert not any(read)  # each product casts its own copy
     losses(engine, xs[1:2])
     saved = {name: 2 * tensor for name, tensor in state(sae, engine).items()}
     restore(sae, engine, 9, saved)
@@ -248,15 +254,15 @@ def test_products_read_the_present_encoder(
 def test_clipping_gives_the_update_of_gradients_clipped_by_hand(
     tmp_path: Path, mesh: Mesh, kind: str
 ) -> None:
-    """Large gradients, and between them small ones that must not be scaled.
+    """The batches alternate between small gradients, which must not be scaled, and large ones.
 
-    exp_avg is what says it: Adam's own update hardly depends on the gradient's scale. In fp64,
+    The test compares exp_avg because Adam's update hardly depends on the gradient's scale. In fp64,
     exp_avg <- b1 exp_avg + (1 - b1) g min(1, clip / |g|).
     """
     xs = [scale * x for scale, x in zip((0.5, 30, 0.4, 20), batches(4), strict=True)]
     sae, engine = build(tmp_path, kind, mesh, xs[0])
     expected = {name: torch.zeros_like(p).double() for name, p in sae.named_parameters()}
-    step, norms = now(some_dead=False), list[float]()  # AuxK's gradient has a scale of its own
+    step, norms = now(some_dead=False), list[float]()  # AuxK's gradient has a different scale
     for x in xs:
         by_hand = gradients(sae, x, step)
         norms.append(total_norm(by_hand))
@@ -382,7 +388,7 @@ def test_keys_that_deepspeed_knows_pass(tmp_path: Path) -> None:
 def test_deepspeed_never_waits_for_the_device(
     tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its throughput timer would, twice a step from the third on."""
+    """DeepSpeed's throughput timer would synchronize twice a step from the third step on."""
     from deepspeed.accelerator import get_accelerator
 
     waits: list[str] = []
@@ -396,7 +402,7 @@ def test_deepspeed_never_waits_for_the_device(
 def test_deepspeed_does_not_look_for_compilers(
     tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That runs nvcc for each of its operators, and warns where there is none."""
+    """The search would run nvcc for each of DeepSpeed's operators, and warn if nvcc is missing."""
     deepspeed = import_deepspeed()
     from deepspeed.comm.torch import build_shm_op
 
@@ -444,13 +450,13 @@ def test_deepspeeds_configuration_follows_the_run_and_the_user(tmp_path: Path) -
 
 @pytest.mark.parametrize(("shards", "rows"), [(1, 40), (2, 80), (4, 160)])
 def test_to_deepspeed_a_replica_is_one_worker(tmp_path: Path, shards: int, rows: int) -> None:
-    """160 rows over 4 ranks: 4, 2 or 1 replicas."""
+    """160 rows are split over 4 ranks, which are 4, 2 or 1 replicas."""
     run = load_run(write_run(tmp_path, processes={"trainers": 4, "latent_shards": shards}))
     assert deepspeed_config(run)["train_micro_batch_size_per_gpu"] == rows
 
 
 def test_what_the_run_file_decides_cannot_be_set_past_it(tmp_path: Path) -> None:
-    """With two accumulation steps half of the updates would be missing, in silence."""
+    """With two accumulation steps, half of the updates would be skipped silently."""
     path = write_run(tmp_path, train={"deepspeed": {"gradient_accumulation_steps": 2}})
     with pytest.raises(ConfigError, match=r"train\.deepspeed\.gradient_accumulation_steps"):
         deepspeed_config(load_run(path))

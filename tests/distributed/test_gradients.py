@@ -1,4 +1,4 @@
-"""Gradients over replicas are one sum, whether gradients or rows and entries are exchanged."""
+"""The gradient is one sum over replicas, whether they exchange gradients or rows and entries."""
 
 from collections import Counter
 from pathlib import Path
@@ -19,7 +19,7 @@ from tests.dictionaries.ranks import ThreadAxis, on_ranks
 from tests.runs import write_run
 
 ROWS, WIDTH = 6, 6
-PATTERNS: list[list[list[int]]] = [  # latents of each row, by replica
+PATTERNS: list[list[list[int]]] = [  # latents of each row, per replica
     [[0, 3], [3], [], [9, 1], [], [3]],
     [[], [], [], [], [], []],
     [[9], [], [2, 3, 4], [3], [0, 1, 2, 3], []],
@@ -27,7 +27,7 @@ PATTERNS: list[list[list[int]]] = [  # latents of each row, by replica
 
 
 class CountingAxis(ThreadAxis):
-    """Counts the bytes that a ring of the replicas sends."""
+    """An axis that counts the bytes that a ring of the replicas sends."""
 
     sent: Counter[str]
 
@@ -41,7 +41,7 @@ class CountingAxis(ThreadAxis):
 
 
 def case(replica: int, n_latents: int) -> tuple[Tensor, Entries, Tensor]:
-    """Coefficients, entries and rows of a replica."""
+    """Return a replica's coefficients, entries and rows."""
     generator = torch.Generator().manual_seed(replica)
     entries = make_entries(PATTERNS[replica], n_latents=n_latents)
     coefficients = torch.randn(len(entries.latents), generator=generator, dtype=torch.float64)
@@ -50,7 +50,7 @@ def case(replica: int, n_latents: int) -> tuple[Tensor, Entries, Tensor]:
 
 @pytest.mark.parametrize(("n_latents", "expected"), [(10, "summed"), (1000, "gathered")])
 def test_the_sum_is_over_the_rows_of_all_replicas(n_latents: int, expected: str) -> None:
-    """Less what lies along W; the same bits on all."""
+    """The sum excludes the component along W, and has the same bits on all ranks."""
     W = torch.linspace(-1, 1, n_latents * WIDTH, dtype=torch.float64).view(n_latents, WIDTH)
     alongs = [torch.full((n_latents,), 0.5 + r, dtype=torch.float64) for r in range(3)]
     for r, pattern in enumerate(PATTERNS):
@@ -75,14 +75,16 @@ def test_the_sum_is_over_the_rows_of_all_replicas(n_latents: int, expected: str)
         torch.testing.assert_close(decoder, wanted - along[:, None] * W, rtol=1e-13, atol=1e-13)
         assert torch.equal(decoder, found[0][0])
         assert torch.equal(encoder, found[0][1])
-        # 9 entries at most on a replica
+        # a replica has at most 9 entries
         exchange = Exchange.of(3, W.numel(), ROWS * WIDTH, 9, 8)
         assert exchange.is_by_entry == (expected == "gathered")
         assert sent == {expected: exchange.by_entry if exchange.is_by_entry else exchange.dense}
 
 
 def test_all_shards_exchange_alike() -> None:
-    """Alone, the first would sum gradients for its 15 entries, and the other gather 304 bytes."""
+    """Each shard alone would choose differently: the first would sum gradients for its 15 entries,
+    and the other would gather 304 bytes.
+    """
     patterns = [[*range(15)], [3]]
     shards = [make_entries([row, *[[]] * 5], n_latents=30) for row in patterns]
 
@@ -99,10 +101,10 @@ def test_all_shards_exchange_alike() -> None:
 
 
 def test_entries_are_exchanged_up_to_a_quarter_of_the_bytes() -> None:
-    """Of 100 x 8 fp32 weights a ring of 4 sends 1.5 x 3,200 bytes; of 5 rows 3 x 160.
+    """A ring of 4 sends 1.5 x 3,200 bytes for 100 x 8 fp32 weights, and 3 x 160 bytes for 5 rows.
 
-    An entry is its coefficient, its latent and its row: 12 bytes, so 20 of them on each of 3 make a
-    quarter.
+    An entry takes 12 bytes: its coefficient, its latent and its row. So 20 entries on each of the 3
+    other ranks make a quarter.
     """
     assert Exchange.of(4, 800, 40, 0, 4) == Exchange(4800, 480)
     assert Exchange.of(4, 800, 40, 20, 4) == Exchange(4800, 1200)

@@ -1,4 +1,4 @@
-"""The ranks of one pod: how it ends when one of them does. A rank is a line of shell."""
+"""The ranks of one pod: how the pod ends when a rank ends. Each rank is a line of shell."""
 
 import signal
 import subprocess
@@ -18,13 +18,13 @@ OTHER_IS_UP = "until [ -e up ]; do sleep 0.01; done;"
 
 
 def heeds(code: int) -> str:
-    """A rank that ends with this exit code when it is told to."""
+    """Return a rank that ends with this exit code on SIGTERM."""
     return f"trap 'exit {code}' TERM; : > up; while :; do sleep 0.01; done"
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Runs two ranks."""
+    """A function that runs two ranks and returns the pod's exit code."""
 
     def run(first: str, second: str, stopping: threading.Event | None = None) -> int:
         program = tmp_path / "python"
@@ -47,14 +47,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         (f"{OTHER_IS_UP} exit 75", heeds(75), 75),
         (f"{OTHER_IS_UP} exit 1", heeds(75), 1),
         (f"{OTHER_IS_UP} exit 2", heeds(75), 2),
-        (f"{OTHER_IS_UP} exit 1", heeds(2), 2),  # a mistake explains the rest
+        (f"{OTHER_IS_UP} exit 1", heeds(2), 2),  # a user's mistake explains the other failures
         (f"{OTHER_IS_UP} kill -9 $$", heeds(75), 137),
-        (f"{OTHER_IS_UP} kill -9 $$", heeds(1), 137),  # the first, and not what came of it
+        (f"{OTHER_IS_UP} kill -9 $$", heeds(1), 137),  # the first failure, not its consequence
         (
             "exit 75",
             "exec sleep 60",
             75,
-        ),  # it was told before it could listen: it has nothing to save
+        ),  # SIGTERM came before the rank had a handler, so it has nothing to save
     ],
 )
 def test_a_pod_ends_as_its_ranks_do(
@@ -105,7 +105,8 @@ supervise([lambda: start(command, {{}})], threading.Event(), failed_grace_second
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
     process.kill()
-    assert process.stdout.read() == ""  # the rank has ended: nobody can write there any more
+    # the rank has ended, because nothing has the pipe open for writing
+    assert process.stdout.read() == ""
     assert said.read_text() == "stopped"
     process.communicate()
 
@@ -116,12 +117,14 @@ def test_ranks_know_their_numbers_and_where_to_meet(monkeypatch: pytest.MonkeyPa
         {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"},
         {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"},
     ]
-    first, second = rank_environments(2, 2)  # all in one pod: they need nobody's address
+    # all ranks are in one pod, so they need no other pod's address
+    first, second = rank_environments(2, 2)
     assert (first["RANK"], second["RANK"]) == ("0", "1")
     assert first["MASTER_ADDR"] == second["MASTER_ADDR"] == "127.0.0.1"
     assert first["MASTER_PORT"] == second["MASTER_PORT"]
     outgoing = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
-    assert int(first["MASTER_PORT"]) < int(outgoing[0])  # no connection takes it until it is opened
+    # outside the ephemeral ports, so no outgoing connection takes it before it is opened
+    assert int(first["MASTER_PORT"]) < int(outgoing[0])
     monkeypatch.delenv("JOB_COMPLETION_INDEX")
     with pytest.raises(ConfigError, match="JOB_COMPLETION_INDEX: not set, although 4 ranks"):
         rank_environments(2, 4)

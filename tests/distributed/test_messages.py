@@ -1,4 +1,4 @@
-"""What ranks tell one another is JSON: a neighbour's words never run."""
+"""Ranks exchange JSON, so a message from another rank is never executed."""
 
 import json
 from pathlib import Path

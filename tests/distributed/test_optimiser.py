@@ -1,4 +1,4 @@
-"""Our Adam, as the engine uses it, on small and on rare gradients."""
+"""The project's Adam, as the engine uses it, on small gradients and on rare ones."""
 
 import math
 from pathlib import Path
@@ -36,7 +36,7 @@ def build(folder: Path, **train: Any) -> tuple[Dictionary, Engine]:
 
 
 def trained(folder: Path, factor: float, steps: int = 40, **train: Any) -> list[dict[str, Tensor]]:
-    """The parameters after every step, of a loss that is multiplied by `factor`."""
+    """Return the parameters after every step with a loss that is multiplied by `factor`."""
     sae, engine = build(folder, clip_norm=None, **train)
     dead = torch.arange(N) % 4 == 0
     seen = []
@@ -51,7 +51,9 @@ def trained(folder: Path, factor: float, steps: int = 40, **train: Any) -> list[
 
 
 def test_the_norm_is_that_of_all_elements_however_many(tmp_path: Path) -> None:
-    """Added up in fp32 one after the other, squares of a wide dictionary get lost."""
+    """The norm of a wide dictionary is accurate. Adding its squares one by one in fp32 would lose
+    small ones.
+    """
     run = load_run(write_run(tmp_path, sae={"n_latents": 2**17, "init": "random"}))
     sae = build_sae(run.sae, 256)
     for number, parameter in enumerate(sae.parameters()):
@@ -67,7 +69,7 @@ def test_the_norm_is_that_of_all_elements_however_many(tmp_path: Path) -> None:
 
 
 def apart(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> float:
-    """The largest relative distance between two trajectories, over steps and parameters."""
+    """Return the largest relative distance between two trajectories, over steps and parameters."""
     return max(
         float((here[name] - there[name]).norm() / here[name].norm())
         for here, there in zip(one, other, strict=True)
@@ -77,13 +79,13 @@ def apart(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> float
 
 @pytest.mark.system
 def test_the_scale_of_the_loss_does_not_matter(tmp_path: Path) -> None:
-    """Adam divides it out, as long as eps is far below the gradients.
+    """Adam cancels the loss's scale as long as eps is far below the gradients.
 
-    Without clipping, which knows a scale, and from an encoder of unit length: at the scale that it
-    gets in training the gradients of some biases, which start at zero, are smaller still, and b_enc
-    differs by 2.3 % at a factor of 1e-3 (the weights by 9e-4). Here elements of the gradient are
-    1e-2 to 1e-5: at a factor of 1e-3 the smallest come near eps, and with the usual eps of 1e-8
-    below it.
+    Clipping depends on the scale, so it is off. The encoder starts at unit length. With the encoder
+    scale of real training, the gradients of some biases, which start at zero, are smaller still,
+    and b_enc differs by 2.3 % at a factor of 1e-3 (the weights by 9e-4). Here elements of the
+    gradient are 1e-2 to 1e-5. At a factor of 1e-3 the smallest come near eps, and are below the
+    usual eps of 1e-8.
     """
     reference = trained(tmp_path, 1.0)
     for factor in (1e-3, 1e2, 1e4):
@@ -93,9 +95,10 @@ def test_the_scale_of_the_loss_does_not_matter(tmp_path: Path) -> None:
 
 
 def firings(sae: Dictionary, engine: Engine, every: int, n: int, *, lr: float) -> float:
-    """How far one of W_enc's elements moves for the last of `n` firings, `every` steps apart.
+    """Return how far one element of W_enc moves for the last of `n` firings, `every` steps apart.
 
-    In units of lr. Gradients are set by hand: the element's is 1e-3 when its latent fires, else 0.
+    The distance is in units of lr. Gradients are set by hand: the element's gradient is 1e-3 when
+    its latent fires, else 0.
     """
     weight, before = sae.W_enc, 0.0
     for step in range(every * n):
@@ -114,12 +117,12 @@ def firings(sae: Dictionary, engine: Engine, every: int, n: int, *, lr: float) -
 def test_a_rare_latent_moves_as_with_dense_adam(
     tmp_path: Path, every: int, n: int, published: float
 ) -> None:
-    """Its moments decay and push on while it does not fire.
+    """A latent's moments decay while it does not fire, and keep moving its weights.
 
-    A gradient g once in T steps: j steps later m = (1 - b1) g b1^j and
-    v = (1 - b2) g^2 b2^j / (1 - b2^T), and over all j m / sqrt(v) adds up to
-    (1 - b1) / sqrt(1 - b2) / (1 - b1 / sqrt(b2)) * sqrt(1 - b2^T).
-    An optimiser that updates only rows with entries moves by 1 lr or 3.2 lr instead.
+    For a gradient g once in T steps, j steps later m = (1 - b1) g b1^j and v = (1 - b2) g^2 b2^j /
+    (1 - b2^T). Over all j, m / sqrt(v) adds up to (1 - b1) / sqrt(1 - b2) / (1 - b1 / sqrt(b2)) *
+    sqrt(1 - b2^T). An optimizer that updates only rows with entries moves by 1 lr or 3.2 lr
+    instead.
     """
     sae, engine = build(tmp_path, clip_norm=None)
     with torch.no_grad():
@@ -131,7 +134,9 @@ def test_a_rare_latent_moves_as_with_dense_adam(
 
 
 def test_a_latent_that_fires_once_in_very_many_steps_moves_by_31_8(tmp_path: Path) -> None:
-    """The limit for T >= 1e4 steps, late in a run: moments at zero, no bias correction left."""
+    """The limit for T >= 1e4 steps late in a run, when moments are zero and bias correction has
+    faded.
+    """
     sae, engine = build(tmp_path, clip_norm=None)
     with torch.no_grad():
         sae.W_enc.zero_()
@@ -143,7 +148,9 @@ def test_a_latent_that_fires_once_in_very_many_steps_moves_by_31_8(tmp_path: Pat
 
 
 def test_a_latent_that_does_not_fire_is_pushed_on_by_the_engine(tmp_path: Path) -> None:
-    """With the recipe's own gradients: one latent fires on the first batch, and then no more."""
+    """The recipe's own gradients are used: one latent fires on the first batch, and then never
+    again.
+    """
     sae, engine = build(tmp_path, clip_norm=None)
     quiet, none_dead = 5, torch.zeros(N, dtype=torch.bool)
     with torch.no_grad():
@@ -165,13 +172,14 @@ def test_a_latent_that_does_not_fire_is_pushed_on_by_the_engine(tmp_path: Path) 
         m, v = 0.9 * m, 0.999 * v
         unbiased = m / (1 - 0.9**step), v / (1 - 0.999**step)
         position = position - 1e-5 * unbiased[0] / (unbiased[1].sqrt() + 6.25e-10)
-        # fp32 near 1 has steps of 1e-7 and rounds ten times; what is pushed is 1e-5 a step
+        # fp32 near 1 has a spacing of 1e-7 and rounds ten times, while a step moves the weight by
+        # 1e-5
         torch.testing.assert_close(sae.W_enc.detach()[quiet].double(), position, rtol=0, atol=1e-6)
 
 
 @pytest.mark.system
 def test_products_in_bf16_train_as_well_as_in_fp32(tmp_path: Path) -> None:
-    """On the same batches, and measured alike: rows of their own, products in fp32."""
+    """Both train on the same batches, and are measured on the same separate rows in fp32."""
     fvus = []
     for dtype in (torch.float32, torch.bfloat16):
         sae, engine = build(tmp_path)

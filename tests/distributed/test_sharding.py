@@ -1,7 +1,8 @@
-"""However dictionary and batch are split over ranks, the training is the same.
+"""Training gives the same result however the dictionary and the batch are split over ranks.
 
-By default in fp32 over replicas alone and over four shards alone, in bf16 and fp64 over both.
-With `--long` every factorisation in every precision, and 200 steps in fp32 and fp64.
+By default, fp32 is tested over replicas alone and over four shards alone, and bf16 and fp64 over
+both. With `--long`, every factorization is tested in every precision, with 200 steps in fp32 and
+fp64.
 """
 
 import functools
@@ -33,24 +34,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def kinds(request: pytest.FixtureRequest) -> tuple[str, ...]:
-    """The recipes of the tests that this session runs: `-k clt` trains no others."""
+    """The recipes of the tests that this pytest session runs: `-k clt` trains no others."""
     run = [getattr(item, "callspec", None) for item in request.session.items]
     wanted = {call.params.get("kind") for call in run if call}
     return tuple(kind for kind in RECIPES if kind in wanted)
 
 
-@functools.cache  # to read what they saw takes longer than to compare it
+@functools.cache  # loading the results takes longer than comparing them
 def job(
     folder: Path, replicas: int, shards: int, kinds: tuple[str, ...], *, long: bool
 ) -> list[dict[tuple[str, str], dict[str, Any]]]:
-    """What each rank of a job of `replicas` x `shards` saw, by recipe and precision; run once."""
+    """Return what each rank of a job of `replicas` x `shards` recorded, by recipe and precision.
+    The job runs once.
+    """
     out, world, place = folder / f"{replicas}x{shards}", replicas * shards, (replicas, shards)
     dtypes = [d for d, places in BY_DEFAULT.items() if long or world == 1 or place in places]
     if not out.exists():
         out.mkdir()
         spec = {"world": world, "shards": shards, "out": str(out / "seen")}
         spec |= {"deepspeed": {}, "kinds": kinds, "dtypes": dtypes}
-        # in longer runs a weight's last bit decides now and then to which bf16 the weight rounds
+        # in longer runs a weight's last bit sometimes decides to which bf16 value the weight rounds
         spec["steps"] = {dtype: 200 if long and dtype != "bf16" else STEPS for dtype in dtypes}
         ranks = []
         for number, env in enumerate(rank_environments(world, world)):
@@ -59,7 +62,7 @@ def job(
             ranks[-1].start()
         for number, process in enumerate(ranks):
             process.join(3600 if long else HANG_SECONDS)
-            if process.exitcode != 0:  # None: it hangs
+            if process.exitcode != 0:  # None: the rank hangs
                 process.kill()
                 (out / "failed").write_text((out / f"log.{number}").read_text())
     assert not (out / "failed").exists(), (out / "failed").read_text()[-3000:]
@@ -67,7 +70,7 @@ def job(
 
 
 class Seen:
-    """What the ranks of a job saw of one recipe, put together."""
+    """What a job's ranks recorded for one recipe, combined."""
 
     def __init__(
         self, ranks: list[Any], which: tuple[str, str], replicas: int, shards: int
@@ -88,7 +91,7 @@ class Seen:
         return torch.cat([rank["steps"][step]["dead"] for rank in self.replica])
 
     def norm(self, step: int) -> float:
-        (norm,) = {rank["steps"][step]["norm"] for rank in self.ranks}  # the same on all
+        (norm,) = {rank["steps"][step]["norm"] for rank in self.ranks}  # the same on all ranks
         return float(norm)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -105,8 +108,8 @@ def compare(one: Seen, other: Seen, loss: float, parameters: float, *, rounds: b
     for step in one.steps:
         assert one.selected(step) == other.selected(step), f"step {step}"
         terms = one.terms(step)
-        # a penalty of 2 % of the loss gathers 1.1e-6 of itself over 198 steps, and in bf16 over 10:
-        # what rounding leaves different in a weight may round to another bf16
+        # a penalty that is 2 % of the loss drifts by 1.1e-6 of itself over 198 steps, and in bf16
+        # over 10: weights that differ by rounding error may round to different bf16 values
         beside = loss * terms[-1] if rounds or step >= STEPS else 1e-30
         assert other.terms(step) == pytest.approx(terms, rel=loss, abs=beside), step
         assert other.norm(step) == pytest.approx(one.norm(step), rel=10 * loss), step
@@ -115,7 +118,7 @@ def compare(one: Seen, other: Seen, loss: float, parameters: float, *, rounds: b
     for name, tensor in one.tensors().items():
         error = (tensor - found[name]).norm() / tensor.norm()
         assert float(error) <= parameters, name
-    for rank in other.ranks:  # what all hold has the same bits on all
+    for rank in other.ranks:  # replicated tensors have the same bits on all ranks
         for name in SHARED & rank["tensors"].keys():
             assert torch.equal(rank["tensors"][name], other.ranks[0]["tensors"][name])
         for name, buffer in one.ranks[0]["buffers"].items():
@@ -124,9 +127,11 @@ def compare(one: Seen, other: Seen, loss: float, parameters: float, *, rounds: b
 
 
 def test_a_sharded_axis_inherits_no_collective() -> None:
-    """Those of one process are the identity, and would be wrong without a word."""
+    """A collective of the one-process axis is the identity, so inheriting one would silently give
+    wrong results.
+    """
     collectives = {name for name, of in vars(LatentAxis).items() if callable(of) and name[0] != "_"}
-    collectives.remove("latents")  # which those are follows from the rank's place
+    collectives.remove("latents")  # it only depends on the rank's place, so it may be inherited
     assert len(collectives) >= 8
     assert collectives <= vars(ShardedAxis).keys()
 
@@ -143,14 +148,14 @@ def test_sharded_training_equals_unsharded(
     kind: str,
     request: pytest.FixtureRequest,
 ) -> None:
-    """In bf16 the encoder product alone is rounded."""
+    """In bf16, only the encoder product is rounded."""
     long = request.config.getoption("--long")
     if not long and (replicas, shards) not in BY_DEFAULT[dtype]:
         pytest.skip("this factorisation in this precision: with --long")
     one = Seen(job(folder, 1, 1, kinds, long=long), (kind, dtype), 1, 1)
     ranks = job(folder, replicas, shards, kinds, long=long)
     if "auxk" in RECIPES[kind]:
-        assert any(one.dead(step).any() for step in one.steps)  # AuxK takes part
+        assert any(one.dead(step).any() for step in one.steps)  # AuxK is active
     loss, parameters = (1e-10, 1e-10) if dtype == "fp64" else (1e-6, 1e-5)
     compare(
         one, Seen(ranks, (kind, dtype), replicas, shards), loss, parameters, rounds=dtype == "bf16"

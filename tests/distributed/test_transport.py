@@ -19,7 +19,7 @@ SOCKETS = (
 
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The log of this process, in a pod that asks for RDMA."""
+    """The NCCL log of this process, in a pod that requests RDMA."""
     for name, value in pod_environment(str(tmp_path)).items():
         monkeypatch.setenv(name, value)
     return tmp_path / f"nccl.{socket.gethostname()}.{os.getpid()}.log"

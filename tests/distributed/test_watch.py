@@ -1,4 +1,6 @@
-"""A rank that is lost, hung or has failed ends the job, within seconds, and is named."""
+"""A rank that is lost, hung or has failed ends the job within seconds, and the error names the
+rank.
+"""
 
 import os
 import signal
@@ -22,7 +24,7 @@ from tests.forks import processes
 pytestmark = pytest.mark.system
 
 WORLD = 3
-MARGIN_SECONDS = 20.0  # for a busy machine
+MARGIN_SECONDS = 20.0  # allowance for a busy machine
 
 
 class Rank(NamedTuple):
@@ -39,7 +41,7 @@ class Rank(NamedTuple):
             time.sleep(0.02)
 
     def ends(self, seconds: float) -> tuple[int, str]:
-        """(Exit code, what it said last)."""
+        """Wait for the rank to end, and return its exit code and its last error line."""
         self.process.join(seconds + MARGIN_SECONDS)
         errors = [line for line in self.said("err").splitlines() if line.startswith("error: ")]
         return self.process.exitcode, errors[-1] if errors else ""
@@ -51,7 +53,7 @@ class Rank(NamedTuple):
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., list[Rank]]]:
-    """Starts a job; none of its processes is left at the end."""
+    """A function that starts a job. Its processes are killed at the end of the test."""
     ranks: list[Rank] = []
 
     environments = rank_environments(WORLD, WORLD)
@@ -92,7 +94,7 @@ def test_a_rank_that_does_not_come_is_named(
 def test_a_rank_that_dies_before_the_groups_are_made_is_named(
     start: Callable[..., list[Rank]],
 ) -> None:
-    """The others wait for it inside the making of a group, which has no time limit."""
+    """The other ranks wait for rank 1 while they create a process group, which has no timeout."""
     job = start("dies first")
     for other in (job[0], job[2]):
         code, error = other.ends(LOST_SECONDS)
@@ -104,7 +106,9 @@ def test_a_rank_that_dies_before_the_groups_are_made_is_named(
 def test_a_rank_that_is_started_again_alone_does_not_take_part(
     start: Callable[..., list[Rank]],
 ) -> None:
-    """The others miss it, though it is back; all together they begin anew."""
+    """The other ranks report the lost rank although its replacement is up. All ranks must restart
+    together.
+    """
     job = start("goes on")
     job[1].reaches(5)
     job[1].process.kill()
@@ -122,7 +126,7 @@ def test_a_rank_that_is_started_again_alone_does_not_take_part(
 
 def test_ranks_that_wait_for_others_can_be_stopped(start: Callable[..., list[Rank]]) -> None:
     first, last = start("goes on", (0, 2))
-    for one in (last, first):  # which the store ends with
+    for one in (last, first):  # the first rank ends last, because it serves the store
         one.reaches("ready")
         os.kill(one.process.pid, signal.SIGTERM)
         assert one.ends(0) == (
@@ -150,10 +154,11 @@ def test_a_lost_rank_is_named(
 def test_a_hung_rank_is_named_and_tells_where_it_stands(
     start: Callable[..., list[Rank]], how: str
 ) -> None:
-    """The others are at the same step, inside a collective that it has not entered.
+    """The other ranks wait at the same step, inside a collective that the hung rank has not
+    entered.
 
-    The watch speaks first, though torch's limit for a collective is a sixth of `hung_seconds`; NCCL
-    is told to leave it to the watch.
+    The watch must report the rank first, although torch's timeout for a collective is a sixth of
+    `hung_seconds`. NCCL's own timeouts are off so that the watch decides.
     """
     job = start(how)
     for one in job:
@@ -162,7 +167,7 @@ def test_a_hung_rank_is_named_and_tells_where_it_stands(
         assert error.startswith("error: rank 1 (")
         assert "hung at step 3" in error
         assert str(dict.fromkeys(NCCL_JUDGES, "0")) in one.said("out")
-    assert "in work" in job[1].said("err")  # the stack
+    assert "in work" in job[1].said("err")  # the hung rank's stack
 
 
 def test_a_rank_that_fails_speaks_for_itself_and_ends_the_others(

@@ -1,4 +1,4 @@
-"""Questions to an endpoint: what they cost, that each is paid once, and what goes wrong."""
+"""Requests to an endpoint: what they cost, that no answer is paid for twice, and what fails."""
 
 import re
 import threading
@@ -24,7 +24,7 @@ from tests.endpoint.server import OpenAIServer, endpoint_file, serving, texts_of
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
-    """Answers with the last word of the question; the program pauses for milliseconds."""
+    """A server that answers with the last word of the question. Retries pause for milliseconds."""
     monkeypatch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.002)
     monkeypatch.setattr(retry, "LONGEST_PAUSE_SECONDS", 0.02)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -67,7 +67,7 @@ def test_a_question_is_another_with_another_model_limit_or_parameter(
 def test_the_estimate_is_exact_in_requests_and_bounds_the_price(
     server: OpenAIServer, tmp_path: Path
 ) -> None:
-    """Each question has 7 + 4 bytes, and 11 / 4 is rounded up to 3 tokens."""
+    """Each question has 7 + 4 bytes, and 11 / 4 rounds up to 3 tokens."""
     endpoint = opened(server, tmp_path, input_price=2.0, output_price=10.0)
     estimate = endpoint.estimate([question("abcd"), question("efgh"), question("abcd")])
     assert not server.bodies
@@ -106,7 +106,9 @@ def test_tokens_are_counted_with_the_chat_template(
 def test_it_waits_for_an_endpoint_that_is_away(
     server: OpenAIServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And says at once what the endpoint answers, in case waiting does not help."""
+    """The first failure is logged at once, with the endpoint's message, in case waiting does not
+    help.
+    """
     server.faults = [
         (500, {}, {"error": "no such model"}),
         (0, {}, b""),
@@ -116,7 +118,7 @@ def test_it_waits_for_an_endpoint_that_is_away(
     (answer,) = opened(server, tmp_path).ask([question("a b")])
     assert answer.text == "b"
     assert len(server.bodies) == 5
-    said, *_ = caplog.messages  # after a while it says so again
+    said, *_ = caplog.messages  # repeated only after a while
     assert re.search(r": HTTP 500 \(no such model\); .*; retrying for up to \d+ s$", said)
 
 
@@ -156,7 +158,7 @@ def test_it_does_not_repeat_what_waiting_does_not_mend(
 def test_a_refusal_ends_the_wait_for_other_answers(
     server: OpenAIServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first question is put again and again for a minute, if nothing ends that."""
+    """Unless the refusal ends the retries, the first question is retried for a minute."""
     monkeypatch.setattr(retry, "STOPPING_RETRY_SECONDS", 0.05)
     waits = threading.Event()
 
@@ -205,7 +207,7 @@ def test_the_key_comes_from_the_environment_and_is_in_no_message(
 
 
 def test_requests_run_side_by_side_up_to_the_limit(server: OpenAIServer, tmp_path: Path) -> None:
-    barrier = threading.Barrier(3)  # each answer needs two more requests beside it
+    barrier = threading.Barrier(3)  # each answer waits until three requests are in progress
 
     def reply(_: Any) -> str:
         barrier.wait(timeout=30)

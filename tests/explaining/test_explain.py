@@ -1,4 +1,4 @@
-"""`dist-sae explain` against a server that answers by rules, and what is shown of it."""
+"""`dist-sae explain` against a server that answers by rules, and how explanations are displayed."""
 
 import json
 import re
@@ -25,7 +25,9 @@ pytestmark = pytest.mark.system
 
 SETTINGS = ["--tokens", str(LENGTH), "--silent", "20"]
 REQUESTS = 7
-"""Of a latent with 20 active, 20 silent passages and 20 near misses: one, and six of ten."""
+"""Requests for a latent with 20 active, 20 silent and 20 near-miss passages: one for the
+explanation, and six that judge ten passages each.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 class Asking:
-    """The command, on a server of its own."""
+    """The `explain` command with a test server."""
 
     def __init__(self, run: Run, server: OpenAIServer, folder: Path) -> None:
         self.server = server
@@ -72,7 +74,7 @@ def asking(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_nothing_is_sent_without_the_word(
     asking: Asking, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Latents 0 and 1 can be explained; 3 is too rare, 4 never fires."""
+    """Latents 0 and 1 can be explained. Latent 3 is too rare, and 4 never fires."""
     assert asking("--latents", "0", "1", "3", "4") == 0
     said = capsys.readouterr().out
     assert not asking.server.bodies
@@ -82,9 +84,12 @@ def test_nothing_is_sent_without_the_word(
 
 
 def test_a_rule_is_scored_as_by_hand(asking: Asking, capsys: pytest.CaptureFixture[str]) -> None:
-    """Latent 0 fires on two words, in 30 documents each; the explainer sees more of the stronger
-    one, word 10. The judge says yes of the upper deciles alone, so recall is 10 of 20, and of the
-    20 silent ones all are right. Latent 1 fires on one word: all is right."""
+    """The scores of latents 0 and 1 match values worked out by hand.
+
+    Latent 0 fires on two words, in 30 documents each. The explainer sees the stronger one, word 10,
+    more often. The judge says yes only in the upper deciles, so recall is 10 of 20, and all 20
+    silent passages are judged correctly. Latent 1 fires on one word, and every verdict is correct.
+    """
     assert asking("--latents", "0", "1", "3", "4", "--yes", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["latents"], found["explained"], found["too_rare"]) == (4, 2, 2)
@@ -109,7 +114,7 @@ def test_a_rule_is_scored_as_by_hand(asking: Asking, capsys: pytest.CaptureFixtu
 
 
 def test_the_judge_sees_no_marks_and_other_passages_than_the_explainer(asking: Asking) -> None:
-    """Of latent 2, which no other test asks about."""
+    """Latent 2 is used because no other test explains it, so no answer is cached."""
     assert asking("--latents", "2", "--yes") == 0
     shown, *judged = (body["messages"][-1]["content"] for body in asking.server.bodies)
     assert "<<" in shown
@@ -126,7 +131,7 @@ def test_the_judge_sees_no_marks_and_other_passages_than_the_explainer(asking: A
 def test_the_same_command_asks_only_what_is_left(
     asking: Asking, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The endpoint goes away after four answers; then a latent more is asked for."""
+    """The endpoint fails after four answers, and the next command must not pay for them again."""
     server = asking.server
     asking.settings(patience_seconds=0.05, concurrency=1, model="other")
     server.reply = lambda body: _away(server, 4, body)
@@ -147,7 +152,7 @@ def test_the_same_command_asks_only_what_is_left(
 
 
 def _away(server: OpenAIServer, after: int, body: Any) -> str:
-    """Answer, and mark the request; after some be away for good."""
+    """Answer and mark the request. After `after` answers, fail every later request."""
     body["done"] = True
     if sum("done" in each for each in server.bodies) >= after:
         server.faults = [(503, {}, {"error": {"message": "away"}})] * 10_000
@@ -187,7 +192,7 @@ def test_passing_failures_are_waited_for(asking: Asking) -> None:
 def test_answers_that_cannot_be_read_are_counted(
     asking: Asking, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One judgement of ten passages is no list; of latent 1 the explanation is none."""
+    """One judgment of ten passages is not a list, and latent 1 gets no explanation."""
     asking.settings(model="vague", concurrency=1)
 
     def vague(body: Any) -> str:
@@ -277,7 +282,7 @@ def test_explanations_are_shown_in_the_terminal_and_in_the_report(
 def test_what_delphi_found_is_read(
     asking: Asking, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Files as eai-delphi 0.1.3 writes them."""
+    """The files have the format of eai-delphi 0.1.3."""
     folder = tmp_path / "results"
     for name in ("explanations", "scores/detection"):
         (folder / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Which passages a latent is explained and judged on."""
+"""The passages that a latent is explained and judged on."""
 
 from collections import Counter
 from pathlib import Path
@@ -56,7 +56,9 @@ def test_no_passage_is_both_shown_and_judged(sampled: list[SampledPassages]) -> 
 
 
 def test_active_passages_are_drawn_evenly_from_deciles(sampled: list[SampledPassages]) -> None:
-    """60 documents fire latent 0: the 30 with w11 are the deciles 0 to 4, by 30 ties of 1."""
+    """60 documents fire latent 0. The 30 with w11 all have activation 1, and these ties fill
+    deciles 0 to 4.
+    """
     active = [passage for passage in sampled[0].judged if passage.kind == "active"]
     assert Counter(passage.decile for passage in active) == dict.fromkeys(range(10), 2)
     for passage in active:
@@ -68,8 +70,11 @@ def test_active_passages_are_drawn_evenly_from_deciles(sampled: list[SampledPass
 def test_the_explainer_sees_the_most_active_first_and_some_of_each_decile(
     sampled: list[SampledPassages],
 ) -> None:
-    """40 passages are left by the judge, 4 of each decile. The ten of largest activation are of the
-    deciles 7, 8 and 9; of the other eight deciles there is one each, and two more."""
+    """The explainer gets 40 passages that the judge does not see, 4 of each decile.
+
+    The ten with the largest activations are in deciles 7, 8 and 9. Each of the other deciles
+    supplies one, and two more are added.
+    """
     acts = [max(passage.acts) for passage in sampled[0].shown]
     assert acts == sorted(acts, reverse=True)
     assert len(acts) == 20
@@ -87,12 +92,12 @@ def test_silent_passages_are_silent_and_near_misses_fire_a_near_latent(
     for kind, passages in found.items():
         for passage in passages:
             assert largest(0, documents()[passage.document]) == 0, kind
-    # latents 2 and 5 are near, 5 everywhere: half of the near misses fire latent 2
+    # latents 2 and 5 are near, and 5 fires everywhere, so half of the near misses fire latent 2
     assert sum(13 in documents()[p.document] for p in found["near"]) >= 7
 
 
 def test_half_of_few_passages_are_judged(sampled: list[SampledPassages]) -> None:
-    """Nine documents fire latent 3: four are judged, of other deciles, and five are shown."""
+    """Nine documents fire latent 3: four of different deciles are judged, and five are shown."""
     active = [passage for passage in sampled[3].judged if passage.kind == "active"]
     assert (len(active), len(sampled[3].shown), sampled[3].active) == (4, 5, 9)
     assert len({passage.decile for passage in active}) == 4
@@ -112,7 +117,7 @@ def test_the_same_passages_are_drawn_again(run: Run, sampled: list[SampledPassag
 
 
 def test_pieces_of_documents_are_passages_of_their_own(run: Run) -> None:
-    """Of two halves of four tokens, only the one with the word is active."""
+    """Of a document's two halves of four tokens, only the one with the word is active."""
     found = sampler(run, SETTINGS._replace(tokens=4, silent=150)).sample(1)
     halves = [p for p in found.judged if 12 in documents()[p.document] and p.kind != "active"]
     assert halves

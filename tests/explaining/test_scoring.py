@@ -1,4 +1,4 @@
-"""Scores and answers, by hand."""
+"""Scores computed by hand, and the parsing of answers."""
 
 import pytest
 
@@ -18,9 +18,9 @@ def judged(kind: Kind, answers: str, decile: int | None = None) -> list[Verdict]
 
 
 def test_scores_are_those_worked_by_hand() -> None:
-    """10 of 20 active, 0 of 20 silent, 5 of 10 near misses.
+    """The judge says yes to 10 of 20 active passages, 0 of 20 silent ones and 5 of 10 near misses.
 
-    Wilson's 95 % intervals (z = 1.96): of 10/20 .2993 to .7007, of 20/20 .8389 to 1. So the
+    Wilson's 95 % interval (z = 1.96) is .2993 to .7007 for 10/20, and .8389 to 1 for 20/20. So the
     balanced accuracy is .75, from .75 - sqrt(.2007^2 + .1611^2) / 2 to .75 + sqrt(.2007^2 + 0) / 2.
     F1 = 2 * 10 / (2 * 10 + 0 + 10).
     """
@@ -56,7 +56,7 @@ def test_passages_without_an_answer_are_counted_apart() -> None:
     )
     assert told.balanced_accuracy == 1
     assert told.near_specificity is None
-    told = score(judged("active", "yy"))  # it is active everywhere
+    told = score(judged("active", "yy"))  # a latent that is active everywhere
     assert (told.balanced_accuracy, told.low, told.f1) == (None, None, None)
 
 
@@ -107,7 +107,9 @@ def test_the_last_line_of_a_cut_answer_is_no_explanation(answer: str, found: str
 
 
 def test_marks_and_strengths_are_for_the_explainer_alone() -> None:
-    """Tokens from .3 of the passage's largest activation on are marked, side by side as one."""
+    """Tokens with at least 0.3 of the passage's largest activation are marked. Adjacent marked
+    tokens share one mark.
+    """
     passage = Passage(
         0, 0, 3, "active", ["The", " Nile", " River", "\nis", " long"], [0, 2, 4, 1, 1.25]
     )

@@ -1,4 +1,4 @@
-"""The pauses before pods are replaced, in simulated time, with the Jobs as they are rendered."""
+"""The pauses before pods are replaced, for the rendered Jobs in simulated time."""
 
 import heapq
 import random
@@ -22,7 +22,7 @@ HOUR, DAY = 3600.0, 86_400.0
 
 
 class FakePod:
-    """A pod that runs until it is ended."""
+    """A pod that runs until the test ends it."""
 
     name = "fake"
 
@@ -39,7 +39,7 @@ class FakePod:
 
 
 class World:
-    """One Job, whose time passes from event to event."""
+    """One Job in simulated time, which advances from event to event."""
 
     def __init__(self, manifest: Object) -> None:
         self.now = 0.0
@@ -57,7 +57,7 @@ class World:
             self.job.reconcile()
 
     def pass_to(self, then: float) -> Iterator[float]:
-        """Pass to a time, and yield the length of each span in which nothing changes."""
+        """Advance to a time, and yield the length of each interval in which nothing changes."""
         while (pause := self.job.next_start) is not None and pause <= then:
             yield pause - self.now
             self.now = pause
@@ -67,7 +67,7 @@ class World:
 
 
 def rendered(part: str, *overrides: str) -> Object:
-    """The Job of a part, with pods of nothing: each of them is a copy."""
+    """Return a part's Job with empty pods, because the simulation copies each pod."""
     jobs = all_jobs_of(load_run(RUN, overrides))
     job = next(job for job in jobs if f"-{part}-" in job["metadata"]["name"])
     pod = {"restartPolicy": "Never", "containers": []}
@@ -75,14 +75,14 @@ def rendered(part: str, *overrides: str) -> Object:
 
 
 def of_the_whole_job(job: Object) -> Object:
-    """This Job with one failure budget for all of its pods."""
+    """Return this Job with one failure budget for all of its pods."""
     limits = ("backoffLimitPerIndex", "maxFailedIndexes")
     spec = {key: value for key, value in job["spec"].items() if key not in limits}
     return job | {"spec": spec | {"backoffLimit": 6}}
 
 
 def pause_after_lost_ranks(job: Object, losses: int) -> list[float]:
-    """Seconds without trainers after each loss of a rank, which ends all pods with 75."""
+    """Return the seconds without trainers after each lost rank, which ends all pods with 75."""
     world = World(job)
     pauses = []
     for loss in range(1, losses + 1):
@@ -99,7 +99,9 @@ def pause_after_lost_ranks(job: Object, losses: int) -> list[float]:
 
 
 def live_share(job: Object, *, days: int) -> float:
-    """Live share of 1,000 producers on the last of these days: each is preempted once a day."""
+    """Return the share of 1,000 producers that are live on the last day, if each is preempted once
+    a day.
+    """
     random.seed(0)
     world, live, whole = World(job), 0.0, 0.0
     events = [(random.random() * DAY, index) for index in range(1000)]
@@ -124,12 +126,12 @@ def test_pods_that_lose_one_of_them_come_back_soon() -> None:
 
 def test_a_thousand_preempted_producers_stay_live() -> None:
     job = rendered("producer", "processes.producers=1000")
-    assert live_share(job, days=8) > 0.99  # the longest pause, 10 min a day, is .993
+    assert live_share(job, days=8) > 0.99  # with the longest pause, 10 min a day, the share is .993
     assert live_share(of_the_whole_job(job), days=2) < 0.7
 
 
 def live(world: World, store: ObjectStore, code: int, *, progress: bool) -> None:
-    """Let all 16 trainers live, count that as they do, and end them all with this code."""
+    """Run all 16 trainers once, count their lives, and end them all with this code."""
     for index in range(16):
         life = PodLife(store, "run", "trainer", index, job=world.job.uid, retries=6)
         try:
@@ -146,14 +148,16 @@ def live(world: World, store: ObjectStore, code: int, *, progress: bool) -> None
 
 
 def test_progress_refills_the_retries_and_lives_without_any_end_the_run(tmp_path: Path) -> None:
-    """Out of memory, NCCL's abort, a bug, a lost rank: each is a restart, as long as it goes on."""
+    """Running out of memory, an NCCL abort, a bug and a lost rank each restart the pods without
+    limit, as long as the run makes progress.
+    """
     store = open_store(str(tmp_path))
     world = World(rendered("trainer", "processes.trainers=128", "activations.streams=128"))
     for code in 10 * (137, 134, 70, 75):
         live(world, store, code, progress=True)
         assert world.job.condition is None
     assert not world.job.counted
-    for code in (75, 75, 75, 75, 137, 75, 75):  # the first one of these, and 6 retries
+    for code in (75, 75, 75, 75, 137, 75, 75):  # the first life without progress, and 6 retries
         live(world, store, code, progress=False)
         assert world.job.condition is None
     live(world, store, 75, progress=False)
@@ -162,7 +166,7 @@ def test_progress_refills_the_retries_and_lives_without_any_end_the_run(tmp_path
 
 
 def test_an_index_that_cannot_begin_fails_the_job_when_its_retries_are_used() -> None:
-    """Python ends with 1 before a life begins that could be counted: Kubernetes counts it."""
+    """Python exits with 1 before the pod can count its life, so Kubernetes counts the failure."""
     job = rendered("producer", "processes.producers=3", "cluster.producer.retries=2")
     world = World(job)
     for life in range(3):
@@ -173,6 +177,6 @@ def test_an_index_that_cannot_begin_fails_the_job_when_its_retries_are_used() ->
             world.end(2, 1)
         for _ in world.pass_to(world.now + HOUR):
             pass
-    world.job.reconcile()  # the others have been told to end
+    world.job.reconcile()  # the other pods get SIGTERM
     assert world.job.condition is not None
     assert world.job.condition[:2] == ("Failed", "MaxFailedIndexesExceeded")

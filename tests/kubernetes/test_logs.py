@@ -1,4 +1,4 @@
-"""Logs of pods by part, index and name, while they run and after they were replaced."""
+"""Logs of pods by part, index and name, while the pods run and after they were replaced."""
 
 import json
 import threading
@@ -15,7 +15,7 @@ from tests.kubernetes.containers import render_status
 
 @contextmanager
 def meanwhile(act: Callable[[], None]) -> Iterator[None]:
-    """Make something happen on the cluster while a command runs."""
+    """Run `act` on the cluster in a thread while a command runs."""
     thread = threading.Thread(target=act)
     thread.start()
     try:
@@ -34,7 +34,7 @@ def await_watch(api: ApiServer, before: int) -> None:
 
 @pytest.fixture
 def trainers(api: ApiServer, sh: Shell, path: str) -> tuple[str, str]:
-    """Pods of two running trainers with interleaved logs."""
+    """The names of two running trainer pods with interleaved logs."""
     sh("submit", path)
     first, second = api.pods("trainer")
     for second_of_day, pod in ((1, first), (2, second), (3, first), (4, second)):
@@ -98,7 +98,7 @@ def test_logs_of_the_reporter_are_of_all_its_programs(api: ApiServer, sh: Shell,
 
 @pytest.fixture
 def reporter(api: ApiServer, sh: Shell, path: str) -> Object:
-    """Pod of a reporter whose first program runs and has logged."""
+    """A reporter's pod whose first container runs and has logged."""
     sh("submit", path)
     pod = api.the("Pod", api.pods("reporter")[0])
     api.set("Pod", pod["metadata"]["name"], status=render_status(pod, 0))

@@ -1,4 +1,4 @@
-"""`pod_patch`: what a run file adds to the pods, as a server would merge it."""
+"""`pod_patch`: what a run file adds to the pods, merged as an API server would merge it."""
 
 import copy
 from pathlib import Path

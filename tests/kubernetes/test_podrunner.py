@@ -1,4 +1,4 @@
-"""The pod runner itself, with one-line shell pods: it behaves as Kubernetes documents."""
+"""The test pod runner behaves as Kubernetes documents, shown with one-line shell pods."""
 
 import os
 import select
@@ -30,7 +30,7 @@ UNTIL_TOLD_WRONG = UNTIL_TOLD.replace("75", "2")
 
 
 def make_job(name: str, script: str, *, n: int = 1, **container: Any) -> Object:
-    """An Indexed Job of `n` pods that run a script."""
+    """Return an Indexed Job of `n` pods that run a script."""
     spec = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": 1,
@@ -53,7 +53,7 @@ def make_job(name: str, script: str, *, n: int = 1, **container: Any) -> Object:
 
 
 def run(cluster: Cluster, manifest: Object) -> Job:
-    """Run a job to its end."""
+    """Run a Job to its end."""
     cluster.apply([manifest])
     job = cluster.jobs[manifest["metadata"]["name"]]
     cluster.wait(lambda: job.condition)
@@ -70,7 +70,7 @@ def await_up(cluster: Cluster, pod: Pod) -> Pod:
 
 
 def next_life(cluster: Cluster, job: Job, lives: int) -> Pod:
-    """Wait for a job's only pod to be up, after some earlier pods."""
+    """Wait until a Job's only pod is up, after `lives` earlier pods."""
     cluster.wait(lambda: job.active and len(job.pods) == lives + 1)
     return await_up(cluster, job.active[0])
 
@@ -129,7 +129,9 @@ def test_a_container_has_what_its_manifest_gives_and_no_more(cluster: Cluster) -
 
 
 def test_a_name_is_of_the_pod_that_has_it_now(cluster: Cluster) -> None:
-    """Pod 0 sees pod 1 come back elsewhere, and pod 1 sees that pod 0 has ended."""
+    """A name resolves to the current pod: pod 0 sees pod 1 return at another address, and pod 1
+    sees that pod 0's name is gone.
+    """
     script = """
         address() { getent hosts $1 | cut -d' ' -f1; }
         if [ $JOB_COMPLETION_INDEX = 0 ]; then
@@ -191,7 +193,9 @@ def test_a_mistake_fails_a_job_at_once_and_ends_its_other_pods(cluster: Cluster)
 
 
 def test_a_container_that_hangs_is_told_to_end_and_then_killed(cluster: Cluster) -> None:
-    """It was alive, and ready; stopped, it does not even heed SIGTERM within its second."""
+    """The container was live and ready. Once it is stopped, it cannot handle SIGTERM within its
+    grace period of a second, and is killed.
+    """
     probe = {
         "httpGet": {"path": "/", "port": "web"},
         "periodSeconds": 1,
@@ -251,7 +255,7 @@ def test_jobs_of_a_jobset_begin_after_one_another_and_fail_together(cluster: Clu
     assert "set-third-0 failed (PodFailurePolicy: container main of" in jobset.condition.message
     (second,) = jobset.jobs["second"]
     assert [pod.exit_codes["main"] for pod in second.ignored] == [75]
-    assert second.condition is None  # it was deleted with the JobSet's end
+    assert second.condition is None  # it was deleted when the JobSet ended
     assert "never" not in jobset.jobs
 
 
@@ -274,7 +278,7 @@ def test_nothing_outlives_a_cluster(tmp_path: Path) -> None:
     with (
         pytest.raises(ZeroDivisionError),
         Cluster(tmp_path) as cluster,
-    ):  # its end says what is left
+    ):  # on exit, the cluster reports what is left
         crash(cluster)
     assert len(ends) >= 4
     for end in ends:

@@ -1,8 +1,9 @@
-"""Rendered runs on a cluster; pods are started from their manifests alone.
+"""Rendered runs on a test cluster, whose pods are started from their manifests alone.
 
-The world is small, the programs, the S3 server and the signals are real. A calm run is what every
-disturbed one is compared with; its planner, producers and trainers start as on a cluster, all
-others from preloaded modules. A run that is to be disturbed cannot end before: units are withheld.
+The synthetic model is small, but the programs, the S3 server and the signals are real. Every
+disturbed run is compared with one undisturbed run. The undisturbed run's planner, producers and
+trainers start as on a cluster, and all other pods start from preloaded modules. Units are withheld
+from a run that will be disturbed, so that it cannot end too early.
 """
 
 import json
@@ -47,28 +48,31 @@ SMALL = (
     "train.batch_rows=256",
     "train.normaliser_rows=5_000",
     "train.products=fp32",
-    "cluster.env.CXX=none",  # else native kernels are compiled anew in every pod
+    "cluster.env.CXX=none",  # otherwise every pod would compile the native kernels again
     "train.log_every_steps=1",
     "train.save_every_steps=10",
     "timeouts.lost_seconds=10",
 )
 WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")
 UNIT_OF_WINDOW_2, UNIT_OF_WINDOW_3 = 8, 16
-"""Units of the first of four streams. A batch takes rows of every stream, so that training stops
-after 33 of 100 steps without the first of these units, after 66 without the second."""
+"""Units of the first of four streams.
+
+A batch takes rows of every stream, so training stops after 33 of 100 steps without the first of
+these units, and after 66 without the second.
+"""
 COMPLETE = Condition("Complete", "CompletionsReached")
 COMPLETED = Condition("Completed", "AllJobsCompleted")
 
 
 class Outcome(NamedTuple):
-    """Results of a run in the store."""
+    """A run's results in the store."""
 
     checkpoint: Checkpoint
     fvu: list[float]
 
 
 class Runs:
-    """Runs on one cluster, with one S3 server."""
+    """Runs on one cluster that share an S3 server."""
 
     def __init__(self, cluster: Cluster, endpoint_url: str) -> None:
         self.cluster = cluster
@@ -90,7 +94,7 @@ class Runs:
         return open_store(url, run.store.s3)
 
     def job(self, run: Run, part: str) -> Job:
-        """Wait for a job to start."""
+        """Wait for a Job to start, and return it."""
         jobs, name = self.cluster.jobs, job_name(run, part)  # type: ignore[arg-type]
         self.cluster.wait(lambda: name in jobs and jobs[name].pods)
         return jobs[name]
@@ -100,12 +104,13 @@ class Runs:
         deadline = time.monotonic() + seconds
         while not what():
             assert time.monotonic() < deadline, self.cluster.story()
-            time.sleep(0.2)  # a look costs the test and the server
+            time.sleep(0.2)  # each poll costs time on the test and the server
 
     def withhold(self, run: Run, unit: int) -> Callable[[], None]:
-        """Take a unit away, which then seems to be in another's hand; returns what gives it back.
+        """Remove a unit and claim it, as if another producer were writing it. Returns a function
+        that restores the unit.
 
-        A producer does so itself once the claim is too old, after three minutes.
+        A producer takes the claim over by itself once it is three minutes old.
         """
         store = self.store(run.store.activations, run)
         key = manifest_key(unit)
@@ -125,7 +130,9 @@ class Runs:
         self.until(lambda: checkpoints.steps()[-1:] > [beyond])
 
     def await_waiting(self, pod: Pod, what: str) -> None:
-        """Wait until a pod logs that it waits; a probed one must also have counted as live."""
+        """Wait until a pod logs that it waits. A pod with probes must also have started, according
+        to its probe.
+        """
         self.until(lambda: f"waiting for {what}" in pod.log())
         probed = "startupProbe" in pod.spec["containers"][0]
         self.cluster.wait(lambda: pod.has_started or not probed)
@@ -151,7 +158,7 @@ def runs(cluster: Cluster) -> Iterator[Runs]:
 
 
 class Calm(NamedTuple):
-    """An undisturbed run."""
+    """An undisturbed run, which the disturbed ones are compared with."""
 
     run: Run
     jobset: JobSet
@@ -166,7 +173,7 @@ def calm(runs: Runs) -> Calm:
     runs.cluster.wait(
         lambda: jobset.condition or sum(pod.has_started for pod in trainer.active.values()) == 2
     )
-    runs.cluster.preload()  # index and reporter import little that these have not
+    runs.cluster.preload()  # the index and reporter import few other modules
     runs.cluster.wait(lambda: jobset.condition)
     assert jobset.condition == COMPLETED, runs.cluster.story()
     runs.cluster.delete(run.name)
@@ -244,7 +251,7 @@ def test_pods_that_are_preempted_and_killed_change_nothing(runs: Runs, calm: Cal
     assert (index.ignored, index.counted) == ([gone], [])
     assert len(index.succeeded) == 2
     assert is_indexed(run)
-    assert trainer.counted == []  # the pods count by themselves, and have made progress since
+    assert trainer.counted == []  # pods count their own lives, and have made progress since
     assert exit_code(second[0]) == 137
     assert set(trainer.ignored) == {*first.values(), *second.values()}
     assert exit_code(second[1]) == 75
@@ -263,10 +270,11 @@ def test_pods_that_are_preempted_and_killed_change_nothing(runs: Runs, calm: Cal
 def test_a_run_goes_on_with_more_ranks_and_ends_though_a_node_is_lost(
     runs: Runs, calm: Calm
 ) -> None:
-    """Two ranks; deleted and submitted again with four in two pods, of which one rank is killed.
+    """A run that starts with two ranks is deleted, and submitted again with four ranks in two pods.
+    Then one rank is killed.
 
-    At the end the second pod's node can no longer be reached, and is given up when the first pod
-    has succeeded: the rank that comes in its place finds all done.
+    At the end the second pod's node becomes unreachable. The pod is given up after the first pod
+    has succeeded, and the rank that replaces it finds all work done.
     """
     few = "processes.producers=1", "cluster.reporter=null", "index.workers=0"
     run, cluster = runs.run("resized", *few, activations="calm"), runs.cluster
@@ -307,7 +315,8 @@ def test_a_run_goes_on_with_more_ranks_and_ends_though_a_node_is_lost(
     assert trainer.counted == [], cluster.story()
     assert exit_code(first[0]) == 137
     assert set(trainer.ignored) >= {first[0], first[1], second[1]}, cluster.story()
-    # a pod that came back before the killed rank's pod had ended has met its store, and comes again
+    # a pod that returned before the killed rank's pod had ended joined the old store, and restarts
+    # again
     others = set(trainer.ignored) - {first[0], second[1]}
     assert {exit_code(pod) for pod in others} == {75}, cluster.story()
     assert "starting" not in trainer.succeeded[1].log()
@@ -316,7 +325,9 @@ def test_a_run_goes_on_with_more_ranks_and_ends_though_a_node_is_lost(
 
 
 def test_a_mistake_fails_the_run_at_once(runs: Runs, calm: Calm) -> None:
-    """Another learning rate under a name that is taken: the trainer refuses, the producers stop."""
+    """The run has another learning rate under an existing name, so the trainer refuses to start and
+    the producers stop.
+    """
     settings = "corpus.documents=20_000", "train.lr=1e-4", "processes.trainers=1"
     run = runs.run("calm", *settings, activations="mistaken")
     jobset, cluster = runs.submit(run), runs.cluster
@@ -334,7 +345,9 @@ def test_a_mistake_fails_the_run_at_once(runs: Runs, calm: Calm) -> None:
 
 
 def test_producers_apart_end_when_a_trainer_has_failed_for_good(runs: Runs, calm: Calm) -> None:
-    """Even if they are admitted later: the trainer fails before, as in the test above."""
+    """This holds even for producers that are admitted later, after the trainer has failed as in the
+    test above.
+    """
     settings = "train.lr=1e-4", "processes.trainers=1", "cluster.producer.apart=true"
     run = runs.run("calm", *settings, activations="apart")
     configuration, *others, producers = render_objects(run)
@@ -361,7 +374,7 @@ def test_producers_apart_end_when_a_trainer_has_failed_for_good(runs: Runs, calm
 def test_plain_jobs_wait_for_one_another(
     runs: Runs, calm: Calm, pytestconfig: pytest.Config
 ) -> None:
-    """Even if the planner comes last."""
+    """The Jobs wait even if the planner is created last."""
     if not pytestconfig.getoption("--long"):
         pytest.skip("a whole run as plain Jobs takes a minute; needs --long")
     few = "processes.producers=1", "index.workers=1"

@@ -1,6 +1,6 @@
-"""Who reaches whose pods, and may do what: policies and rights, by Kubernetes' rules.
+"""Which clients reach which pods, and what a role may do, evaluated by Kubernetes' rules.
 
-A pod that a policy for Ingress selects is closed but for what some such policy admits.
+A pod that an Ingress policy selects accepts only what one of the selecting policies admits.
 """
 
 import re
@@ -20,7 +20,7 @@ class Pod(NamedTuple):
 
 
 def pods(name: str) -> dict[str, Pod]:
-    """Pods of a run, by their part."""
+    """Return a run's pods, by part."""
     run, found = load(f"name={name}"), {}
     for template in (t for obj in render_objects(run) for t in templates_of(obj)):
         labels = template["metadata"]["labels"]
@@ -36,7 +36,9 @@ def selects(selector: Object, labels: dict[str, str]) -> bool:
 
 
 def admitted(rule: Object, source: dict[str, str] | None, to: Pod, port: int) -> bool:
-    """Tell whether an ingress rule admits a pod of the namespace, or (None) another client."""
+    """Tell whether an ingress rule admits a pod of the namespace or, if `source` is None, another
+    client.
+    """
     ports = [to.ports.get(each["port"], each["port"]) for each in rule.get("ports", [])]
     peers = [peer["podSelector"] for peer in rule.get("from", [])]
     known = not peers or (source is not None and any(selects(peer, source) for peer in peers))
@@ -63,7 +65,8 @@ def policies_of(folder: str, *runs: str) -> Iterator[Object]:
 def test_only_pods_of_a_run_reach_its_ranks(folder: str) -> None:
     policies, own, other = [*policies_of(folder, "one", "two")], pods("one"), pods("two")
     for part in ("trainer", "producer", "index"):
-        for port in (29_500, 40_000):  # rendezvous; NCCL and gloo choose any
+        # the rendezvous port, and one of the ports that NCCL and gloo choose
+        for port in (29_500, 40_000):
             assert reaches(policies, own[part].labels, own["trainer"], port)
             assert not reaches(policies, other[part].labels, own["trainer"], port)
             assert not reaches(policies, {"app": "notebook"}, own["trainer"], port)
@@ -85,7 +88,7 @@ def test_pods_reach_the_store_of_a_trial() -> None:
 
 
 def test_researchers_may_do_what_the_runbook_says() -> None:
-    """And read no Secrets, nor anything of other namespaces but the nodes."""
+    """Researchers cannot read Secrets. In other namespaces they can only list nodes."""
     roles = [obj for obj in kustomized("base") if obj["kind"].endswith("Role")]
     rights = {
         (obj["kind"], resource, verb)

@@ -1,4 +1,4 @@
-"""Producers as a Job of their own: queued, resized and ended without the trainers."""
+"""Producers as a separate Job, which is queued, resized and ended without the trainers."""
 
 import json
 from functools import cache
@@ -33,13 +33,13 @@ def test_producers_are_a_job_beside_the_jobset() -> None:
     job = objects["Job"]
     together = load("cluster.producer.priority_class=low")
     names = [job["metadata"]["name"] for obj in render_objects(together) for job in jobs_of(obj)]
-    assert job["metadata"]["name"] in names  # alerts go by it
+    assert job["metadata"]["name"] in names  # alerts select Jobs by this name
     queues = [
         objects[k]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] for k in ("JobSet", "Job")
     ]
     assert queues == ["gpus", "spot"]
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    assert container["args"][-1] == "--wait"  # nothing else keeps it until there is a plan
+    assert container["args"][-1] == "--wait"  # only this flag makes the producers wait for a plan
     policy = objects["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"]
     for obj in objects.values():
         for template in templates_of(obj):
@@ -70,7 +70,7 @@ def test_kueue_is_told_how_it_may_admit_producers(
 
 
 def others(api: ApiServer) -> dict[Any, str]:
-    """Versions of all objects but the producers' and the ConfigMap."""
+    """Return the versions of all objects except the producers' and the ConfigMap."""
     return {
         key: obj["metadata"]["resourceVersion"]
         for key, obj in api.objects.items()
@@ -107,7 +107,9 @@ def test_more_producers_join_those_that_run(api: ApiServer, sh: Shell, path: str
 def test_what_runs_cannot_stay_is_replaced_alone(
     api: ApiServer, sh: Shell, path: str, setting: str
 ) -> None:
-    """Fewer producers, too: of units shared out by number none may be left out."""
+    """Reducing the number of producers also replaces them: units are split by producer number, so a
+    missing number would leave units out.
+    """
     sh("submit", path, *APART)
     for pod in api.names("Pod"):
         api.run_pod(pod)
@@ -125,7 +127,7 @@ def test_what_concerns_others_replaces_the_run(api: ApiServer, sh: Shell, path: 
     sh("submit", path, *APART)
     both = ("--set", "processes.producers=3", "--set", "processes.trainers=4")
     assert "its pods save and exit, and new ones continue" in sh.fail("submit", path, *APART, *both)
-    assert "its pods save and exit" in sh.fail("submit", path)  # producers as a part of the JobSet
+    assert "its pods save and exit" in sh.fail("submit", path)  # producers are a part of the JobSet
 
 
 @pytest.mark.system
@@ -133,7 +135,7 @@ def test_what_concerns_others_replaces_the_run(api: ApiServer, sh: Shell, path: 
 def test_a_run_that_is_running_takes_another_shape(
     api: ApiServer, sh: Shell, path: str, shape: tuple[str, ...]
 ) -> None:
-    """Its JobSet's Jobs, which bear the same names, are the JobSet's to change."""
+    """The JobSet's Jobs have the same names, and only the JobSet may change them."""
     sh("submit", path)
     assert "replace Job tiny-producer-0" in sh("submit", path, *shape, "--replace")
     there = api.the("Job", "tiny-producer-0")
@@ -158,7 +160,7 @@ def test_run_with_producers_apart_fails_ends_and_comes_back_whole(
     api.condition("Job", "tiny-producer-0", "Failed", "exit 2")
     assert json.loads(sh("status", path, *APART, "--json"))["state"] == "failed"
     more = sh.fail("submit", path, *APART, "--set", "processes.producers=3")
-    assert "its pods save and exit, and new ones continue" in more  # all that is left of it
+    assert "its pods save and exit, and new ones continue" in more  # all that remains of the run
     failed = api.pods("producer")
     assert "has failed (exit 2)" in sh("resume", path, *APART)
     assert not {*failed} & {*api.pods("producer")}
@@ -177,7 +179,7 @@ IN_PART = (*APART, "--set", "cluster.queue=gpus", "--set", "cluster.producer.lea
 def test_producers_that_kueue_admitted_in_part_are_left_so_or_replaced(
     api: ApiServer, sh: Shell, path: str
 ) -> None:
-    """Kueue has reduced the Job's parallelism, and refuses that anybody else changes it."""
+    """Kueue reduced the Job's parallelism, and rejects changes of it by anyone else."""
     job = "tiny-producer-0"
     more = ("submit", path, *IN_PART, "--set", "processes.producers=5")
     sh(*more)
@@ -203,12 +205,12 @@ def attempt(api: ApiServer) -> str:
 
 @pytest.mark.system
 def test_each_attempt_has_a_name_of_its_own(api: ApiServer, sh: Shell, path: str) -> None:
-    """So a failure that is told in one does not end the next (`storage/failure.py`)."""
+    """A failure that one attempt recorded does not end the next attempt (`storage/failure.py`)."""
     sh("submit", path, *APART)
     first = attempt(api)
     assert "nothing to change" in sh("submit", path, *APART)
     sh("submit", path, *APART, "--set", "processes.producers=3", "--replace")
-    assert attempt(api) == first  # its trainers are the same
+    assert attempt(api) == first  # its trainers are unchanged
     sh("submit", path, *APART, "--set", "cluster.trainer.cpus=7", "--replace")
     second = attempt(api)
     api.condition("JobSet", "tiny", "Failed", "exit 2")
@@ -220,7 +222,7 @@ def test_each_attempt_has_a_name_of_its_own(api: ApiServer, sh: Shell, path: str
             key = told["valueFrom"]["configMapKeyRef"]
             assert (key["name"], key["key"], key["optional"]) == ("tiny", "attempt", True)
     sh("cancel", path, *APART)
-    sh("submit", path)  # a JobSet ends all of its parts
+    sh("submit", path)  # a JobSet ends all of its parts, so no attempt is recorded
     assert "attempt" not in api.the("ConfigMap", "tiny")["data"]
 
 
@@ -248,7 +250,7 @@ def overlay() -> tuple[Object, ...]:
 
 
 def queue(**quotas: str) -> Queue:
-    """The queue, with other quotas of GPUs by flavor."""
+    """Return the queue with other GPU quotas per flavor."""
     objects = []
     for obj in overlay():
         for number, flavor in enumerate(("gpus", "spot")):
@@ -265,7 +267,7 @@ def large(*overrides: str, apart: bool = True) -> list[Object]:
 
 
 def kinds(kueue: Queue) -> list[str]:
-    """Kinds of what is admitted: the trainers' JobSet, the producers' Job."""
+    """Return the kinds of the admitted objects: the trainers' JobSet, the producers' Job."""
     return [name.partition(" ")[0] for name in kueue.admitted()]
 
 
@@ -281,10 +283,11 @@ def test_trainers_do_not_wait_for_room_for_producers() -> None:
 
 
 def test_producers_are_preempted_without_their_trainers() -> None:
-    """Where both are on the same nodes, another run's trainers take the producers' place."""
+    """If both are on the same nodes, another run's trainers replace the producers."""
     here = ("cluster.producer.node_selector={}", "processes.producers=8")
     for apart in (True, False):
-        kueue = queue(gpus="41")  # 16 + 1 + 8, and 16: the other's reporter lacks a GPU
+        # 16 + 1 + 8 for one run, and 16 for the other, whose reporter lacks a GPU
+        kueue = queue(gpus="41")
         kueue.apply(*large(*here, apart=apart))
         kueue.apply(*large("name=urgent", "processes.producers=1", apart=apart))
         assert kinds(kueue) == (["JobSet", "JobSet", "Job"] if apart else ["JobSet"])
@@ -293,7 +296,7 @@ def test_producers_are_preempted_without_their_trainers() -> None:
 
 @pytest.mark.parametrize("left_out", [(), ("cluster.reporter=null", "index.workers=0")])
 def test_a_run_with_parts_after_training_is_not_ready_before(left_out: tuple[str, ...]) -> None:
-    """So `waitForPodsReady` must be off, or nothing may follow the training."""
+    """So `waitForPodsReady` must be off, unless no part follows the training."""
     (jobset,) = (obj for obj in large(*left_out) if obj["kind"] == "JobSet")
     controller = JobSet(jobset, lambda manifest: Job(manifest, lambda _: pytest.fail("no pods")))
     controller.reconcile()
@@ -316,14 +319,14 @@ def test_resizing_producers_leaves_the_trainers_workload_alone() -> None:
     kueue.apply(*large())
     assert kueue.made == 2
     kueue.apply(*large("processes.producers=1050"))
-    assert kueue.made == 3  # that of the producers again
+    assert kueue.made == 3  # only the producers' workload is created again
     assert kinds(kueue) == ["JobSet", "Job"]
-    kueue.apply(*large("processes.producers=2000"))  # more than there is room for: they wait
+    kueue.apply(*large("processes.producers=2000"))  # more than the quota: they wait
     assert kinds(kueue) == ["JobSet"]
 
 
 def test_producers_are_admitted_in_part_if_the_run_file_says_so() -> None:
-    """The trainers of another run still take their place."""
+    """Another run's trainers still replace the producers."""
     indexing = ("index.workers=100",)
     kueue = queue(spot="600")
     kueue.apply(*large(*indexing, "cluster.producer.least=501"))
@@ -349,7 +352,8 @@ def test_elastic_producers_are_resized_without_a_restart() -> None:
     kueue.apply(*large("cluster.producer.elastic=true", "processes.producers=1050"))
     assert (kinds(kueue), kueue.pods_of("Job")) == (["JobSet", "Job"], 1050)
     kueue.apply(*large("cluster.producer.elastic=true", "processes.producers=2000"))
-    assert (kinds(kueue), kueue.pods_of("Job")) == (["JobSet", "Job"], 1050)  # the others wait
+    # the other producers wait
+    assert (kinds(kueue), kueue.pods_of("Job")) == (["JobSet", "Job"], 1050)
     assert kueue.restarts == 0
     kueue = queue()
     kueue.apply(*large())

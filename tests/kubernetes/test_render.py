@@ -55,7 +55,7 @@ def job_of(run: Run, part: str) -> Object:
 
 
 def all_jobs_of(run: Run) -> list[Object]:
-    """Jobs of the JobSet, and Jobs beside it."""
+    """Return the Jobs of the JobSet, and the separate Jobs."""
     beside = [obj for obj in render_objects(run) if obj["kind"] == "Job"]
     return [*jobs_of(jobset_of(run)), *beside]
 
@@ -124,7 +124,7 @@ def test_definitions_catch_what_is_wrong() -> None:
 
 
 def test_checks_catch_what_is_wrong() -> None:
-    """The checks above refuse objects that a server would refuse."""
+    """The checks above reject objects that an API server would reject."""
     jobset = jobset_of(load())
     job = ("spec", "replicatedJobs", 0)
     with pytest.raises(kubernetes_validate.ValidationError, match="completons"):
@@ -251,7 +251,9 @@ def test_a_pod_of_the_index_is_one_worker() -> None:
 
 
 def test_a_pod_with_gpus_does_not_go_without() -> None:
-    """A broken driver ends the program with 2, and with it the run; a CPU would take months."""
+    """A broken driver ends the program with 2, and so ends the run. Falling back to CPUs would take
+    months.
+    """
     needed = ["--set", "processes.device=cuda"]
     for part in ("trainer", "producer", "index"):
         for gpus in (0, 1):
@@ -270,11 +272,11 @@ MODEL = "model.tensor_parallel=2", "cluster.producer.gpus=2"
     ("overrides", "ranks"),
     [
         ((), 1),
-        (("cluster.reporter.gpus=4",), 4),  # each has its latents
-        (("cluster.reporter.gpus=3",), 1),  # of 1,048,576 latents
+        (("cluster.reporter.gpus=4",), 4),  # each rank has its share of the latents
+        (("cluster.reporter.gpus=3",), 1),  # 3 does not divide 1,048,576 latents
         ((*MODEL, "cluster.reporter.gpus=0"), 2),
         ((*MODEL, "cluster.reporter.gpus=2"), 2),
-        ((*MODEL, "cluster.reporter.gpus=1"), 1),  # two cannot share it
+        ((*MODEL, "cluster.reporter.gpus=1"), 1),  # two ranks cannot share one GPU
     ],
 )
 def test_the_reporter_evaluates_by_the_ranks_of_the_model_or_of_its_gpus(
@@ -310,7 +312,8 @@ def test_pods_ask_for_what_the_run_file_says() -> None:
     (term,) = trainer["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
     assert term["topologyKey"] == "topology.kubernetes.io/zone"
     own = job_of(run, "trainer")["template"]["metadata"]["labels"]
-    assert term["labelSelector"]["matchLabels"].items() <= own.items()  # or the first would wait
+    # otherwise the first pod would wait for itself
+    assert term["labelSelector"]["matchLabels"].items() <= own.items()
     for spread in (producer, pod_of(run, "index")):
         assert spread["nodeSelector"] == {"dist-sae/pool": "spot"}
         assert {"key": "dist-sae/spot", "operator": "Exists"} in spread["tolerations"]
@@ -342,7 +345,7 @@ def test_all_that_a_pod_writes_has_the_limit_that_the_run_file_states() -> None:
     [
         ("{persistentVolumeClaim: {claimName: models}}", True),
         ("{hostPath: {path: /var/cache/models}}", True),
-        ("{image: {reference: 'registry/models:1'}}", False),  # read-only: model.path is in it
+        ("{image: {reference: 'registry/models:1'}}", False),  # read-only: it contains model.path
     ],
 )
 def test_model_files_stay_in_the_volume_that_the_run_file_names(
@@ -367,7 +370,7 @@ def test_model_files_stay_in_the_volume_that_the_run_file_names(
     assert "HF_HOME" not in environment(pod_of(load(), "producer")["containers"][0])
 
 
-LARGE = (  # 16 x 8 GPUs train, 1,000 spot GPUs run the model
+LARGE = (  # 16 x 8 GPUs train, and 1,000 spot GPUs run the model
     "processes.trainers=128",
     "activations.streams=128",
     "processes.producers=1000",
@@ -387,7 +390,7 @@ def test_the_quotas_admit_the_large_run() -> None:
     pods, gpus = amount(hard["pods"]), amount(hard["requests.nvidia.com/gpu"])
     for job in all_jobs_of(run):
         number, pod = job["spec"]["completions"], job["spec"]["template"]["spec"]
-        # Kueue: a pod set goes to the first flavor whose labels its node selector admits
+        # Kueue puts a pod set into the first flavor whose labels match its node selector
         flavor = pod.get("nodeSelector", {}).get("dist-sae/pool", "gpus")
         needed = requests_of(pod)
         assert needed.keys() <= set(group["coveredResources"])
@@ -450,7 +453,7 @@ def test_run_that_cannot_be_on_a_cluster_is_refused(
 
 
 def test_longest_name_is_a_hosts_name_in_a_trial_too() -> None:
-    """63 = 37 + the 26 of `-new-producer-0-0000-abcde`."""
+    """63 characters = 37 + the 26 of `-new-producer-0-0000-abcde`."""
     run = load("name=" + "n" * 37)
     assert jobset_of(run)["metadata"]["name"] == run.name
 

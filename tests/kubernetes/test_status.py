@@ -1,4 +1,4 @@
-"""The view of pods, store and metrics, also with one of them unreachable."""
+"""The status view of pods, store and metrics, also if one of them is unreachable."""
 
 import json
 import socket
@@ -39,7 +39,7 @@ def waiting(reason: str, message: str) -> Object:
 
 @pytest.fixture
 def going(sh: Shell, path: str) -> str:
-    """A run with the names of 3 of 4 units, whose trainers were at step 8 of 16."""
+    """A run with 3 of 4 units in the store, whose trainers are at step 8 of 16."""
     sh("plan", path)
     run = load_run(path)
     activations, runs = (
@@ -99,7 +99,7 @@ def warning(about: Object, message: str, kind: str = "Warning") -> Object:
 @pytest.mark.system
 def test_status_says_why_a_run_is_queued(api: ApiServer, sh: Shell, path: str) -> None:
     sh("submit", path)
-    assert "unreachable: " not in sh("status", path)  # without Kueue
+    assert "unreachable: " not in sh("status", path)  # the cluster has no Kueue
     api.groups.add("kueue.x-k8s.io")
     uid = api.the("JobSet", "tiny")["metadata"]["uid"]
     short = "couldn't assign flavors to pod set trainer: insufficient unused quota, 8 more needed"
@@ -195,7 +195,7 @@ def test_status_joins_pods_store_and_history(api: ApiServer, sh: Shell, going: s
         "from": "the run's history",
     }
     assert found["warnings"] == []
-    assert found["out_of_reach"].keys() == {"metrics"}  # of the producer that runs
+    assert found["out_of_reach"].keys() == {"metrics"}  # of the running producer
 
     shown = sh("status", going)
     assert "tiny in dist-sae: running" in shown
@@ -267,7 +267,9 @@ def test_status_says_how_far_the_index_is(api: ApiServer, sh: Shell, going: str)
 def test_status_of_a_sweep_has_a_line_for_each_job(
     api: ApiServer, sh: Shell, path: str, tmp_path: Path
 ) -> None:
-    """One JobSet. The trainer has numbers of one job, and the other's are in its history."""
+    """The sweep is one JobSet. One job's numbers come from the trainer, and the other's from its
+    history.
+    """
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text(Path(path).read_text() + "\nsweep: {over: {sae.k: [2, 4]}}\n")
     sh("submit", str(sweep))
@@ -363,7 +365,7 @@ def test_status_asks_the_first_trainer_for_its_numbers(
 def test_status_sums_over_the_producers_ranks_in_a_pod(
     api: ApiServer, sh: Shell, going: str
 ) -> None:
-    """Of ranks that share a model the others export zeros."""
+    """Among ranks that share a model, only one counts; the others export zeros."""
     sh("submit", going)
     with ExitStack() as stack:
         for part, role in (("trainer", "train"), ("producer", "produce")):
@@ -397,7 +399,7 @@ def test_status_asks_a_pod_that_does_not_answer_once_and_not_for_long(
         api.ports[pod] = silent.getsockname()[1]
         began = time.monotonic()
         found = status(sh, going)
-        assert time.monotonic() - began < 20  # well below what others have for an answer
+        assert time.monotonic() - began < 20  # well below the timeout of other requests
         silent.accept()[0].close()
         silent.settimeout(0)
         with pytest.raises(BlockingIOError):

@@ -1,4 +1,4 @@
-"""submit, cancel and resume, through the command line, against an API server."""
+"""`submit`, `cancel` and `resume` on the command line, against an API server."""
 
 import json
 import os
@@ -31,7 +31,9 @@ MODES = pytest.mark.parametrize(
 
 
 def check_objects(api: ApiServer, path: str, *overrides: str) -> None:
-    """Check that the cluster has what the run file asks for, and the name of the attempt."""
+    """Check that the cluster has the objects that the run file renders, apart from the attempt's
+    name.
+    """
     for asked in map(with_defaults, render_objects(load_run(path, overrides))):
         there = api.the(asked["kind"], asked["metadata"]["name"])
         there.get("data", {}).pop(ATTEMPT_KEY, None)
@@ -43,7 +45,7 @@ def versions(api: ApiServer) -> dict[Any, str]:
 
 
 def train(path: str) -> ObjectStore:
-    """Write what trainers write; returns the store."""
+    """Write what trainers write, and return the store."""
     run = load_run(path)
     store = open_store(run.store.runs, run.store.s3)
     store.put("tiny/run.yaml", dump_run(run).encode())
@@ -86,7 +88,7 @@ def test_dry_run_shows_and_changes_nothing(
     sh("submit", path, *mode)
     before = versions(api)
     larger = sh("submit", path, "--dry-run", *mode, "--set", "processes.producers=3")
-    assert "+      producers: 3\n" in larger  # of run.yaml in the ConfigMap, as a diff
+    assert "+      producers: 3\n" in larger  # a diff of run.yaml in the ConfigMap
     assert "differs from the run on the cluster: processes.producers: 2 -> 3\n" in larger
     assert versions(api) == before
 
@@ -114,7 +116,7 @@ def test_run_of_another_configuration_is_left_alone(api: ApiServer, sh: Shell, p
 def test_another_spelling_of_a_place_is_the_same_run(
     api: ApiServer, sh: Shell, path: str, tmp_path: Path
 ) -> None:
-    """On the cluster, and in the store."""
+    """The run is recognized on the cluster and in the store."""
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name)
     (tmp_path / "model").mkdir()
@@ -145,7 +147,7 @@ def test_another_spelling_of_a_place_is_the_same_run(
 def test_run_that_was_submitted_with_old_names_of_keys_is_the_same_run(
     api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]
 ) -> None:
-    """It is left running; what differs is shown, and the old names are not."""
+    """The run is not changed. A diff shows what differs, without the renamed keys."""
     sh("submit", path, *mode)
     old = yaml.safe_load(api.the("ConfigMap", "tiny")["data"]["run.yaml"])
     old["processes"]["shards"] = old["processes"].pop("latent_shards")
@@ -298,7 +300,7 @@ def test_object_of_somebody_else_is_left_alone(api: ApiServer, sh: Shell, path: 
 
     api.objects.clear()
     sh("submit", path, "--set", "name=a.b")
-    said = sh.fail("submit", path, "--set", "name=a-b")  # whose objects would bear the same name
+    said = sh.fail("submit", path, "--set", "name=a-b")  # its objects would have the same name
     assert (
         said == "ConfigMap dist-sae/a-b already exists and belongs to run a.b; choose another name"
     )
@@ -337,7 +339,7 @@ def test_cluster_that_does_not_answer_is_named(
     api: ApiServer, sh: Shell, path: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "kubeconfig"
-    with socket.socket() as taken:  # and does not listen
+    with socket.socket() as taken:  # bound, but not listening
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         config = yaml.safe_load(file.read_text())
