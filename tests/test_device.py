@@ -1,4 +1,4 @@
-"""Which GPU a process uses, and what is said where there is none."""
+"""Which GPU a process uses, and the message if there is none."""
 
 import os
 import sys
@@ -32,7 +32,7 @@ OLD_DRIVER = (
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Gives this machine some GPUs, or a reason why torch can use none."""
+    """A function that gives this machine some GPUs, or a reason why torch cannot use any."""
 
     def set_up(gpus: int = 0, reason: str = "") -> None:
         def fail() -> None:
@@ -67,7 +67,7 @@ def test_a_process_uses_the_gpu_of_its_own_number(
     [
         ([2, 1, 1], ["0,1", "2", "3"]),
         ([1, 1, 1, 1, 1], ["0", "1", "2", "3", "0"]),
-        ([2, 3, 3], ["0,1", "2,3,0", "1,2,3"]),  # within a group always different ones
+        ([2, 3, 3], ["0,1", "2,3,0", "1,2,3"]),  # the GPUs of a group are always different
     ],
 )
 def test_groups_of_processes_share_out_the_gpus(
@@ -93,7 +93,7 @@ def test_gpus_are_shared_out_among_those_that_are_visible(
 def test_a_local_run_gives_every_process_a_gpu_of_its_own(
     tmp_path: Path, machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each program is a line of shell that notes what it was given."""
+    """Each program is a shell script that records the GPUs and rank that it got."""
     machine(gpus=4)
     said = tmp_path / "said"
     program = tmp_path / "python"
@@ -131,7 +131,7 @@ def test_ranks_without_a_gpu_each_are_refused_before_anything_starts(
     assert not (tmp_path / "runs").exists()
     check_gpus("processes.trainers", 1)
     machine(gpus=0)
-    check_gpus("processes.trainers", 2)  # they share a CPU
+    check_gpus("processes.trainers", 2)  # ranks share a CPU
 
 
 @pytest.mark.parametrize("command", ["evaluate", "index", "produce", "train"])

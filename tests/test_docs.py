@@ -1,4 +1,4 @@
-"""Documents: links, generated pages, the run file of the README."""
+"""Documents: their links, generated pages, and the README's run file."""
 
 import re
 import runpy
@@ -21,7 +21,7 @@ CODE = re.compile(r"^```.*?^```$|^    .*?$|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 
 
 def links(document: Path) -> Iterator[str]:
-    """Targets of links and pictures, web addresses aside."""
+    """Yield the targets of links and pictures, except web addresses."""
     text = CODE.sub("", document.read_text())
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not target.startswith(("http://", "https://")):
@@ -29,7 +29,7 @@ def links(document: Path) -> Iterator[str]:
 
 
 def anchors(document: Path) -> set[str]:
-    """Names of the headings, as GitHub makes them: repeated ones are numbered."""
+    """Return the anchors of the headings as GitHub generates them: repeated ones are numbered."""
     found: dict[str, int] = {}
     names = set()
     text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)

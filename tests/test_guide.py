@@ -1,4 +1,4 @@
-"""The blocks of docs/python.md run in order, on a small quickstart."""
+"""The code blocks of docs/python.md run in order, on a small quickstart."""
 
 import re
 import threading
@@ -34,7 +34,7 @@ SMALLER = {
 
 @pytest.fixture
 def quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The quickstart's run file in its own folder; model, text and training are smaller."""
+    """The quickstart run in its own folder, with a smaller model, text and training."""
     monkeypatch.chdir(tmp_path)
     save_language_model(tmp_path / "work/smollm2", layers=9)
     write_text(tmp_path / "work/wikipedia.jsonl", documents=90, words=24)
@@ -54,14 +54,17 @@ def quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.system
 @pytest.mark.usefixtures("quickstart")
 def test_the_guide_runs_as_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
-    """All blocks, in one namespace; what comments promise of shapes and values is true."""
+    """All blocks run in one namespace, and the shapes and values that their comments state are
+    true.
+    """
     blocks = re.findall(
         r"^```python\n(.*?)^```$", (ROOT / "docs/python.md").read_text(), re.S | re.M
     )
     assert len(blocks) > 9
     names: dict[str, Any] = {}
     seen: list[dict[str, Any]] = []
-    with warnings.catch_warnings():  # WebDataset leaves its files to the garbage collector
+    # WebDataset leaves its files to be closed by the garbage collector
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         for block in blocks:
             exec(compile(block, "docs/python.md", "exec"), names)
@@ -73,7 +76,7 @@ def test_the_guide_runs_as_it_is_written(capsys: pytest.CaptureFixture[str]) -> 
     assert seen[2]["x"].shape == (1024, 24)
     torch.testing.assert_close(seen[2]["x_hat"], dictionary(seen[2]["x"]), rtol=1e-4, atol=1e-4)
     assert names["firings"].sum() > 0
-    of_x = dictionary.encode(names["x"], dense=True)  # the last block has SAELens's codes
+    of_x = dictionary.encode(names["x"], dense=True)  # `codes` of the last block are SAELens's
     lengths = of_x * dictionary.scales[dictionary.reads[0]] * dictionary.W_dec.norm(dim=1)
     torch.testing.assert_close(names["codes"], lengths, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(names["x_hat"], dictionary(names["x"]), rtol=1e-3, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Tests use public names of the package only."""
+"""Tests use only public names of the package."""
 
 import re
 from pathlib import Path
@@ -11,6 +11,6 @@ STRING = r"""attr\([^"']*["']([\w.]*\.)?_[a-zA-Z]\w*["']"""
 
 @pytest.mark.parametrize("use", [IMPORT, STRING], ids=["import", "string"])
 def test_no_test_uses_a_private_name(use: str) -> None:
-    """In attributes ruff finds them (SLF001)."""
+    """Private attributes are found by ruff (SLF001)."""
     for path in Path(__file__).parent.rglob("*.py"):
         assert not (found := re.search(use, path.read_text())), f"{path}: {found[0]}"

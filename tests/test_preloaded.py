@@ -1,4 +1,4 @@
-"""Programs from preloaded modules end, and are ended, as those that import their own."""
+"""Programs that run from preloaded modules exit, and react to signals, like ordinary programs."""
 
 import json
 import signal
@@ -65,5 +65,6 @@ def test_signals_are_passed_on(waiting: "subprocess.Popen[str]") -> None:
 
 def test_a_program_that_is_killed_takes_its_fork_along(waiting: "subprocess.Popen[str]") -> None:
     waiting.kill()
-    waiting.communicate(timeout=HANG_SECONDS)  # the fork's stdout, too, has been closed
+    # returns only once the fork has closed its stdout too
+    waiting.communicate(timeout=HANG_SECONDS)
     assert waiting.returncode == -signal.SIGKILL

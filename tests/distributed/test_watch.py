@@ -126,7 +126,7 @@ def test_a_rank_that_is_started_again_alone_does_not_take_part(
 
 def test_ranks_that_wait_for_others_can_be_stopped(start: Callable[..., list[Rank]]) -> None:
     first, last = start("goes on", (0, 2))
-    for one in (last, first):  # the first rank ends last, because it serves the store
+    for one in (last, first):  # the first rank serves the TCP store, so it is stopped last
         one.reaches("ready")
         os.kill(one.process.pid, signal.SIGTERM)
         assert one.ends(0) == (

@@ -1,4 +1,4 @@
-"""Generated dashboards: up to date, of existing metrics, and valid for Grafana."""
+"""Generated dashboards are up to date, query only existing metrics, and are valid for Grafana."""
 
 import json
 import re
@@ -37,11 +37,12 @@ UNSHOWN = {
     "dist_sae_run_finished",
     "dist_sae_run_failed",
     "dist_sae_train_info",
-    "dist_sae_train_phase_share",  # for `status`; panels have the shares of each rank
-    "dist_sae_produce_wait_seconds",  # produce_waited_seconds_total says for whom as well
-    "dist_sae_job_seconds",  # of short-lived programs: one value each
+    "dist_sae_train_phase_share",  # for `status`; panels have each rank's shares
+    # produce_waited_seconds_total also has the reason for the wait
+    "dist_sae_produce_wait_seconds",
+    "dist_sae_job_seconds",  # short-lived programs export a single value of it
     "dist_sae_job_end_timestamp_seconds",
-    "dist_sae_plan_units",  # trainers and producers say the same as long as they live
+    "dist_sae_plan_units",  # trainers and producers export the same number while they run
     "dist_sae_plan_documents",
     "dist_sae_plan_train_rows",
     "dist_sae_evaluate_rows",
@@ -124,7 +125,9 @@ def test_a_query_of_what_does_not_exist_is_refused() -> None:
 def check_answers(
     folder: Path, series: dict[str, str], answers: dict[Query, dict[str, float]]
 ) -> None:
-    """Ask Prometheus queries at minute 10, of series with a sample a minute."""
+    """Check the answers of Prometheus queries at minute 10, with one sample per minute in each
+    series.
+    """
     cases = [
         {
             "expr": re.sub(VARIABLES, ".*", query.expr.replace("$__rate_interval", "5m")),

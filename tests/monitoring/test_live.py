@@ -1,4 +1,4 @@
-"""Real Prometheus, Alertmanager and Pushgateway with a run on S3: producers, ranks, an index."""
+"""Real Prometheus, Alertmanager and Pushgateway with a run on S3: producers, ranks and an index."""
 
 import re
 import time
@@ -26,8 +26,8 @@ from tests.servers import OWNER, Server, free_ports
 
 pytestmark = pytest.mark.system
 
-WAIT_SECONDS = 300.0  # of a busy machine
-MOST_SERIES = 500  # of a rank
+WAIT_SECONDS = 300.0  # allows for a busy machine
+MOST_SERIES = 500  # per rank
 
 ABSENT = {
     "dist_sae_process_device_memory_bytes": "no GPU",
@@ -37,9 +37,9 @@ ABSENT = {
     "dist_sae_train_prefix_fvu": "of matryoshka",
     "dist_sae_train_site_fvu": "of several sites",
 }
-"""Metrics that have no series in this run, and why; a query of others that is empty is wrong."""
+"""Metrics without a series in this run, and why. A query of any other metric must not be empty."""
 OF_A_CLUSTER = ("kube_", "dist_sae_job:wanted")
-"""Metrics of kube-state-metrics, and what is recorded of them."""
+"""Metrics of kube-state-metrics, and what is recorded from them."""
 
 
 class Live(NamedTuple):
@@ -66,7 +66,7 @@ def live(
             "activations": f"s3://{bucket}/activations",
             "runs": f"s3://{bucket}/runs",
             "s3": {"endpoint_url": s3.endpoint_url},
-            "max_ahead_units": 40,  # so that producers live for a while
+            "max_ahead_units": 40,  # so that producers keep running for a while
         },
         corpus={"documents": 1_000},
         sae={
@@ -81,10 +81,10 @@ def live(
             "rows": 2_000_000,
             "max_passes": 100,
             "save_every_steps": 20,
-            "keep_checkpoints": 100,  # more than there are saves while one is evaluated
+            "keep_checkpoints": 100,  # more than are saved while one is being evaluated
             "heldout_rows": 320,
         },
-        timeouts={"lost_seconds": 10},  # a rank that waits for a core for three is not lost
+        timeouts={"lost_seconds": 10},  # a rank that waits three seconds for a core is not lost
         processes={"producers": 2, "trainers": 2, "latent_shards": 2},
         index={"name": "live", "rows": 320},
         telemetry={"port": port},
@@ -103,7 +103,8 @@ def live(
             stack.enter_context(program("train", path, 2 + i, owner | env))
             for i, env in enumerate(rank_environments(2, 2))
         ]
-        # another worker seems to have the only bucket in hand: this one waits, and can be seen
+        # a claim by another worker on the only bucket keeps the index worker waiting, so it can be
+        # scraped
         claim = IndexFolder("world", "live").bucket_claims.key(0)
         client.put_object(Bucket=bucket, Key=f"runs/{claim}", Body=b"{}")
 
@@ -124,7 +125,9 @@ def live(
 def program(
     command: str, path: Path, offset: int, env: dict[str, str], *options: str
 ) -> Iterator[Program]:
-    """Start a program of the run, killed at the end; its output is read, so it never blocks."""
+    """Start a program of the run, and kill it at the end. Its output is read so that it never
+    blocks.
+    """
     started = launch.start(command, str(path), "--port-offset", str(offset), *options, env=env)
     readers = [Thread(target=pipe.read) for pipe in (started.stdout, started.stderr)]
     for reader in readers:
@@ -143,7 +146,7 @@ def until(missing: Callable[[], list[str]]) -> None:
     """Wait until nothing is missing.
 
     Raises:
-        AssertionError: In time; says what.
+        AssertionError: Something, which the error lists, is missing after `WAIT_SECONDS`.
     """
     deadline = time.monotonic() + WAIT_SECONDS
     while left := missing():
@@ -156,13 +159,13 @@ def until_training(live: Live) -> None:
 
 
 def filled(expression: str) -> str:
-    """Fill a query as Grafana does with every variable set to All."""
+    """Fill in a query's variables as Grafana does when each is set to All."""
     expression = re.sub(r'"\$(namespace|run|rank)"', '".*"', expression)
     return expression.replace("$__rate_interval", "10s").replace("$__range", "1m")
 
 
 def series_in(expression: str) -> set[str]:
-    """Selectors of an expression, as text."""
+    """Return an expression's selectors as text."""
     found, left = set[str](), [promql_parser.parse(expression)]
     while left:
         node = left.pop()
@@ -183,7 +186,9 @@ def excused(expression: str) -> bool:
 
 
 def test_every_panel_has_data(live: Live) -> None:
-    """At some time: once the held-out units are there, no producer is left."""
+    """Each panel has data at some time. Not all have it at once, because producers exit once the
+    held-out units are stored.
+    """
     unanswered = {
         f"{page.name}, {panel.title}: {query.expr}": filled(query.expr)
         for page in PAGES
@@ -211,7 +216,7 @@ def test_what_is_absent_is_absent(live: Live) -> None:
 def test_every_rule_and_alert_finds_its_series(live: Live) -> None:
     expressions = {rule.get("record") or rule["alert"]: rule["expr"] for rule in rules() + alerts()}
     for expression in expressions.values():
-        live.prometheus.query(expression)  # an error raises
+        live.prometheus.query(expression)  # an invalid expression raises
 
     def empty() -> list[str]:
         return [
@@ -225,7 +230,7 @@ def test_every_rule_and_alert_finds_its_series(live: Live) -> None:
 
 
 def test_a_scrape_is_small(live: Live) -> None:
-    """How long it takes is told by `dist-sae bench metrics`."""
+    """`dist-sae bench metrics` measures how long a scrape takes."""
     for series in live.prometheus.query(
         'max_over_time(scrape_samples_scraped{job="dist_sae"}[1m])'
     ):
@@ -239,8 +244,8 @@ def test_a_healthy_run_alerts_nobody(live: Live) -> None:
 
 
 def test_the_death_of_a_rank_is_heard_of(live: Live) -> None:
-    """The other ranks end when one is gone: without the alert nobody would know."""
-    until_training(live)  # a rank that dies before the rendezvous is waited for
+    """The other ranks exit when one dies, so without the alert nobody would notice."""
+    until_training(live)  # the others would wait for a rank that dies before the rendezvous
     live.trainers[1].kill()
     assert live.trainers[0].wait(timeout=WAIT_SECONDS) == 75
     alert = live.alerts.get(timeout=WAIT_SECONDS)

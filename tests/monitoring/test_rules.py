@@ -1,4 +1,4 @@
-"""Rules and alerts under promtool: each one fires, and stays silent, when it should."""
+"""Rules and alerts under promtool: each alert fires when it should, and only then."""
 
 import re
 import subprocess
@@ -84,7 +84,7 @@ def test_every_alert_says_what_how_bad_how_much_and_what_to_do() -> None:
 
 
 def test_links_of_a_cluster_lead_to_the_runbook_from_anywhere() -> None:
-    """They are absolute, and one line of the kustomization says where the runbook is."""
+    """The links are absolute, and one line of the kustomization sets the runbook's location."""
     kubectl = Path(sys.executable).parent / "kubectl"
     built = subprocess.run(
         [kubectl, "kustomize", MONITORING], capture_output=True, text=True, check=True

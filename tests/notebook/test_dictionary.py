@@ -1,4 +1,4 @@
-"""A dictionary on raw activations is the trained one on scaled activations."""
+"""A dictionary on raw activations gives the results of the trained one on scaled activations."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_codes_and_reconstructions_are_those_of_training(kind: str, dtype: torch
 
 @pytest.mark.parametrize(("kind", "centres"), [("topk", True), ("relu", False)])
 def test_weights_are_those_of_raw_activations(kind: str, *, centres: bool) -> None:
-    """Worked by hand in fp64: pre-activations, codes and reconstruction of raw rows."""
+    """Pre-activations, codes and reconstructions of raw rows match fp64 values computed by hand."""
     dictionary = of_kind(kind)
     x = raw_rows(100, D_IN)
     centred = x - dictionary.b_dec if centres else x
@@ -66,7 +66,7 @@ def test_rows_may_have_any_shape_and_type(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 def test_sparse_codes_make_a_sparse_tensor() -> None:
-    """Rows without an active latent are rows of it as well."""
+    """A row without an active latent is an empty row of the sparse tensor."""
     dictionary = of_kind("jumprelu")
     x = torch.cat([raw_rows(5, D_IN), torch.full((2, D_IN), -1e6), raw_rows(3, D_IN, seed=4)])
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_sparse_codes_make_a_sparse_tensor() -> None:
 
 @pytest.mark.parametrize("sparse", [True, False])
 def test_decoding_is_differentiable_in_the_codes(*, sparse: bool) -> None:
-    """The gradient of v . x_hat for a code is v . its latent's decoder row."""
+    """The gradient of v . x_hat for a code is v . W_dec[latent]."""
     dictionary = of_kind("topk")
     x, v = raw_rows(7, D_IN), raw_rows(D_IN, seed=9)
     codes = dictionary.encode(x)

@@ -1,4 +1,4 @@
-"""An opened run: its checkpoints, its rows with their origin and text, and mistakes."""
+"""An opened run: its checkpoints, its rows with their origin and text, and error messages."""
 
 import json
 import re
@@ -41,7 +41,7 @@ from tests.world import joined, open_activation_set
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A produced run of synthetic activations with checkpoints of steps 4 and 10."""
+    """A produced run of synthetic activations, with checkpoints at steps 4 and 10."""
     run = make_run(tmp_path_factory.mktemp("tiny"), TINY)
     fill(run)
     for step in (4, 10):
@@ -63,7 +63,7 @@ def run(made: Run) -> OpenedRun:
 
 
 def test_importing_it_imports_nothing_else() -> None:
-    """Nor does a name that it has not; every name of the stub is there, and no other."""
+    """Looking up an unknown name imports nothing either. The package has exactly the stub's names."""
     code = "import sys, dist_sae; dir(dist_sae); hasattr(dist_sae, 'x'); print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -118,7 +118,8 @@ def test_a_dictionary_is_that_of_its_checkpoint(run: OpenedRun, made: Run) -> No
         assert dictionary.step == step
         stored = Checkpoints(open_store(made.store.runs), "tiny", 1).open(step)
         for name, tensor in dictionary.sae.state_dict().items():
-            torch.testing.assert_close(tensor, stored.read(name))  # rows are made unit again
+            # loading normalizes the rows again
+            torch.testing.assert_close(tensor, stored.read(name))
         assert not any(parameter.requires_grad for parameter in dictionary.parameters())
     with pytest.raises(
         DistSaeError, match=r"/tiny: has no checkpoint of step 5; available steps: 4, 10$"
@@ -139,7 +140,9 @@ def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("heldout", [True, False])
 def test_rows_are_those_of_the_set_in_order(run: OpenedRun, made: Run, *, heldout: bool) -> None:
-    """Tokens of synthetic documents are row numbers, 64 to a document; each has its unit's rows."""
+    """Tokens of synthetic documents are row numbers, 64 per document. A batch has the rows of one
+    unit.
+    """
     known = open_activation_set(made)
     units = known.plan.heldout_units if heldout else known.plan.train_units
     expected = joined(known.rows(units, 10**6))
@@ -187,7 +190,9 @@ def test_mistakes_get_one_line(run: OpenedRun) -> None:
 
 
 def test_units_that_are_gone_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Deleted after use, or not produced: an error for one that is asked for, else a warning."""
+    """A unit may have been deleted after use, or not produced yet. A requested unit raises an
+    error, and any other is logged as a warning.
+    """
     made = make_run(tmp_path, TINY)
     fill(made)
     store = open_store(made.store.activations)
@@ -200,7 +205,7 @@ def test_units_that_are_gone_are_named(tmp_path: Path, caplog: pytest.LogCapture
     with pytest.raises(
         DistSaeError, match=r"the rows of unit 0 were deleted after use \(store\.re"
     ):
-        next(pending)  # meanwhile
+        next(pending)  # the unit was deleted after `rows` was called
     store.delete(manifest_key(3))
     with pytest.raises(DistSaeError, match=r"the rows of unit 1 were deleted .* from 2 on still"):
         opened.rows([2, 1])
@@ -215,7 +220,8 @@ def test_units_that_are_gone_are_named(tmp_path: Path, caplog: pytest.LogCapture
 
 
 def test_plain_webdataset_reads_the_shards(run: OpenedRun, made: Run) -> None:
-    with warnings.catch_warnings():  # WebDataset leaves its files to the garbage collector
+    # WebDataset leaves its files to be closed by the garbage collector
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         samples = list(webdataset.WebDataset(run.shards(), shardshuffle=False))
     blocks = [safetensors.torch.load(sample["safetensors"])["acts"] for sample in samples]
@@ -229,7 +235,7 @@ def texts_of(run: Run) -> list[str]:
 
 
 def test_the_text_around_a_row_is_the_documents(language: Run) -> None:
-    """Tokens are bytes; a window has 24 of them on either side."""
+    """Tokens are bytes, and a window has 24 of them on either side."""
     opened = open_run(Path(language.store.runs) / "language")
     texts = texts_of(language)
     batch = next(opened.rows(heldout=True, batch_rows=150))
@@ -249,7 +255,7 @@ def test_the_text_around_a_row_is_the_documents(language: Run) -> None:
 
 @pytest.mark.system
 def test_the_index_leads_back_to_the_text(language: Run) -> None:
-    """Its largest activations are those of the rows, rounded to 11 bits."""
+    """The index's largest activations equal the rows' activations, rounded to 11 bits."""
     opened = open_run(Path(language.store.runs) / "language")
     with pytest.raises(DistSaeError, match=r"has no latent index yet; run `dist-sae index`$"):
         opened.index()
@@ -287,14 +293,16 @@ def test_the_model_is_the_whole_one_and_can_generate(language: Run) -> None:
     with opened.dictionary().steer(model, 3, 5.0):
         out = model.generate(tokens, max_new_tokens=3, do_sample=False, eos_token_id=None)
     assert out.shape == (1, 12)
-    assert seen == [9, 1, 1]  # with past keys and values
+    assert seen == [9, 1, 1]  # later steps use the key-value cache
     assert model(tokens).past_key_values.get_seq_length() == 9
 
 
 def test_the_latents_of_a_text_are_those_of_its_rows(
     language: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A document of the set, shorter than a context; then one of two contexts."""
+    """The first texts are documents of the set that are shorter than a context. The last one has
+    two contexts.
+    """
     opened = open_run(Path(language.store.runs) / "language")
     dictionary = opened.dictionary()
     batch = next(opened.rows(0))
@@ -324,7 +332,7 @@ def test_the_latents_of_a_text_are_those_of_its_rows(
 
 
 def test_the_latents_of_a_text_need_no_decoder(language: Run, tmp_path: Path) -> None:
-    """Nor is its encoder read again for the next text: the files may be gone."""
+    """The encoder is not read again for the next text either, so its files may be gone."""
     runs = tmp_path / "r"
     shutil.copytree(language.store.runs, runs)
     opened = open_run(runs / "language")
@@ -377,7 +385,8 @@ def test_an_index_is_searched_by_token_pattern_and_text(language: Run) -> None:
 def test_tokens_that_training_leaves_out_have_no_latents(language: Run) -> None:
     exclude = language.activations.exclude.model_copy(update={"first_positions": 3})
     activations = language.activations.model_copy(update={"exclude": exclude})
-    store = language.store.model_copy(update={"activations": "/nowhere"})  # no plan to pin anything
+    # without a plan, no settings are pinned
+    store = language.store.model_copy(update={"activations": "/nowhere"})
     other = language.model_copy(update={"activations": activations, "store": store})
     opened = OpenedRun(other)
     reader = open_run(Path(language.store.runs) / "language").dictionary()
@@ -385,11 +394,11 @@ def test_tokens_that_training_leaves_out_have_no_latents(language: Run) -> None:
 
     rows = TextReader(opened.config).read("some")
     found = strongest(rows, reader.encode(rows.acts), 4)
-    assert [len(token.latents) for token in found] == [0, 0, 4, 4]  # BOS is the first of three
+    assert [len(token.latents) for token in found] == [0, 0, 4, 4]  # BOS is the first of the three
 
 
 def test_a_model_that_is_gone_is_named(language: Run) -> None:
-    """Rows need none."""
+    """Rows can be read without the model."""
     opened = open_run(Path(language.store.runs) / "language")
     model = Path(language.store.activations).with_name("model")
     away = model.rename(model.with_name("away"))

@@ -1,4 +1,4 @@
-"""Steering and ablation in models of transformers, against hooks written by hand."""
+"""Steering and ablation in transformers models, checked against hooks written by hand."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def llama(models: dict[str, Any]) -> Any:
 
 
 def at(model: Any, site: str) -> RawDictionary:
-    """A random dictionary of the site's width."""
+    """Return a random dictionary of the site's width."""
     sae = make(TopKConfig(n_latents=N, k=K, auxk=0), torch.float32, d_in=width(model, site))
     return wrap(sae, site)
 
@@ -45,7 +45,7 @@ def logits(model: Any, tokens: Tensor, **more: Any) -> Tensor:
 
 
 def recorded(model: Any, site: str, tokens: Tensor) -> Tensor:
-    """Activations at a site."""
+    """Return the activations at a site."""
     seen: list[Tensor] = []
 
     def record(acts: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def recorded(model: Any, site: str, tokens: Tensor) -> Tensor:
 
 
 def replaced(model: Any, site: str, tokens: Tensor, acts: Tensor) -> Tensor:
-    """Logits with other activations at a site."""
+    """Return the logits with other activations at a site."""
     handle = attach(model, site, lambda _: acts)
     found = logits(model, tokens)
     handle.remove()
@@ -71,7 +71,9 @@ def replaced(model: Any, site: str, tokens: Tensor, acts: Tensor) -> Tensor:
 def test_latents_are_removed_and_the_error_stays(
     models: dict[str, Any], name: str, site: str
 ) -> None:
-    """x - sum a_i W_dec[i], in fp64, by the dense codes; nothing else of x changes."""
+    """Ablation computes x - sum a_i W_dec[i] and changes nothing else of x. The test computes it in
+    fp64 from the dense codes.
+    """
     model, site = models[name], f"{site}.1"
     dictionary = at(model, site)
     tokens, _ = random_tokens(9, 9)
@@ -131,7 +133,7 @@ def test_steering_adds_a_decoder_row(llama: Any, site: str) -> None:
 
 
 def test_clamping_sets_activations(llama: Any) -> None:
-    """Whether the latent was active or not; two nested blocks add up."""
+    """A latent is clamped whether it was active or not. Two nested blocks add up."""
     site = "resid_post.1"
     dictionary = at(llama, site)
     tokens, _ = random_tokens(9, 9)
@@ -173,7 +175,9 @@ def test_only_marked_positions_change(llama: Any, *, several: bool) -> None:
 def test_generation_step_by_step_is_that_of_whole_sequences(
     models: dict[str, Any], name: str, *, generated: bool, marked: bool
 ) -> None:
-    """With past keys and values only the new token is seen; a left-padded batch is one too."""
+    """With a key-value cache, the hooks only see the new token, but positions still count from the
+    start. The batch is also left-padded.
+    """
     model = models[name]
     dictionary = at(model, "resid_post.1")
     tokens, _ = random_tokens(6, 6)
@@ -203,7 +207,7 @@ def test_generation_step_by_step_is_that_of_whole_sequences(
     assert found[0].sequences.shape == (2, 12)
     steps = [torch.stack(each.logits) for each in found]
     torch.testing.assert_close(*steps, rtol=1e-3, atol=1e-3)
-    if marked:  # by one forward pass over all that was generated
+    if marked:  # compare with one forward pass over the whole generated sequence
         whole = found[0].sequences[:1, :-1]
         mask = torch.cat([positions, torch.full((5,), generated)])[None]  # type: ignore[list-item]
         with (
@@ -215,7 +219,7 @@ def test_generation_step_by_step_is_that_of_whole_sequences(
 
 
 def test_gradients_pass_through(llama: Any) -> None:
-    """As if what is added were a constant."""
+    """The backward pass treats the added term as a constant."""
     site = "resid_post.1"
     dictionary = at(llama, site)
     tokens, _ = random_tokens(9, 9)
@@ -241,7 +245,7 @@ def hooks_of(model: Any) -> int:
 
 
 def test_hooks_leave_with_their_block(llama: Any) -> None:
-    """After an error too, and none is left by a block that could not begin."""
+    """Hooks are also removed after an error, and a block that could not start leaves none."""
     dictionary = at(llama, "mlp_in.1")
     tokens, _ = random_tokens(6, 6)
     clean, before = logits(llama, tokens), hooks_of(llama)

@@ -1,4 +1,4 @@
-"""Forecasts of runs, against what is stored, sent and asked for when they are made."""
+"""Forecasts of runs, compared with what a run stores, sends and allocates."""
 
 import json
 from collections import Counter
@@ -38,7 +38,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
 def test_bytes_are_what_is_stored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str
 ) -> None:
-    """Within 3 %: at 8 numbers a row, headers are a fifth of the set."""
+    """The forecast is within 3 %, although headers are a fifth of the set at 8 values per row."""
     path = write_run(tmp_path, TINY, activations={"dtype": dtype})
     before = told(capsys, str(path))
     for command in ("plan", "produce", "train"):
@@ -56,7 +56,7 @@ def test_bytes_are_what_is_stored(
 
 
 class CountingAxis(ThreadAxis):
-    """Counts what goes through each collective, as a ring sends it."""
+    """An axis that counts the bytes that a ring would send for each collective."""
 
     def count(self, name: str, size: int) -> None:
         counted = self.__dict__.setdefault("sent", Counter())
@@ -107,9 +107,10 @@ def sizes_of(tmp_path: Path, rows: int = 10_000_000, **sections: Any) -> RunSize
 
 
 def test_gradients_are_summed_over_replicas_and_rows_over_shards(tmp_path: Path) -> None:
-    """32 latents of 8 + 8 + 1 weights and 8 of b_dec: 552 numbers; a ring of 4 sends 1.5 of them.
+    """32 latents with 8 + 8 + 1 weights, and 8 of b_dec, are 552 values. A ring of 4 sends 1.5
+    times as many.
 
-    Shards of 8 latents have 144 numbers each, which nobody else has.
+    Shards of 8 latents have 144 values each, which are on no other rank.
     """
     replicas = step_traffic(sizes_of(tmp_path, processes={"trainers": 4}))
     assert replicas["sum_gradients"] == 1.5 * 4 * 552
@@ -120,9 +121,9 @@ def test_gradients_are_summed_over_replicas_and_rows_over_shards(tmp_path: Path)
 
 
 def test_rows_and_entries_are_exchanged_where_they_are_fewer(tmp_path: Path) -> None:
-    """128 rows of 8 numbers and 256 entries of 12 bytes, for W_enc and for W_dec.
+    """The exchange is 128 rows of 8 values and 256 entries of 12 bytes, for W_enc and for W_dec.
 
-    Summed gradients of 4,096 latents in two shards would be 65,536 bytes for each.
+    Summed gradients of 4,096 latents in two shards would be 65,536 bytes for each weight matrix.
     """
     sent = step_traffic(
         sizes_of(tmp_path, sae={"n_latents": 4096}, processes={"trainers": 4, "latent_shards": 2})
@@ -146,10 +147,11 @@ def test_memory_shrinks_with_shards_and_zero(tmp_path: Path) -> None:
 
 
 def test_dead_latents_and_saves_take_memory_too(tmp_path: Path) -> None:
-    """256 rows of 4 entries, or two blocks of 256 x 32 products; 552 weights.
+    """AuxK takes 256 rows of 4 entries, or two blocks of 256 x 32 products. The weights are 552
+    values.
 
-    A save has a copy of the checkpoint, and of W_enc or W_dec, its text and its file: as much as
-    all weights.
+    A save copies the checkpoint. W_enc or W_dec is also serialized and written to a file, which
+    takes as much memory as all weights.
     """
     sizes = sizes_of(tmp_path)
     host = trainer_memory([sizes], 0, gpu=False)["host"]
@@ -163,7 +165,9 @@ def test_dead_latents_and_saves_take_memory_too(tmp_path: Path) -> None:
 
 
 def test_a_dictionary_that_does_not_fit_is_given_more_shards(tmp_path: Path) -> None:
-    """17 M x (2 x 8,192) weights are 1.1 TB, with gradients and moments 4.4: of 80 GB each, 128."""
+    """17 M x (2 x 8,192) weights are 1.1 TB, or 4.4 TB with gradients and moments: 128 GPUs of 80
+    GB.
+    """
     sae = {"n_latents": 2**24, "k": 32, "init": "random"}
     path = write_run(
         tmp_path,
@@ -182,7 +186,7 @@ def test_a_dictionary_that_does_not_fit_is_given_more_shards(tmp_path: Path) -> 
 
 
 def test_a_bench_of_the_same_shape_is_taken_as_it_is(tmp_path: Path) -> None:
-    """Twice the latents take twice the product, and Adam twice as long."""
+    """Twice as many latents take twice as long in the product and in Adam."""
     found = {
         "d_in": 8,
         "n_latents": 32,
@@ -199,7 +203,7 @@ def test_a_bench_of_the_same_shape_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 def test_the_slowest_part_limits_the_run(tmp_path: Path) -> None:
-    """Batches of 256 in a tenth of a second are 2,560 rows/s; a row of 8 fp32 has 48 bytes."""
+    """Batches of 256 in a tenth of a second are 2,560 rows/s. A row of 8 fp32 values is 48 bytes."""
     sizes = sizes_of(tmp_path)
     slow = compute_pace([[sizes]], Rates(0.1, 1000.0))
     assert slow["limited_by"] == "producers"
@@ -244,7 +248,9 @@ def test_data_sheets_give_rates(tmp_path: Path) -> None:
 def test_a_sweep_takes_what_its_jobs_take(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], placement: str
 ) -> None:
-    """Together all states are on each rank and steps add up; spread over ranks only the largest."""
+    """With placement `together`, each rank has all states and the step times add up. With `spread`,
+    only the largest job counts.
+    """
     sweep = {"placement": placement, "jobs": {"a": {}, "b": {"sae.n_latents": 64}}}
     path = write_run(tmp_path, TINY, sweep=sweep, processes={"trainers": 2})
     options = [str(path), "--accelerator", "h100", "--store", "1e-6"]

@@ -1,4 +1,4 @@
-"""A run in simulated time: what producers, preemption, lost nodes and a slow store do to it."""
+"""A run in simulated time, slowed by few producers, preemption, lost nodes and a slow store."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.runs import TINY, write_run
 
 PLAN = plan_from_units((1000,) * 64, streams=4, window_units=2)
 FLEET = Fleet(4, 100.0, step_seconds=1.0, batch_rows=100, rows=64_000, row_bytes=1000.0)
-"""A producer makes 10 rows a second, so four make 40; trainers take 100."""
+"""Each producer makes 10 rows/s, so four make 40. The trainers take 100."""
 
 
 def simulated(**changes: float) -> Outcome:
@@ -20,9 +20,10 @@ def simulated(**changes: float) -> Outcome:
 
 
 def test_too_few_producers_hold_the_trainers_up() -> None:
-    """64,000 rows take four producers 1,600 s, twelve 533 s, and the trainers 640 s.
+    """64,000 rows take four producers 1,600 s, twelve producers 533 s, and the trainers 640 s.
 
-    Producers draw from the lowest free units, so the first windows may be among their last.
+    Producers draw from the lowest free units, so the first windows may be among the last ones
+    ready.
     """
     few, many = simulated(), simulated(producers=12)
     assert few.rows == many.rows == 64_000
@@ -41,7 +42,7 @@ def test_preempted_producers_lose_units_and_others_make_them_again() -> None:
 
 
 def test_a_lost_node_repeats_the_steps_since_the_last_checkpoint() -> None:
-    """A checkpoint every 50 s of steps, so a loss costs 120 s and 0 to 50 s."""
+    """A checkpoint is saved every 50 s of steps, so a loss costs 120 s plus 0 to 50 s."""
     lost = simulated(producers=12, node_hours=0.05, save_every_steps=50)
     assert lost.lost_nodes > 0
     assert 120 <= lost.repeated_seconds / lost.lost_nodes <= 170
@@ -50,7 +51,9 @@ def test_a_lost_node_repeats_the_steps_since_the_last_checkpoint() -> None:
 
 
 def test_a_store_with_a_fifth_of_its_bandwidth_limits_the_run() -> None:
-    """64 MB at 125 kB/s are 512 s, less than 1,600 s of producing; at a fifth they are 2,560."""
+    """Writing 64 MB at 125 kB/s takes 512 s, less than the 1,600 s of producing. At a fifth of the
+    bandwidth it takes 2,560 s.
+    """
     fast = simulated(write_bytes_per_second=1.25e5)
     slow = simulated(write_bytes_per_second=1.25e5, slowdown=5.0)
     assert fast.seconds < 1600 * 1.15
@@ -64,7 +67,9 @@ def test_reading_limits_the_run_as_well() -> None:
 
 
 def test_producers_wait_for_the_trainers() -> None:
-    """8 producers make 80 rows a second, and the trainers take 50; 24 units may be ahead."""
+    """8 producers make 80 rows/s and the trainers take 50, so the limit of 24 units ahead holds the
+    producers up.
+    """
     held = simulated(producers=8, step_seconds=2.0, max_ahead_units=24)
     assert held.producer_busy_share < 0.75
     assert held.rows == 64_000

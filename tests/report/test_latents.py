@@ -1,4 +1,4 @@
-"""Texts of latents, as a reader sees them."""
+"""Texts of latents, as readers see them."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +12,12 @@ from dist_sae.errors import CorpusError
 from dist_sae.index.texts import Place, Token, build_example
 from dist_sae.models.loading import load_tokenizer
 
-TEXT = "a\u00e9\u201c\U0001f600b"  # of 1, 2, 3, 4 and 1 bytes
+TEXT = "a\u00e9\u201c\U0001f600b"  # characters of 1, 2, 3, 4 and 1 bytes
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One token a byte, as byte-level tokenizers have for rare characters."""
+    """A tokenizer with one token per byte, as byte-level tokenizers have for rare characters."""
     folder = tmp_path_factory.mktemp("bytes")
     bytes_ = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     model = tokenizers.models.BPE({byte: i for i, byte in enumerate(bytes_)}, [])
@@ -34,14 +34,17 @@ def test_parts_of_a_character_are_seen_together(tokenizer: Any) -> None:
     assert tokenizer.text(ids) == [
         *("a", "\u00e9", "", "\u201c", "", "", "\U0001f600", "", "", "", "b")
     ]
-    assert tokenizer.text(ids[1:2]) == ["\ufffd"]  # alone it is nothing
+    assert tokenizer.text(ids[1:2]) == ["\ufffd"]  # a part of a character has no text
 
 
 def test_a_character_has_one_highlight(tokenizer: Any) -> None:
-    """With the activation of its most active token, wherever the window begins."""
+    """The highlight has the activation of the character's most active token, wherever the window
+    begins.
+    """
     text = 8 * "xyz" + TEXT
     (ids,) = tokenizer([text])
-    peak = ids.index(tokenizer([TEXT])[0][7])  # the second byte of the last character of four
+    # the second byte of the last character, which has four
+    peak = ids.index(tokenizer([TEXT])[0][7])
     texts: Any = SimpleNamespace(tokens=lambda _: ids, tokenizer=tokenizer, context_tokens=1000)
     known = {(0, peak): 2.0, (0, peak + 1): 1.0}
     example = build_example(Place(0, peak, ids[peak]), known, texts)

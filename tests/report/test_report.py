@@ -50,7 +50,7 @@ EVALUATION: dict[str, Any] = {
 
 
 class Elements(HTMLParser):
-    """All elements of a page as (tag, attributes, text)."""
+    """All elements of a page, as (tag, attributes, text)."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ def test_page_outlines_the_token_of_the_example_and_colours_by_activation() -> N
     assert [text for attributes, text in marks if attributes.get("class") == "peak"] == ["c"]
     assert Elements(render_page(make_page(latents=[view]))).all("span", "text")[0][1] == " a b c d"
     strengths = [float((a["style"] or "").removeprefix("--a:")) for a, _ in marks]
-    # .9 at the maximum and linear below: 1/4, 4/4 and 2/4 of it, to two digits
+    # 0.9 at the maximum and linear below it: 1/4, 4/4 and 2/4 of 0.9, to two digits
     assert strengths == pytest.approx([0.225, 0.9, 0.45], abs=0.0051)
 
 
@@ -219,9 +219,11 @@ def test_page_draws_what_training_said_of_rows_and_latents() -> None:
     titles = {text for _, text in elements.all("title")}
     assert {"5 %: last 0.1", "50 %: last 0.75", "Rarely firing latents: last 0.25"} <= titles
     assert {"Encoder product: last 0.5", "waiting for data: last 0.25"} <= titles
-    assert "3 latents, 0.01 to 0.032" in titles  # half a decade from 10 ** -2; 4 are in no bar
+    # half a decade from 10 ** -2; the 4 latents that never fired are in no bar
+    assert "3 latents, 0.01 to 0.032" in titles
     assert "share of 5,000 rows that a latent fired on" in render_page(page)
-    measured = render_page(page._replace(evaluation=EVALUATION))  # finer, and on held-out rows
+    # the evaluation's histogram is finer, and of held-out rows
+    measured = render_page(page._replace(evaluation=EVALUATION))
     assert "share of held-out rows that a latent fires on" in measured
     assert "of 5,000 rows" not in measured
 
@@ -229,7 +231,7 @@ def test_page_draws_what_training_said_of_rows_and_latents() -> None:
 def test_page_divides_time_by_stage() -> None:
     spans = Elements(render_page(make_page())).all("span")
     keys = [t for a, t in spans if (a.get("class") or "").startswith("key ") and " %, " in t]
-    # trainer: 3 records of 2 s, .5 s of each waiting; producers in the order of the work
+    # trainer: 3 records of 2 s, of which .5 s each is waiting; producers: stages in their order
     assert keys == [
         "waiting for data 25.0 %, 1.5 s",
         "forward 75.0 %, 4.5 s",
@@ -239,7 +241,7 @@ def test_page_divides_time_by_stage() -> None:
 
 
 def test_a_stall_is_a_gap_in_the_curve_over_time() -> None:
-    """The second report waited for most of its time: nothing is drawn between the first and it."""
+    """The second report waited for most of its time, so no line joins it to the first."""
     times = [1.0, 9.0, 10.0, 11.0]
     whole = render_lines("t", [Line("a", times, [4, 1, 4, 4])], x_label="x")
     broken = [False, True, False, False]
@@ -252,7 +254,7 @@ def test_a_stall_is_a_gap_in_the_curve_over_time() -> None:
     stalled = [{**r, "rows_per_second": 5.0, "seconds": 4.0} for r in page.history]
     stalled[1] = stalled[1] | {"phases": {"wait": 3.0, "forward": 1.0}}
     drawn = render_page(page._replace(history=stalled))
-    assert drawn.count("<title>All time: last 5</title>") == 2  # of a dot, and of a line
+    assert drawn.count("<title>All time: last 5</title>") == 2  # one of a dot, and one of a line
 
 
 def test_an_evaluation_shows_its_intervals_and_its_machine() -> None:
@@ -290,7 +292,8 @@ def test_lines_place_the_mark_at_its_value() -> None:
     points = next(a["points"] for a, _ in svg.all("polyline")) or ""
     (y_low, y_high) = (float(point.split(",")[1]) for point in points.split())
     (mark,) = (float(a["y1"] or "") for a, _ in svg.all("line", "mark"))
-    assert mark == pytest.approx((y_low + y_high) / 2, abs=0.11)  # placed to a tenth of a unit
+    # coordinates are rounded to a tenth of a unit
+    assert mark == pytest.approx((y_low + y_high) / 2, abs=0.11)
 
 
 def test_a_logarithmic_x_axis_has_equal_steps_between_powers_of_ten() -> None:
@@ -300,7 +303,7 @@ def test_a_logarithmic_x_axis_has_equal_steps_between_powers_of_ten() -> None:
     x = [float(point.split(",")[0]) for point in points.split()]
     assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)
     assert re.findall(r"<tspan[^>]*>(-\d)</tspan>", figure) == ["-4", "-3", "-2"]
-    # between two powers of ten both are shown
+    # an axis between two powers of ten shows both
     narrow = render_lines("t", [line._replace(x=[2e-3, 3e-3, 4e-3])], x_label="x", log_x=True)
     assert re.findall(r"<tspan[^>]*>(-\d)</tspan>", narrow) == ["-3", "-2"]
 
@@ -324,7 +327,7 @@ def test_chosen_latents_fire_and_span_the_densities() -> None:
     chosen = choose_latents(counts, 4, seed=0)
     assert [int(counts[latent]) for latent in chosen] == [10_000, 1000, 100, 10]
     assert chosen == choose_latents(counts, 4, seed=0)
-    # 0 and 3 firings are too few; everything else when more are asked for than there are
+    # 0 and 3 firings are too few; all others are chosen if more are requested than exist
     assert sorted(choose_latents(counts, 50, seed=0)) == [2, 3, 4, 5, 6, 7]
 
 
@@ -350,7 +353,9 @@ def run(tmp_path: Path) -> Run:
 
 
 def store_unit(run: Run, made: Plan, unit: int) -> None:
-    """A unit in which latent d is active with 1 + position where position % 4 = d, shuffled."""
+    """Store a shuffled unit in which latent d has activation 1 + position wherever position % 4 =
+    d.
+    """
     store = open_store(run.store.activations)
     documents = torch.tensor([span.first for span in made.units[unit]]).repeat_interleave(16)
     positions = torch.arange(16).repeat(len(made.units[unit]))
@@ -393,11 +398,11 @@ def test_report_outlines_the_row_with_the_highest_activation(run: Run) -> None:
     peaks = [(int(text), a["title"]) for a, text in elements.all("mark", "peak")]
     assert peaks
     for token, act in peaks:
-        # the token is 16 document + position; latent d peaks at the last position of its kind,
-        # 12 + d, where it is active with (13 + d) x the scale of .5
+        # the token is 16 * document + position. Latent d is the most active at its last position,
+        # 12 + d, where its activation is (13 + d) times the scale of .5
         assert token % 16 in range(12, 16)
         assert act == f"{0.5 * (1 + token % 16):.4g}"
-    # contexts are of 8 tokens, so the first half of the document was out of the model's sight
+    # contexts have 8 tokens, so the model did not see the first half of the document
     unseen = [int(text) % 16 for _, text in elements.all("span", "unseen")]
     assert unseen
     assert max(unseen) < 8
@@ -406,7 +411,7 @@ def test_report_outlines_the_row_with_the_highest_activation(run: Run) -> None:
 def test_report_says_what_is_missing_before_anything_ran(run: Run) -> None:
     plan(run)
     missing = Elements(Path(report(run)).read_text()).all("p", "missing")
-    # of the numbers, the curves and the latents, in the order of the page
+    # messages for the numbers, the curves and the latents, in the order of the page
     assert [re.findall(r"dist-sae (\w+)", text) for _, text in missing] == [
         ["evaluate", "report"],
         ["train", "report"],

@@ -1,4 +1,4 @@
-"""A dictionary of two layers after training: evaluation, index, page, report and notebook."""
+"""A dictionary of two layers after training: its evaluation, index, page, report and notebook."""
 
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ WIDTH, N_LATENTS = 24, 64
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Dictionary]:
-    """A random cross-layer transcoder: even latents write both layers, odd ones the second."""
+    """A random cross-layer transcoder. Even latents write both layers, odd ones only the second."""
     folder = tmp_path_factory.mktemp("layers")
     sae = {"kind": "clt", "n_latents": N_LATENTS, "k": 4, "auxk": 0, "reads": list(SITES)}
     run = language_run(folder, save_language_model(folder / "model"), sae)
@@ -67,7 +67,7 @@ def heldout(run: Run) -> dict[str, Tensor]:
 
 @pytest.mark.system
 def test_evaluation_has_each_site(world: tuple[Run, Dictionary]) -> None:
-    """FVU over all held-out rows at once, in fp64, about the checkpoint's mean."""
+    """The FVU is over all held-out rows at once, in fp64, about the checkpoint's mean."""
     run, dictionary = world
     found = evaluate(run)
     acts = heldout(run)
@@ -85,12 +85,12 @@ def test_evaluation_has_each_site(world: tuple[Run, Dictionary]) -> None:
     assert list(found["ce_by_site"]) == list(SITES)
     assert found["pca_fvu"] < 1
     assert {"ce_replacement", "ce_recovered_replacement"} <= found.keys()
-    assert "duplicate_share" not in found  # rows of W_dec are not those of latents
+    assert "duplicate_share" not in found  # a row of W_dec is not one latent's row
 
 
 def test_the_index_has_the_norms_at_each_site(world: tuple[Run, Dictionary]) -> None:
     run, dictionary = world
-    summary = make_index(run)  # is complete
+    summary = make_index(run)  # the index is already complete
     norms = np.stack(tables(summary["index"], "latents")["norms"].to_numpy())
     rows = dictionary.decoder_rows().detach().view(N_LATENTS, 2, WIDTH)
     expected = rows.norm(dim=2).numpy()
@@ -101,7 +101,7 @@ def test_the_index_has_the_norms_at_each_site(world: tuple[Run, Dictionary]) -> 
     assert sum(page.profile.values()) == pytest.approx(1)
     assert index.latent(1).profile == {"attn_out.0": 0, "resid_post.1": 1}
     assert page.decoder_norm == pytest.approx(float(rows[2].norm()))
-    assert page.top_tokens  # of the part in the last residual stream
+    assert page.top_tokens  # from the part of the decoder row in the last residual stream
     assert not page.nearest
     assert "nearest latents (" in summary["left_out"]
     acts = [batch.acts for batch in OpenedRun(run).rows(range(len(index.manifest.units)))]
@@ -130,7 +130,9 @@ def test_report_and_terminal_show_the_profile(world: tuple[Run, Dictionary]) -> 
 def test_a_crosscoder_of_two_sites_shows_whose_its_latents_are(
     world: tuple[Run, Dictionary],
 ) -> None:
-    """The first half writes one site each in turn, the other both; latent 0 never fires."""
+    """Latents of the first half write one site each, in turn. The others write both sites. Latent 0
+    never fires.
+    """
     sae = {"kind": "crosscoder_relu", "n_latents": N_LATENTS, "reads": list(SITES)}
     run = Run.model_validate(world[0].model_dump(mode="json") | {"name": "whose", "sae": sae})
     crosscoder = build_sae(run.sae, Widths((WIDTH, WIDTH), (WIDTH, WIDTH)))
@@ -160,7 +162,9 @@ def test_a_crosscoder_of_two_sites_shows_whose_its_latents_are(
 
 
 def test_more_sites_are_drawn_by_the_site_of_the_peak() -> None:
-    """Two latents of one site each, and one of all alike; the second site has no peak."""
+    """Two latents write one site each, and one writes all sites about equally. No latent peaks at
+    the second site.
+    """
     shares = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.4, 0.3, 0.3]])
     profiles = Profiles(("a.0", "a.1", "a.2"), shares)
     figure = render_profiles(profiles)
@@ -202,7 +206,9 @@ def test_a_notebook_takes_sites_side_by_side_or_by_name(world: tuple[Run, Dictio
 def test_a_transcoder_is_measured_against_the_site_that_it_writes(
     world: tuple[Run, Dictionary],
 ) -> None:
-    """With a skip; by evaluation on held-out rows, by the index on all."""
+    """The dictionary has a skip. The evaluation measures held-out rows, and the index measures all
+    rows.
+    """
     read, written = SITES
     sae = {"kind": "transcoder", "selection": "batch", "skip": True, "n_latents": N_LATENTS}
     sae |= {"k": 4, "auxk": 0, "reads": [read], "writes": [written]}
@@ -238,7 +244,7 @@ def test_a_transcoder_is_measured_against_the_site_that_it_writes(
 def test_latents_of_a_transcoder_are_ablated_where_it_writes(
     world: tuple[Run, Dictionary],
 ) -> None:
-    """From what the same pass has where it reads."""
+    """The codes come from the activations that the same forward pass has at the read site."""
     read, written = SITES
     sae = {"kind": "transcoder", "n_latents": N_LATENTS, "k": 4, "auxk": 0}
     sae |= {"reads": [read], "writes": [written]}

@@ -1,4 +1,4 @@
-"""`dist-sae latents` on a tiny language model, against brute force."""
+"""`dist-sae latents` on a tiny language model, compared with brute force."""
 
 import json
 import re
@@ -39,7 +39,7 @@ class World(NamedTuple):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """An indexed run on a language model of words; latent 31 never fires."""
+    """An indexed run on a word-level language model. Latent 31 never fires."""
     folder = tmp_path_factory.mktemp("language")
     words = torch.randint(3, 50, (60, 20), generator=torch.Generator().manual_seed(0)).tolist()
     text = "\n".join(" ".join(f"w{word}" for word in document) for document in words)
@@ -104,7 +104,7 @@ def lines(world: World, capsys: pytest.CaptureFixture[str], *arguments: str) -> 
 
 
 def top_tokens_of(world: World, latent: int, most: int = 64) -> list[int]:
-    """Tokens of the largest activations, the largest first."""
+    """Return the tokens of the largest activations, in descending order of activation."""
     firings = sorted(world.oracle.firings(latent), key=lambda firing: (-firing[0], firing[1]))
     return [world.oracle.names[row][2] for _, row in firings[:most]]
 
@@ -120,7 +120,7 @@ def test_a_latent_is_shown_with_its_texts_and_output_tokens(
     best = shown["texts"][0]
     assert best["act"] == max(act for act, _ in firings)
     assert best["tokens"][best["peak"]].strip() == f"w{top_tokens_of(world, latent)[0]}"
-    # activations of all tokens around the peak, from the postings
+    # activations of all tokens around the peak, which are in the postings
     known: dict[int, dict[int, float]] = {names[4]: {} for names in world.oracle.names}
     for act, row in firings:
         known[world.oracle.names[row][4]][world.oracle.names[row][3]] = act
@@ -147,7 +147,7 @@ def test_lines_fit_and_hold_the_peak_in_brackets(
     latent = int((world.oracle.codes > 0).sum(0).argmax())
     shown = lines(world, capsys, str(latent), "31")
     assert all(len(line) <= 100 for line in shown)
-    assert "\033" not in "".join(shown)  # no terminal
+    assert "\033" not in "".join(shown)  # the output is not a terminal
     assert shown[0] == f"latent {latent}"
     count = len(world.oracle.firings(latent))
     assert f"({count:,} times), denser than" in shown[1]
@@ -207,7 +207,7 @@ def test_latents_like_one_are_its_neighbours(
 def test_latents_on_a_text_are_those_of_the_model(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a document of the corpus they are those of its rows."""
+    """The latents of a corpus document are those of its rows."""
     document = min(names[4] for names in world.oracle.names)
     text = (Path(world.run.store.runs).parent / "text.txt").read_text().splitlines()[document]
     found = ask(world, capsys, "--text", text)

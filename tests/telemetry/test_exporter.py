@@ -1,4 +1,4 @@
-"""Metrics over HTTP, from the beginning of a process to its end."""
+"""Metrics over HTTP, from the start of a process to its end."""
 
 import http.client
 import itertools
@@ -24,8 +24,9 @@ from dist_sae.telemetry.metrics import METRICS, gauges, metrics_of
 from tests.telemetry.scrape import get_page, of_rank, scrape, series
 
 UNKNOWN = {"operation": 8, "status": 4, "error": 8}
-"""As many values as a label may have that the table does not list: 8 requests that a store makes,
-4 kinds of answers, 8 errors."""
+"""The maximum number of values of a label whose values are not listed in the table: 8 store
+operations, 4 response statuses and 8 errors.
+"""
 
 
 def test_metrics_are_served() -> None:
@@ -37,12 +38,12 @@ def test_metrics_are_served() -> None:
     named = f'kubernetes_name="my-run-2-0",{labels}'
     assert re.search(rf'dist_sae_run_info{{{named},version="[^"]+"}} 1.0', text)
     assert f'dist_sae_train_phase_seconds_total{{phase="wait",{labels}}} 0.0' in text
-    assert "dist_sae_train_heldout_fvu{" not in text  # it is not known, which is not 0
+    assert "dist_sae_train_heldout_fvu{" not in text  # the value is unknown, which is not 0
     assert of_rank(text, "dist_sae_process_resident_memory_bytes")["3"] > 1e7
 
 
 def test_metrics_are_served_over_ipv4_and_ipv6() -> None:
-    """A cluster gives pods addresses of one kind or of both."""
+    """A cluster's pods may have IPv4 addresses, IPv6 addresses, or both."""
     hosts = ["127.0.0.1", "::1"] if socket.has_dualstack_ipv6() else ["127.0.0.1"]
     with Telemetry("my-run", "train", port=0) as telemetry:
         for host in hosts:
@@ -133,13 +134,13 @@ def test_a_process_that_nobody_scrapes_does_not_wait(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(dist_sae.telemetry.server, "LAST_SCRAPE_SECONDS", 600.0)
     since = time.monotonic()
     with Telemetry("run", "train", 0) as telemetry:
-        get_page(telemetry.port)  # a person, or `dist-sae status`
+        get_page(telemetry.port)  # a person or `dist-sae status`, not Prometheus
         get_page(telemetry.port)
     assert time.monotonic() - since < 300
 
 
 def test_a_process_that_was_scraped_once_stays_for_the_second_time() -> None:
-    """It is not known when it comes; others who ask do not count."""
+    """The time of the next scrape is unknown, and requests from other clients do not count."""
     pages: list[str] = []
     over = threading.Event()
     with Telemetry("run", "train", 0) as telemetry:
@@ -152,7 +153,9 @@ def test_a_process_that_was_scraped_once_stays_for_the_second_time() -> None:
                         pages.append(scrape(telemetry.port))
                 except (ConnectionError, urllib.error.URLError) as exc:
                     if isinstance(getattr(exc, "reason", exc), ConnectionRefusedError):
-                        raise  # it has gone; a queue of five is soon full
+                        # the process has exited; other errors come from the full queue of five
+                        # connections
+                        raise
                 over.wait(0.05)
 
         finishing = threading.Thread(target=finish)
@@ -162,7 +165,7 @@ def test_a_process_that_was_scraped_once_stays_for_the_second_time() -> None:
 
 
 class Gateway(HTTPServer):
-    """Takes what is pushed, as Prometheus' Pushgateway does."""
+    """A server that accepts pushes, like Prometheus's Pushgateway."""
 
     def __init__(self) -> None:
         pushed = self.pushed = dict[str, str]()
@@ -196,7 +199,7 @@ def test_a_short_program_pushes_its_metrics_at_its_end() -> None:
 
 
 def test_a_push_that_fails_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    with socket.socket() as closed:  # bound and not listening: refuses
+    with socket.socket() as closed:  # bound but not listening, so it refuses connections
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
         with (
@@ -223,7 +226,9 @@ def test_names_follow_the_conventions_of_prometheus() -> None:
 
 @pytest.mark.parametrize("role", ROLES)
 def test_a_record_sets_each_gauge_by_its_short_name(role: str) -> None:
-    """Which names one metric only, and what is listed for people has a title and a format."""
+    """Each short name belongs to one metric, and every metric in a listing has a title and a
+    format.
+    """
     known = [metric for metric in metrics_of(role) if metric.short]
     assert len({metric.short for metric in known}) == len(known)
     record = {m.short: {"a": 1.0} if m.labels else 1.0 for m in known} | {"unknown": 1.0}
@@ -235,7 +240,7 @@ def test_a_record_sets_each_gauge_by_its_short_name(role: str) -> None:
 
 
 def test_full_metric_names_are_written_out() -> None:
-    """So that a search for one finds its uses: none is put together from pieces."""
+    """No name is assembled from pieces, so a search for a metric finds all of its uses."""
     for path in Path(dist_sae.__file__).parent.rglob("*.py"):
         assert not re.search(r"dist_sae_[a-z_]*\{(?!\{)", path.read_text()), path
 
@@ -259,7 +264,7 @@ def test_a_rank_has_at_most_500_series(role: str) -> None:
 
 
 def every_label(metric: Metric) -> list[dict[str, str]]:
-    """Every combination of values that a metric's labels may have."""
+    """Return every combination of values that a metric's labels may have."""
     values = [
         metric.values or [f"{label}-{i}" for i in range(UNKNOWN.get(label, 1))]
         for label in metric.labels
@@ -276,9 +281,10 @@ def test_only_programs_that_cannot_be_scraped_have_the_metrics_of_their_end() ->
 def test_the_table_for_people_is_the_one_in_the_repository(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In Markdown: every row has six cells, though a help text may hold bars."""
+    """The table is valid Markdown: every row has six cells, even if a help text contains bars."""
     assert main(["config", "metrics"]) == 0
     table = Path(__file__).parents[2] / "monitoring" / "metrics.md"
     rows = [line for line in table.read_text().splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {7}
-    assert capsys.readouterr().out == table.read_text()  # else print it there anew
+    # if this fails, print the table to that file again
+    assert capsys.readouterr().out == table.read_text()

@@ -1,4 +1,4 @@
-"""The pages of a pod's ranks as one."""
+"""The metrics pages of a pod's ranks, merged into one."""
 
 import threading
 import time
@@ -17,12 +17,12 @@ from tests.telemetry.scrape import of_rank, scrape, series
 
 @pytest.fixture(autouse=True)
 def no_last_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks of these tests do not stay for it."""
+    """Let ranks exit without waiting for a last scrape."""
     monkeypatch.setattr(server, "LAST_SCRAPE_SECONDS", 0.0)
 
 
 def settled(gathered: GatheredTelemetry, up: int) -> str:
-    """The page once so many ranks are up: on a busy machine an answer comes after the first one."""
+    """Return the page once `up` ranks are up. On a busy machine the first page may lack a rank."""
     deadline = time.monotonic() + 30
     while sum(of_rank(page := scrape(gathered.port), "dist_sae_rank_up").values()) != up:
         assert time.monotonic() < deadline, page
@@ -83,12 +83,12 @@ def test_a_busy_rank_holds_nobody_up_and_is_shown_as_it_was(
         assert busy.wait(20)
         assert of_rank(page, "one") == {"1": 1.0}
         assert of_rank(page, "dist_sae_rank_up") == {"1": 1.0}
-        assert seconds < 5  # it waits for 40 ms; the rest is this machine's
+        assert seconds < 5  # the server waits 40 ms; the rest is this machine's load
         free.set()
         settled(gathered, up=1)
         free.clear()
         monkeypatch.setattr(gather, "RESPONSE_TIMEOUT_SECONDS", 0.05)
-        page = settled(gathered, up=0)  # it took too long
+        page = settled(gathered, up=0)  # the rank's answer took too long
         assert of_rank(page, "one") == {}
         free.set()
     slow.close()
@@ -97,11 +97,13 @@ def test_a_busy_rank_holds_nobody_up_and_is_shown_as_it_was(
 def test_last_words_that_come_too_late_for_a_page_are_in_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The rank takes them for said, and ends."""
+    """A rank that was scraped exits, so an answer that is too late for one page must be in the
+    next.
+    """
     asked, free = threading.Event(), threading.Event()
 
     def render(scraped: bool) -> bytes:  # noqa: FBT001
-        assert scraped  # that Prometheus asks is passed on
+        assert scraped  # the request is marked as a scrape by Prometheus
         asked.set()
         assert free.wait(20)
         return b'# HELP one A one.\n# TYPE one gauge\none{rank="1"} 1.0\n'

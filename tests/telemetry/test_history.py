@@ -1,4 +1,4 @@
-"""The series in the run's folder."""
+"""The history in the run's folder."""
 
 from pathlib import Path
 

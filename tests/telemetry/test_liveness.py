@@ -1,4 +1,4 @@
-"""What probes of a pod are answered."""
+"""The answers to a pod's probes."""
 
 import urllib.request
 from contextlib import ExitStack
@@ -34,7 +34,7 @@ def test_a_process_is_ready_once_it_works_and_lives_until_it_hangs(
         assert answer(telemetry.port, "/livez") == (200, "ok")
         now += 4
         assert answer(telemetry.port, "/livez") == (503, "hung: exceeded its time limit 3 s ago")
-        telemetry.liveness.idle()  # it came back
+        telemetry.liveness.idle()  # the process returned from the work
         now += 10_000
         assert answer(telemetry.port, "/livez") == (200, "ok")
 

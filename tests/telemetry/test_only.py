@@ -1,4 +1,4 @@
-"""A gauge whose labels say which one of many it is."""
+"""A gauge whose labels name one of many ranks."""
 
 from dist_sae.telemetry.exporter import Telemetry
 
@@ -6,7 +6,7 @@ NAME = "dist_sae_train_slowest_ratio"
 
 
 def test_a_gauge_forgets_the_labels_that_it_had_before() -> None:
-    """Of its own run only: two train side by side."""
+    """Only the run's own labels are forgotten, because another run trains in the same process."""
     telemetry = Telemetry("a", "train", None)
     both = telemetry.of_runs("a"), telemetry.of_runs("b")
     for run in both:

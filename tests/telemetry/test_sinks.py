@@ -1,4 +1,4 @@
-"""The curves as TensorBoard and Weights & Biases read them."""
+"""The training curves, as TensorBoard and Weights & Biases read them."""
 
 import struct
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from tests.runs import TINY, write_run
 
 
 def life(run: Run, tmp_path: Path, first_step: int, records: list[dict[str, Any]]) -> None:
-    """One process of a run, from its beginning or a checkpoint to its end."""
+    """Simulate one process of a run, which starts at `first_step` and appends these records."""
     sinks = open_sinks(run, open_store(str(tmp_path / "runs")), first_step)
     for sink in sinks:
         for record in records:
@@ -32,10 +32,11 @@ LIVES = {
     0: [{"step": s, "fvu": s / 4, "phases": PHASES} for s in (10, 20, 30)],
     20: [{"step": s, "fvu": s / 2, "phases": PHASES} for s in (30, 40)],
 }
-"""Records by first step: the first dies after step 30, the second goes on from step 20."""
+"""Records by first step: the first process dies after step 30, and the second resumes from step 20.
+"""
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what tensorboard is built on
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from tensorboard's dependencies
 def test_tensorboard_shows_one_curve_of_a_resumed_run(tmp_path: Path) -> None:
     folder = tmp_path / "tensorboard"
     run = load_run(write_run(tmp_path, TINY, telemetry={"tensorboard": str(folder)}))
@@ -55,11 +56,12 @@ def test_wandb_gets_the_curve_under_the_runs_name(
     run = load_run(write_run(tmp_path, TINY, telemetry={"wandb": "a-project"}))
     curves = []
     for first_step, records in LIVES.items():
-        folder = tmp_path / str(first_step)  # wandb tells lives that begin in one second not apart
+        # wandb cannot distinguish processes that start in the same second
+        folder = tmp_path / str(first_step)
         folder.mkdir()
         monkeypatch.setenv("WANDB_DIR", str(folder))
         life(run, tmp_path, first_step, records)
-        wandb.teardown()  # as at the end of a process: all is written
+        wandb.teardown()  # as at the end of a process, when all is written
         (path,) = folder.glob("wandb/offline-run-*/run-tiny.wandb")
         curves.append(list(steps_of(path)))
     assert curves == [
@@ -69,7 +71,7 @@ def test_wandb_gets_the_curve_under_the_runs_name(
 
 
 def steps_of(path: Path) -> Iterator[tuple[int, float, float]]:
-    """(Step, fvu, phases/wait) of what wandb has on its way to its server."""
+    """Yield (step, fvu, phases/wait) for each record that wandb would send to its server."""
     messages: Any = wandb_internal_pb2
     for data in logged(path.read_bytes()):
         record = messages.Record()
@@ -84,15 +86,15 @@ def steps_of(path: Path) -> Iterator[tuple[int, float, float]]:
 
 
 def logged(file: bytes) -> Iterator[bytes]:
-    """The records of a log in LevelDB's format, behind a header of seven bytes."""
+    """Yield the records of a LevelDB log that begins with a header of seven bytes."""
     whole, at = b"", 7
     while at + 7 <= len(file):
-        if (rest := 32_768 - at % 32_768) < 7:  # no room for a header: the next block
+        if (rest := 32_768 - at % 32_768) < 7:  # no space for a header: go to the next block
             at += rest
         _, length, kind = struct.unpack_from("<IHB", file, at)
         whole += file[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # all of a record, or its last piece
+        if kind in (1, 4):  # a whole record, or its last piece
             yield whole
             whole = b""
 

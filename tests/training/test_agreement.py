@@ -1,4 +1,4 @@
-"""Ranks agree on whether to go on without meeting before each step; a slow one is named."""
+"""Ranks agree on whether to continue without an exchange in each step, and a slow rank is named."""
 
 import json
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.system
 def last_words(
     folder: Path, activations: str, why: str
 ) -> tuple[set[str], Mapping[str, int], list[str]]:
-    """What the two ranks said at their end; rank 0's exchanges over the control group, and page."""
+    """Return both ranks' last messages, rank 0's exchanges over the control group, and its page."""
     train = {"log_every_steps": 20}
     path = run_file(folder, activations, processes={"trainers": 2}, train=train)
     ranks = []
@@ -34,7 +34,7 @@ def last_words(
 
 
 def test_a_step_needs_no_exchange_to_agree(tmp_path: Path, activations: str) -> None:
-    """Ranks meet before the first step, and when they save the last one."""
+    """Ranks exchange messages only before the first step, and when they save after the last one."""
     words, exchanges, _ = last_words(tmp_path, activations, "nothing")
     assert words == {"ended"}
     assert exchanges.keys() == {"0", str(STEPS)}
@@ -45,7 +45,9 @@ def test_a_step_needs_no_exchange_to_agree(tmp_path: Path, activations: str) -> 
 def test_all_ranks_stop_at_the_step_at_which_one_must(
     tmp_path: Path, activations: str, why: str
 ) -> None:
-    """It tells the others in the step that it has a batch for: they meet after it, and save."""
+    """The rank that must stop tells the others during a step that it has a batch for. All ranks
+    then agree after that step, and save.
+    """
     words, exchanges, _ = last_words(tmp_path, activations, why)
     assert words == {f"stopped at step {REASON_AT} of {STEPS}; start again to continue"}
     assert exchanges.keys() == {"0", str(REASON_AT)}
@@ -53,7 +55,9 @@ def test_all_ranks_stop_at_the_step_at_which_one_must(
 
 
 def test_a_slow_rank_is_named_with_its_node(tmp_path: Path, activations: str) -> None:
-    """By rank 0, over all ranks; the other one's time is spent in collectives with it."""
+    """Rank 0 names the slow rank of all ranks. The other rank's time is spent waiting in
+    collectives.
+    """
     words, _, page = last_words(tmp_path, activations, "slow")
     assert words == {"ended"}
     (slowest,) = [line for line in page if line.startswith("dist_sae_train_slowest_ratio{")]

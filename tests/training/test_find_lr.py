@@ -1,4 +1,4 @@
-"""Learning rates tried side by side before a run."""
+"""Learning rates that are tried together before a run."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def tried(capsys: pytest.CaptureFixture[str], path: Path, *options: str) -> dict
 def test_rates_around_the_runs_own_are_tried_and_none_is_taken(
     tmp_path: Path, activations: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nine rates, a factor of two apart; the run itself has no folder afterwards."""
+    """Nine rates a factor of two apart are tried. The run itself has no folder afterwards."""
     path = run_file(tmp_path, activations, train={"lr": 4e-3})
     found = tried(capsys, path)
     rates = {rate["lr"]: rate for rate in found["rates"]}

@@ -1,4 +1,4 @@
-"""A dictionary that nobody could want is called one, once it can be known."""
+"""The trainer warns about a useless dictionary, once enough steps are done to know it."""
 
 import re
 from pathlib import Path
@@ -54,4 +54,4 @@ def test_an_ordinary_dictionary_is_not_doubted(tmp_path: Path, sae: dict[str, An
     assert training_warning(run, 16, run.steps, {"l0_latents": 8.0, "dead_share": 0.3}) is None
     assert (
         training_warning(run, 16, run.steps, {"l0_latents": 1.0}) is None
-    )  # who is dead is not known yet
+    )  # the dead latents are not known yet

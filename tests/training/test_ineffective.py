@@ -1,4 +1,4 @@
-"""Settings that cannot act in the run at hand."""
+"""Settings that have no effect in this run."""
 
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from tests.runs import TINY, write_run
 
 SOUND = [
     "sae.dead_after_rows=null",
-    "corpus.documents=800",  # 760 to train on, of 31 rows but for the first positions; 40 held out
+    # 760 documents of 31 rows, as first positions are left out, train; 40 are held out
+    "corpus.documents=800",
     "corpus.document_rows=32",
     "activations.unit_rows=512",
     "activations.window_units=2",
@@ -58,7 +59,7 @@ def test_a_sound_run_is_told_nothing(made: tuple[Path, Plan]) -> None:
             ["train.keep_best=4", "train.heldout_rows=100"],
             "train.keep_best: 4 of 4 checkpoints: all are kept",
         ),
-        (["train.keep_every_steps=30"], None),  # at step 60
+        (["train.keep_every_steps=30"], None),  # it saves at step 60
         (["train.keep_every_steps=7"], "train.keep_every_steps: 7: no save (every 20 steps) falls"),
         (["train.log_every_steps=76"], "train.log_every_steps: 76, and the run has only 75 steps"),
         (
@@ -83,7 +84,8 @@ def test_a_sound_run_is_told_nothing(made: tuple[Path, Plan]) -> None:
             ],
             "sae.sparsity_warmup_share: 0.1: the target L0 starts at sae.initial_l0 again",
         ),
-        (["sae.dead_after_rows=9600", "train.parent.run=before"], None),  # counts go on
+        # the counts continue from the parent
+        (["sae.dead_after_rows=9600", "train.parent.run=before"], None),
     ],
 )
 def test_what_cannot_act_is_said_in_one_line(
@@ -99,7 +101,7 @@ def test_what_cannot_act_is_said_in_one_line(
 def test_few_held_out_documents_are_remarked(
     made: tuple[Path, Plan], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """By the plan itself; and by trainers and the report, which ask the same."""
+    """The planner logs the warning. Trainers and the report call the same function."""
     path = write_run(tmp_path, TINY)
     plan(load_run(path, [*SOUND, "activations.heldout_share=0.004"]))
     assert "activations.heldout_share: 3 documents (about 93 rows) are held out" in caplog.text

@@ -1,4 +1,4 @@
-"""The sentence that says what limits a run."""
+"""The sentence that states what limits a run."""
 
 import pytest
 
@@ -13,7 +13,7 @@ BUSY = {"wait": 0.2, "forward": 5.0, "backward": 3.0, "optimiser": 1.0, "save": 
         ({}, None, None, "data: no producer has reported yet"),
         ({}, None, "forward", "data: producers' slowest stage: forward"),
         (
-            BUSY | {"wait": 10.0},  # of 19.8 s
+            BUSY | {"wait": 10.0},  # 10 of 19.8 s
             0.9,
             "store",
             "data: trainers wait 51% of the time; producers' slowest stage: store",
@@ -23,7 +23,7 @@ BUSY = {"wait": 0.2, "forward": 5.0, "backward": 3.0, "optimiser": 1.0, "save": 
         (BUSY, 0.55, "store", "the encoder product: 55% of step time"),
         (BUSY, 0.3, "store", "the forward pass: 50% of step time; the encoder product: 30%"),
         (
-            BUSY | {"ranks": 6.0, "begin": 90.0},  # of 16 s since it began
+            BUSY | {"ranks": 6.0, "begin": 90.0},  # 6 of 16 s since the start
             0.3,
             "store",
             "waiting for other ranks: 38% of step time; the encoder product: 30%",
@@ -35,14 +35,14 @@ def test_the_limit_is_what_would_have_to_be_faster(
     phases: dict[str, float], product: float | None, stage: str | None, said: str
 ) -> None:
     assert describe_limit(phases, product, stage) == said
-    assert len(said) <= 72  # beside "limit: ", on a terminal
+    assert len(said) <= 72  # fits on a terminal after "limit: "
 
 
 def test_a_slow_rank_is_named_with_its_host_where_others_wait_for_it() -> None:
     slow = describe_slow("3", "run-trainer-0-1 on gpu-7", 1.31)
     assert slow == "rank 3 (run-trainer-0-1 on gpu-7) takes 1.3 x the median rank's time"
     assert describe_slow("3", "here", 1.19) is None
-    waiting = BUSY | {"ranks": 2.5}  # of 12.5 s
+    waiting = BUSY | {"ranks": 2.5}  # 2.5 of 12.5 s
     said = describe_limit(waiting, 0.6, "store", slow)
     assert said == f"{slow}; ranks wait 20% of the time"
     assert describe_limit(BUSY, 0.55, "store", slow).startswith("the encoder product")

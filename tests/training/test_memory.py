@@ -1,4 +1,4 @@
-"""The memory of a dictionary is known, and refused, before any is allocated."""
+"""The memory of a dictionary is computed, and refused if too large, before any is allocated."""
 
 import logging
 import re
@@ -30,16 +30,18 @@ TWO, FOUR = Widths((3, 5), (3, 5)), Widths((4,) * 4, (4,) * 4)
 
 
 def run_of(folder: Path, *settings: str, **sae: Any) -> Run:
-    """The sites that a recipe names need not be there."""
+    """Make a run whose recipe may name sites that the run does not have."""
     config: SaeConfig = TypeAdapter(SaeConfig).validate_python(sae)
     return load_run(write_run(folder), list(settings)).model_copy(update={"sae": config})
 
 
 def test_every_site_is_counted(tmp_path: Path) -> None:
-    """fp32 weights, gradients, two moments, a running mean if there is one, and a bf16 W_enc.
+    """The count includes fp32 weights, gradients, two moments, a running mean if there is one, and
+    a bf16 W_enc.
 
-    A crosscoder of 3 and 5: 8 latents x (8 + 8 + a bias), and b_dec of 8. A CLT of four layers
-    of 4: 8 latents x (4 + 4 x (4 + 3 + 2 + 1) / 4 + a bias), and b_dec of 16.
+    A crosscoder of widths 3 and 5 has 8 latents x (8 + 8 + a bias), and 8 values of b_dec. A CLT of
+    four layers of width 4 has 8 latents x (4 + 4 x (4 + 3 + 2 + 1) / 4 + a bias), and 16 values of
+    b_dec.
     """
     crosscoder = run_of(tmp_path, kind="crosscoder", n_latents=8, k=2, reads=LAYERS[:2])
     assert sum(state_bytes(crosscoder, TWO)) == 4 * 4 * (8 * 17 + 8)
@@ -63,7 +65,7 @@ def test_every_site_is_counted(tmp_path: Path) -> None:
 
 
 def test_what_no_machine_holds_is_refused_before_it_is_built(tmp_path: Path) -> None:
-    """10^12 latents of 17 numbers, four times in fp32, and of 8 in bf16: 288 TB."""
+    """10^12 latents take 288 TB: 17 values each, four times in fp32, and 8 values each in bf16."""
     run = load_run(write_run(tmp_path, TINY), ["sae.n_latents=1000000000000", "sae.init=random"])
     plan(run)
     stopping, telemetry = threading.Event(), Telemetry(run.name, "train", None)

@@ -1,4 +1,4 @@
-"""What a trainer tells the world while it trains."""
+"""The metrics that a trainer serves while it trains."""
 
 import re
 import threading
@@ -17,18 +17,18 @@ from tests.training.trained import STEPS, history, run_file
 
 NOT_HERE = {
     "dist_sae_process_device_memory_bytes",  # there is no GPU
-    "dist_sae_run_failed",  # it did not
-    "dist_sae_rank_up",  # of a pod
-    "dist_sae_store_requests_total",  # of S3
+    "dist_sae_run_failed",  # the run did not fail
+    "dist_sae_rank_up",  # only pods have it
+    "dist_sae_store_requests_total",  # only S3 has it
     "dist_sae_store_request_seconds",
-    "dist_sae_train_prefix_fvu",  # of matryoshka
-    "dist_sae_train_site_fvu",  # of several sites
+    "dist_sae_train_prefix_fvu",  # only for matryoshka dictionaries
+    "dist_sae_train_site_fvu",  # only for several sites
 }
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, activations: str) -> tuple[Path, str]:
-    """(Folder of a routed run, the page that its trainer served last)."""
+    """The folder of a routed run, and the last page that its trainer served."""
     folder = tmp_path_factory.mktemp("metrics")
     sae: dict[str, Any] = {"kind": "routed", "experts": 4, "n_latents": 64, "k": 3, "auxk": 16}
     sae |= {"dead_after_rows": 480}
@@ -94,8 +94,8 @@ def test_every_latent_is_in_one_bucket_of_densities(
     assert tuple(latents) == DENSITIES
     assert sum(latents.values()) == 64
     (rows,) = of_rank(trained[1], "dist_sae_train_density_rows").values()
-    assert 480 < rows <= 2 * 480  # of one to two times dead_after_rows
-    # 3 of 64 latents are active: the densest have at least the mean density, 10 ** -1.33
+    assert 480 < rows <= 2 * 480  # the window is one to two times dead_after_rows
+    # 3 of 64 latents are active per row, so the densest have at least the mean density, 10 ** -1.33
     assert latents["-1.5"] + latents["-1.0"] + latents["-0.5"] > 0
 
 

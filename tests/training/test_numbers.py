@@ -1,4 +1,4 @@
-"""What a step says of the dictionary, from numbers worked by hand."""
+"""The numbers that a step reports about the dictionary match values worked out by hand."""
 
 import logging
 
@@ -21,8 +21,9 @@ from dist_sae.training.reporter import ExpertLoads
 
 def test_explained_variance_is_of_rows_and_about_the_mean_of_the_data() -> None:
     mean = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    x = torch.tensor([[3.0, 0.0], [1.0, 4.0], [1.0, -2.0]])  # 4, 16 and 4 about the mean
-    error = torch.tensor([[1.0, 0.0], [0.0, 4.0], [2.0, 2.0]])  # 1, 16 and 8
+    # squared distances from the mean: 4, 16 and 4
+    x = torch.tensor([[3.0, 0.0], [1.0, 4.0], [1.0, -2.0]])
+    error = torch.tensor([[1.0, 0.0], [0.0, 4.0], [2.0, 2.0]])  # squared errors: 1, 16 and 8
     terms = LossTerms(*(torch.tensor(value) for value in (0.5, 0.25, 0.125, 0.75)))
     output = Output(terms, torch.tensor([1, 2]), torch.tensor(6), error)
     numbers, quantiles = batch_numbers(WHOLE, output, x, mean)
@@ -35,17 +36,17 @@ def test_explained_variance_is_of_rows_and_about_the_mean_of_the_data() -> None:
         "shard_load_ratio": 1.0,
     }
     assert tuple(quantiles) == QUANTILES
-    # .75, 0 and -1: the median is 0, the quarters lie half way
+    # per row .75, 0 and -1: the median is 0, and the quartiles are halfway
     assert quantiles["0.5"] == 0
     assert quantiles["0.25"] == pytest.approx(-0.5)
     assert quantiles["0.75"] == pytest.approx(0.375)
 
 
 def test_the_fvu_of_a_site_is_of_its_own_columns_and_variance() -> None:
-    """In all it is the sum of the errors over the sum of the variances."""
+    """The FVU over all sites is the sum of the errors over the sum of the variances."""
     of_mean = [torch.zeros(width, dtype=torch.float64) for width in (2, 1)]
     of = {"a": Normaliser(1.0, of_mean[0], 4.0, 9), "b": Normaliser(1.0, of_mean[1], 0.5, 9)}
-    error = torch.tensor([[1.0, 1.0, 3.0], [2.0, 0.0, 1.0]])  # 6 of a, 10 of b, in 2 rows
+    error = torch.tensor([[1.0, 1.0, 3.0], [2.0, 0.0, 1.0]])  # 6 for a and 10 for b, in 2 rows
     found = site_fvus(WHOLE, error, SiteNormalisers(("a",), ("a", "b"), of))
     assert found == {"a": pytest.approx(6 / (2 * 4.0)), "b": pytest.approx(10 / (2 * 0.5))}
 
@@ -58,7 +59,7 @@ def test_the_fvu_of_a_prefix_is_labelled_with_its_latents() -> None:
 
 
 def test_latents_whose_gradients_are_near_eps_are_counted() -> None:
-    """A root mean second moment below 10 eps; here of 1 latent in 4."""
+    """A latent counts if its root mean second moment is below 10 eps, here 1 latent in 4."""
     moments = torch.tensor([[4e-10, 0.0], [1e-12, 1e-10], [1.0, 0.0], [3e-10, 1e-10]])
     assert starved_share(WHOLE, moments, eps=1e-6) == 0.25
 

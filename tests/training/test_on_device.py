@@ -1,4 +1,6 @@
-"""Everything that runs on a GPU, on a device that is not there: no mixed devices, and few waits."""
+"""All code for GPUs runs on a fake device, without mixing devices and with few waits for the
+device.
+"""
 
 import threading
 from collections import Counter
@@ -66,18 +68,18 @@ BUDGET = {
     "clt_jumprelu": (3, 3),
     "multi-topk": (1, 1),
 }
-"""Waits of a step without dead latents, and with some."""
+"""How often a step waits for the device, without dead latents and with some."""
 
 
 @pytest.fixture(autouse=True)
 def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut products into blocks of 16 latents and 32 rows."""
+    """Split products into blocks of 16 latents and 32 rows."""
     monkeypatch.setattr(select, "CHUNK_LATENTS", 16)
     monkeypatch.setattr(select, "CHUNK_BYTES", 16 * 32 * 4)
 
 
 class Life:
-    """A dictionary in training on a device."""
+    """A dictionary that is trained on a device."""
 
     def __init__(self, folder: Path, kind: str, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -99,7 +101,7 @@ class Life:
             initialise_from_data(self.sae, [self.rows])
 
     def idle(self, which: Tensor) -> None:
-        """These latents have been idle for long, the others not at all."""
+        """Mark these latents as idle for long, and the others as not idle."""
         self.dead.set_idle_rows((which * DEAD_AFTER).to(self.device))
 
     def step(self) -> tuple[Output, float]:
@@ -121,7 +123,7 @@ class Life:
         return TrainingState(self.sae, self.engine, self.dead, self.average)
 
     def numbers(self, output: Output) -> list[Any]:
-        """The numbers that the reporter and an evaluation compute."""
+        """Return the numbers that the reporter and an evaluation compute."""
         sae, x = self.sae, self.rows.targets
         densities = DensityCounter(N_LATENTS, 1000, device=self.device)
         densities.add(output.firings, BATCH)
@@ -144,7 +146,7 @@ class Life:
 
 
 def lived(folder: Path, kind: str, device: torch.device) -> tuple[list[Any], dict[str, Tensor]]:
-    """A life with dead latents, revived ones, and a stop."""
+    """Train with dead and revived latents and a restart, and return the numbers and tensors."""
     life, stuck = Life(folder, kind, device), torch.arange(N_LATENTS) % 16 == 1
     life.begin()
     life.step()
@@ -164,7 +166,7 @@ def lived(folder: Path, kind: str, device: torch.device) -> tuple[list[Any], dic
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_life_on_the_device_is_that_on_a_cpu(tmp_path: Path, kind: str) -> None:
-    """With no tensor on the other device. The numbers are the CPU's, so they are the same."""
+    """No operation mixes devices. The fake device computes on the CPU, so results are the same."""
     with fake_device():
         numbers, tensors = lived(tmp_path, kind, DEVICE)
     expected, there = lived(tmp_path, kind, CPU)
@@ -184,7 +186,7 @@ def test_what_does_not_fit_is_selected_with_waits(
 
 
 def waits_of_a_step(folder: Path, kind: str, dead: Tensor) -> Counter[str]:
-    """The waits of a step that keeps few entries, as trained dictionaries do."""
+    """Count the waits of a step that keeps few entries, as steps of trained dictionaries do."""
     with fake_device() as waits:
         life = Life(folder, kind, DEVICE)
         life.begin()
@@ -193,7 +195,8 @@ def waits_of_a_step(folder: Path, kind: str, dead: Tensor) -> Counter[str]:
             life.sae.b_enc.data -= getattr(life.sae.config, "bandwidth", None) or 0.0
         life.step()
         life.idle(dead)
-        assert life.dead.count == int(dead.sum())  # read, as a step before would have
+        # read here, as an earlier step would have read it
+        assert life.dead.count == int(dead.sum())
         waits.clear()
         life.step()
         return Counter(waits)
@@ -210,7 +213,7 @@ def test_a_step_waits_for_the_device_as_often_as_its_budget_says(tmp_path: Path,
 def sparser_steps(
     folder: Path, kind: str, device: torch.device, waits: Counter[str]
 ) -> tuple[list[int], list[int | None], dict[str, Tensor]]:
-    """Steps with many entries, with few, with few again, and with very many in one block."""
+    """Run steps with many entries, with few, with few again, and with very many in one block."""
     life, found, n_entries = Life(folder, kind, device), list[int](), list[int | None]()
     life.begin()
     life.step()
@@ -232,7 +235,9 @@ def sparser_steps(
 def test_dense_and_first_steps_wait_a_little_more_often(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And keep the entries that a CPU keeps; so do steps in which a block has no room for all."""
+    """These steps keep the same entries as on a CPU. So do steps in which a block has too little
+    room.
+    """
     monkeypatch.setattr(device_select, "MIN_ROOM", 0)
     with fake_device() as waits:
         found, n_entries, tensors = sparser_steps(tmp_path, kind, DEVICE, waits)
@@ -254,7 +259,7 @@ def test_tensors_on_two_devices_fail_and_waits_are_counted() -> None:
         with pytest.raises(RuntimeError, match="cat: tensors on two devices"):
             torch.cat([there, here])
         assert not waits
-        assert float((there + torch.tensor(1.0)).sum()) == 6  # a number goes along
+        assert float((there + torch.tensor(1.0)).sum()) == 6  # a scalar may be on another device
         there[there > 0] = 0.0
         assert there[there == 0].tolist() == [0, 0, 0]
         there.copy_(here, non_blocking=True)
@@ -279,13 +284,13 @@ def test_evaluation_and_index_are_those_on_a_cpu(tmp_path: Path, kind: str) -> N
     opened = open_index(run, "w", stopping, telemetry, None)
     with fake_device() as waits:
         found = evaluate(run, mesh=Mesh(0, 1, DEVICE, WHOLE))
-        assert waits  # it was there
+        assert waits  # the fake device was used
         with open_encoder(opened, WHOLE, DEVICE, stopping) as encoder:
             encoded = encoder.encode(0)
     for name in ("fvu", "l0", "density_counts", "duplicate_share"):
         assert found[name] == expected[name], name
     with open_encoder(opened, WHOLE, CPU, stopping) as encoder:
-        encoder.sae.kernels = KERNELS  # those that the device has
+        encoder.sae.kernels = KERNELS  # the kernels that the device used
         wanted = encoder.encode(0)
     assert encoded.sums == wanted.sums
     for part in ("latents", "rows", "acts"):

@@ -1,4 +1,4 @@
-"""Programs that look at a run take what it was trained with, or refuse; its folder is enough."""
+"""Programs that read a run use the settings it was trained with, or refuse to read it."""
 
 import json
 import shutil
@@ -25,12 +25,12 @@ READERS = (
 
 
 def written(folder: Path) -> dict[str, bytes]:
-    """Content of every file of the run, by name."""
+    """Return the content of every file of the run, by name."""
     return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
-    """The last line of stdout; of a failure what it says, which is one line."""
+    """Return the last line of stdout, or the one error line if a failure is expected."""
     assert main(arguments) == code
     said = capsys.readouterr()
     if not code:
@@ -43,7 +43,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> 
 def test_a_run_file_of_other_settings_is_refused(
     calm: Path, activations: str, capsys: pytest.CaptureFixture[str], reader: tuple[str, ...]
 ) -> None:
-    """Each setting that differs is named, and nothing is written."""
+    """The error names each setting that differs, and no file is changed."""
     path, before = str(run_file(calm, activations)), written(calm / "runs")
     for override, said in (
         ("sae.k=2", "sae.k: 3 -> 2"),
@@ -60,7 +60,9 @@ def test_a_run_file_of_other_settings_is_refused(
 def test_the_folder_of_a_run_is_its_run_file(
     calm: Path, activations: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also one that has been moved: it knows the activation set, and is where it is."""
+    """A folder that was moved works too: it stores where its activation set is, and gets the
+    results itself.
+    """
     folder = shutil.copytree(calm / "runs" / "world", tmp_path / "elsewhere" / "world")
     path = str(run_file(calm, activations))
     typed = json.loads(call(capsys, "evaluate", path, "--json"))
@@ -93,17 +95,20 @@ def test_a_folder_may_be_in_a_bucket(
 
 
 def test_older_settings_mean_what_they_meant(calm: Path, activations: str) -> None:
-    """A key that did not exist has its default; a value that follows from others is the same."""
+    """A key that did not exist yet has its default, and a value that is derived from others is
+    equal.
+    """
     run = load_run(run_file(calm, activations))
     settings: dict[str, Any] = json.loads(json.dumps(final(calm).scalars["run"]))
     assert check_same_run(settings, run, "here").sae == run.sae
     del settings["sae"]["k_anneal_share"], settings["train"]["seed"], settings["train"]["kernels"]
     assert check_same_run(settings, run, "here").train.kernels == "auto"
-    seldom = load_run(run_file(calm, activations), ["train.save_every_steps=7"])  # it is free
+    # this key is free to change
+    seldom = load_run(run_file(calm, activations), ["train.save_every_steps=7"])
     assert check_same_run(settings, seldom, "here").train.save_every_steps == 7
-    settings["train"]["site"] = "synthetic"  # the only one
+    settings["train"]["site"] = "synthetic"  # the only site
     check_same_run(settings, run, "here")
-    settings["train"]["lr"] = None  # a value of its own, not 3e-3
+    settings["train"]["lr"] = None  # the default rate, which is not 3e-3
     with pytest.raises(PlanMismatchError, match=r"train\.lr: .* -> 0\.003\); restore them"):
         check_same_run(settings, run, "here")
     free = load_run(run_file(calm, activations), ["train.lr=null"])
@@ -118,7 +123,7 @@ def test_older_settings_mean_what_they_meant(calm: Path, activations: str) -> No
 def test_another_activation_set_is_refused(
     calm: Path, activations: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One that the run file describes rightly, but which the run was not trained on."""
+    """The run file describes this set correctly, but the run was not trained on it."""
     path = run_file(calm, activations)
     data = yaml.safe_load(path.read_text())
     data["activations"]["seed"] = 1

@@ -1,4 +1,4 @@
-"""A run that goes on from another one (`train.parent`), under a name of its own."""
+"""A run that continues from another one (`train.parent`) under its own name."""
 
 import threading
 from collections.abc import Sequence
@@ -45,7 +45,9 @@ def half(tmp_path_factory: pytest.TempPathFactory, activations: str) -> Path:
 def test_two_halves_are_the_whole_run_to_the_last_bit(
     tmp_path: Path, activations: str, half: Path
 ) -> None:
-    """2 x 4,800 rows go on across the end of the first pass; stopped and resumed on the way."""
+    """The second 4,800 rows continue past the end of the first pass. They are stopped and resumed
+    once.
+    """
     path = run_file(half, activations, sae=SAE, train=CONSTANT | {"ema_decay": 0.9})
     whole = run_file(tmp_path, activations, sae=SAE, train=CONSTANT | {"ema_decay": 0.9})
     child = ("--from", "world", "--set", "name=child", *HALF)
@@ -61,7 +63,9 @@ def test_two_halves_are_the_whole_run_to_the_last_bit(
 def test_a_grandchild_goes_on_with_weights_alone_and_another_rate(
     activations: str, half: Path
 ) -> None:
-    """From the parent's running mean, with data from its beginning and Adam's first update."""
+    """The grandchild starts from the parent's running mean, with data from the beginning and a new
+    Adam state.
+    """
     path = run_file(half, activations, sae=SAE, train=CONSTANT)
     parent = "train.parent={run: world, step: 20, state: false, data: restart}"
     train(path, "--set", parent, "--set", "name=rate", "--set", "train.rows=320")
@@ -82,13 +86,15 @@ def test_a_grandchild_goes_on_with_weights_alone_and_another_rate(
 
 
 def test_all_rows_of_a_child_are_those_that_its_parent_left(activations: str, half: Path) -> None:
-    """And whoever asks later knows it: training, those who wait for its end, a cluster's status."""
+    """Training, the wait for the run's end and a cluster's status all compute the same number of
+    steps.
+    """
     path = run_file(half, activations, sae=SAE, train=CONSTANT | {"max_passes": 1})
     settings = ("name=rest", "train.rows=all", "train.parent={run: world}")
     run_, plan_ = load_run(path, settings), load_plan(open_store(activations), load_run(path))
     steps = (plan_.pass_rows - 4800) // 160
     forecasts = [plan_and_forecast(run_)[1]]
-    for _ in range(2):  # the second finds it trained
+    for _ in range(2):  # the second one finds the run trained
         train(path, *(word for setting in settings for word in ("--set", setting)))
         forecasts.append(plan_and_forecast(run_)[1])
     for told in forecasts:
@@ -110,7 +116,7 @@ def test_all_rows_of_a_child_are_those_that_its_parent_left(activations: str, ha
 
 
 def go_on(path: Path, settings: Sequence[str], plan: Plan) -> None:
-    """What a run does before it reads any data."""
+    """Do what a run does before it reads any data."""
     other = load_run(path, settings)
     read = "another" if other.activations.seed else plan.hash
     warm_start.find(open_store(other.store.runs), other, read)

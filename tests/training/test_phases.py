@@ -1,4 +1,4 @@
-"""Where time goes, by the device's clock."""
+"""Time per phase, measured by the device's clock."""
 
 import time
 import weakref
@@ -21,7 +21,9 @@ JOB = "world"
 
 
 class Event:
-    """As torch.cuda's: happens when the device comes to it. The device's time is `now`."""
+    """An event like torch.cuda's, which happens when the device reaches it. The device's time is
+    `now`.
+    """
 
     now = 0.0
     waits = 0
@@ -73,13 +75,13 @@ def test_a_gpu_is_waited_for_only_when_its_times_are_asked_for(
         watch.end("forward")
         watch.end("rest")
     assert Event.waits == 0
-    assert len(Event.alive) <= phases.MAX_MARKS + 1  # those that are past are not kept
+    assert len(Event.alive) <= phases.MAX_MARKS + 1  # past events are dropped
     assert watch.take(JOB) == {"forward": 1000.0, "rest": 1000.0}
     assert Event.waits == 1
 
 
 def test_a_phase_gives_up_what_other_phases_took_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each mark is a second after the one before; nothing gives up more than it has."""
+    """Marks are a second apart. No phase gives up more time than it has."""
     monkeypatch.setattr(torch.cuda, "Event", Event)
     watch = Phases(Clock(torch.device("cuda")), JOB)
     watch.end("forward", within={"wait": -1.0, "ranks": 0.25})
@@ -88,7 +90,9 @@ def test_a_phase_gives_up_what_other_phases_took_of_it(monkeypatch: pytest.Monke
 
 
 def test_a_phase_of_one_job_is_time_in_others_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Marks are a second apart: all jobs wait, then each makes a step; each adds up to the time."""
+    """Marks are a second apart. All jobs wait, then each makes a step, and each job's phases add up
+    to the total time.
+    """
     monkeypatch.setattr(torch.cuda, "Event", Event)
     watch = Phases(Clock(torch.device("cuda")), "a", "b")
     watch.end("wait")
@@ -109,7 +113,9 @@ def test_a_phase_of_one_job_is_time_in_others_for_the_rest(monkeypatch: pytest.M
 def test_time_in_collectives_is_that_of_the_devices_clock(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The host's says nothing there: it only begins them. Each mark is a second after the last."""
+    """The host's clock cannot tell, because the host only launches collectives. Marks are a second
+    apart.
+    """
     monkeypatch.setattr(torch.cuda, "Event", Event)
     spent = {}
     for device in ("cuda", "cpu"):
@@ -119,14 +125,16 @@ def test_time_in_collectives_is_that_of_the_devices_clock(
             with axis.collective():
                 pass
         times.end("forward")
-        times.end("rest")  # without any
+        times.end("rest")  # a phase without collectives
         spent[device] = times.take(JOB)
     assert spent["cuda"] == {"wait": 0.0, "ranks": 2.0, "forward": 3.0, "rest": 1.0}
     assert spent["cpu"]["ranks"] > 0
 
 
 def test_waiting_is_counted_while_it_lasts() -> None:
-    """Once: two units for the normaliser (5 s, 4 s), then a batch (3 s), and one that is there."""
+    """Each wait counts once: two units for the normalizer (5 s, 4 s), a batch (3 s), and a batch
+    that is already loaded.
+    """
     telemetry = Telemetry(JOB, "train", None)
     times = Times(CPU, {JOB: telemetry})
     counted = []
@@ -149,7 +157,7 @@ def test_waiting_is_counted_while_it_lasts() -> None:
 
 
 def test_the_product_is_scaled_up_from_its_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    """128 rows x 1,024 latents of 65,536, or of the 2 experts of 16 that a row meets."""
+    """A sample is 128 rows x 1,024 latents of 65,536, or of 2 experts of 16 that a row meets."""
     seconds = iter([0.25, 0.5, 1.0])
     monkeypatch.setattr(Clock, "seconds", lambda *_: next(seconds))
     monkeypatch.setattr(phases, "MAX_SAMPLE_SHARE", 1e9)
@@ -163,7 +171,7 @@ def test_the_product_is_scaled_up_from_its_sample(monkeypatch: pytest.MonkeyPatc
     assert topk.seconds == 0.25 * 32
     topk.cap(0.25 * 40)
     assert topk.seconds == 0.25 * 32
-    topk.cap(3.0)  # what a forward pass takes, the product in it
+    topk.cap(3.0)  # the time of a forward pass, which includes the product
     assert topk.seconds == 3.0
     config = RoutedConfig(n_latents=32_768, k=4, auxk=4, experts=16, experts_per_row=2)
     routed = ProductSamples(build_sae(config, 4), Clock(CPU))
@@ -182,6 +190,6 @@ def test_samples_of_the_product_take_a_bounded_share_of_the_time(
 
     monkeypatch.setattr(Clock, "seconds", seconds)
     samples = ProductSamples(build_sae(TopKConfig(n_latents=64, k=4, auxk=4), 4), Clock(CPU))
-    for _ in range(5):  # the first one took .1 s, which is 2 per mille of 50 s
+    for _ in range(5):  # the first one took .1 s, which is 0.2 % of 50 s
         samples.sample(torch.randn(8, 4))
     assert len(taken) == 1

@@ -1,4 +1,4 @@
-"""What `dist-sae run` shows while it runs."""
+"""The progress that `dist-sae run` shows."""
 
 import io
 from typing import Any
@@ -25,7 +25,9 @@ TRAINING: dict[str, Any] = {
 
 
 def shown(*, terminal: bool) -> list[str]:
-    """What is there after two producers and a trainer have spoken; on a terminal, at the end."""
+    """Return the lines that are shown after two producers and a trainer have reported. On a
+    terminal, these are the final lines.
+    """
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=80, legacy_windows=False)
     with ProgressView(console) as view:
@@ -45,7 +47,8 @@ def shown(*, terminal: bool) -> list[str]:
 def test_bars_fit_80_columns_and_say_what_limits_the_run() -> None:
     produce, train, limit = shown(terminal=True)
     assert produce.startswith("produce ")
-    assert produce.endswith("45,613 rows/s")  # of both; the units are those that the most have seen
+    # the rate is the sum over both producers, and the number of units is the larger one
+    assert produce.endswith("45,613 rows/s")
     assert " 75% " in train
     assert train.endswith("1,024,673 rows/s  fvu 0.190  l0 50.3  dead 10.8%")
     assert limit == "limit: data: trainers wait 62% of the time; producers' slowest stage: forward"
@@ -64,7 +67,7 @@ def test_a_limit_that_is_longer_than_a_line_is_shown_whole() -> None:
 
 
 def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, produce, train = shown(terminal=False)  # the others came within ten seconds
+    plan, produce, train = shown(terminal=False)  # the other reports came within ten seconds
     assert plan == "plan ..."
     assert produce == "produce 2/1,000  40,000 rows/s"
     assert train.startswith(
@@ -72,14 +75,14 @@ def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch: pytest.Mon
     )
     monkeypatch.setattr(progress, "PLAIN_EVERY_SECONDS", 0.0)
     *_, produce, _, last = shown(terminal=False)
-    assert produce.startswith("produce 2/1,000  ")  # though the other one has seen 1
+    assert produce.startswith("produce 2/1,000  ")  # although the other producer has reported 1
     assert last.startswith("train 300/400  0:00:00 left  ")
 
 
 def test_units_at_hand_count_and_give_a_time_before_the_first_is_done(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Half a minute of loading does not count: 350 of 1,000 rows in 20 s leave 37 s."""
+    """Half a minute of loading does not count, so 350 of 1,000 rows in 20 s leave 37 s."""
     monkeypatch.setattr(progress, "PLAIN_EVERY_SECONDS", 0.0)
     now = [0.0]
     monkeypatch.setattr("dist_sae.training.progress.time.monotonic", lambda: now[0])
@@ -100,7 +103,8 @@ def test_units_at_hand_count_and_give_a_time_before_the_first_is_done(
         "produce 0/1,000  loading the model",
         "produce 150/1,000  0:00:57 left  15 rows/s",
         "produce 350/1,000  0:00:37 left  35 rows/s",
-        "produce 350/1,000  0:00:37 left  35 rows/s",  # a unit that exists is at hand no more
+        # a unit that is stored is not also in progress
+        "produce 350/1,000  0:00:37 left  35 rows/s",
     ]
 
 
@@ -137,7 +141,7 @@ def test_a_warning_is_shown_once(*, terminal: bool) -> None:
 
 
 def test_a_run_that_stands_still_says_so() -> None:
-    """Whichever rank waits; its first step after that is the end of it."""
+    """Any rank may be the one that waits. Its first step after that ends the message."""
     console = Console(file=io.StringIO(), force_terminal=True, width=80, legacy_windows=False)
     with ProgressView(console) as view:
 
@@ -192,7 +196,7 @@ def test_an_index_tells_its_rows_then_its_entries_and_no_limit() -> None:
 
 
 def test_a_part_whose_last_word_is_missing_is_shown_as_done() -> None:
-    """The planner leaves before it says that it has planned."""
+    """The planner exits before it reports that the plan is done."""
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=80, legacy_windows=False)
     with ProgressView(console) as view:

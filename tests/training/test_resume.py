@@ -1,4 +1,6 @@
-"""Stopped, killed, on other numbers of ranks: the same training. Real processes."""
+"""Training that is stopped, killed, or moved to other numbers of ranks gives the same result. The
+tests use real processes.
+"""
 
 import json
 from pathlib import Path
@@ -45,7 +47,9 @@ def test_a_stopped_run_resumes_bitwise(tmp_path: Path, activations: str, calm: P
 
 
 def test_a_stop_while_waiting_for_data_saves_what_was_done(tmp_path: Path, calm: Path) -> None:
-    """Of 16 units the first 8 are there: one window of each stream. Then there are all."""
+    """At first only 8 of 16 units exist, one window of each stream. The others appear after the
+    stop.
+    """
     path = write_run(tmp_path)
     produce(path)
     store = open_store(str(tmp_path / "activations"))
@@ -53,7 +57,7 @@ def test_a_stop_while_waiting_for_data_saves_what_was_done(tmp_path: Path, calm:
     for key in later:
         store.delete(key)
     rows = [sum(read_manifest(store, u).rows for u in (v, v + 4)) for v in range(4)]
-    last = min(rows) // 40  # of each batch, 40 rows come from each of the 4 streams
+    last = min(rows) // 40  # each batch takes 40 rows from each of the 4 streams
     train(path, world=2, stop_at=last)
     assert final(tmp_path).step == last
     for key, data in later.items():
@@ -91,9 +95,9 @@ def test_a_sharded_run_resumes_bitwise(tmp_path: Path, activations: str, sharded
 def test_a_run_goes_on_however_its_ranks_are_arranged(
     tmp_path: Path, activations: str, calm: Path
 ) -> None:
-    """Two shards, one rank, two replicas, and two shards again.
+    """The run uses two shards, one rank, two replicas, and two shards again.
 
-    With ZeRO-1, whose partitions change with the replicas.
+    ZeRO-1 is on, and its partitions change with the replicas.
     """
     settings = {"deepspeed": {"zero_optimization": {"stage": 1}}}
     path = run_file(tmp_path, activations, train=settings)
@@ -107,7 +111,7 @@ def test_a_run_goes_on_however_its_ranks_are_arranged(
 def test_what_shards_saved_is_whole_for_whoever_reads_it(
     activations: str, calm: Path, sharded: Path
 ) -> None:
-    """fp32 rounds otherwise, as above."""
+    """The results differ by rounding in fp32, as above."""
     one, two = (load_run(run_file(folder, activations)) for folder in (calm, sharded))
     here, there = evaluate(one), evaluate(two)
     for name in ("fvu", "l0", "dead_share", "pca_fvu"):
@@ -136,7 +140,7 @@ def test_a_killed_run_repeats_what_was_not_saved_bitwise(
     process = start("train", str(path))
     keep_close(process)
     for line in process.stdout:
-        # the save at 21 has waited for the one at 14
+        # the save at step 21 waited for the save at 14, so that one is complete
         if line.startswith("{") and json.loads(line)["done"] >= 22:
             process.kill()
             break

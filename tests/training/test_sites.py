@@ -1,4 +1,4 @@
-"""Dictionaries that read and write several sites of a language model, trained as real processes."""
+"""Dictionaries that read and write several sites of a language model, trained by real processes."""
 
 import threading
 from pathlib import Path
@@ -37,12 +37,12 @@ KINDS: dict[str, dict[str, Any]] = {
         "writes": ["mlp_out.0", "mlp_out.1"],
     },
 }
-"""Sites of 24 and of 40 dimensions."""
+"""The sites have 24 and 40 dimensions."""
 
 
 @pytest.fixture(scope="module")
 def language(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Settings of a run on a tiny Llama, whose activation set is there."""
+    """Settings of a run on a tiny Llama with a complete activation set."""
     folder = tmp_path_factory.mktemp("language")
     words = torch.randint(3, 50, (120, 20), generator=torch.Generator().manual_seed(0))
     text = "\n".join(" ".join(f"w{word}" for word in document) for document in words.tolist())
@@ -110,7 +110,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory, language: dict[str, Any]) -> dict[str, Path]:
-    """A run of each kind that nobody disturbed."""
+    """An undisturbed run of each kind."""
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
     for kind, folder in folders.items():
         train(run_file(folder, language, kind))
@@ -150,7 +150,7 @@ def test_two_ranks_train_on_several_sites_as_one(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_held_out_fvu_is_that_of_the_written_sites(calm: dict[str, Path], kind: str) -> None:
-    """By hand: each site at its own scale, about its own mean."""
+    """The expected FVU is computed by hand: each site at its own scale, about its own mean."""
     run, checkpoint = load_run(calm[kind] / "run.yaml"), final(calm[kind])
     normalisers = normalisers_of(run, checkpoint)
     blocks = list(open_activation_set(run).heldout_rows(100))
@@ -158,7 +158,7 @@ def test_the_held_out_fvu_is_that_of_the_written_sites(calm: dict[str, Path], ki
         site: torch.cat([block[site] for block in blocks]) * normaliser.scale
         for site, normaliser in normalisers.by_site.items()
     }
-    for x in of_site.values():  # of other rows than were measured
+    for x in of_site.values():  # the scales were measured on other rows
         assert float(x.square().sum(1).mean()) == pytest.approx(x.shape[1], rel=0.2)
     sae = build_sae(run.sae, normalisers.widths)
     load_weights(sae, checkpoint)
@@ -171,7 +171,7 @@ def test_the_held_out_fvu_is_that_of_the_written_sites(calm: dict[str, Path], ki
 
 
 def test_the_fvu_of_each_written_site_is_recorded(calm: dict[str, Path]) -> None:
-    """Together they are the FVU of all; a dictionary that writes one site has no others."""
+    """The sites' errors add up to the total FVU. A dictionary that writes one site has no others."""
     run, checkpoint = load_run(calm["crosscoder"] / "run.yaml"), final(calm["crosscoder"])
     variances = {s: n.variance for s, n in normalisers_of(run, checkpoint).by_site.items()}
     for record in history(calm["crosscoder"]):

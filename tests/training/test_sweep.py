@@ -1,4 +1,4 @@
-"""Several dictionaries from one stream are those that each run makes alone."""
+"""Several dictionaries trained from one stream equal those that each run trains alone."""
 
 import threading
 from collections import Counter
@@ -47,7 +47,9 @@ OF_THREE: dict[str, dict[str, Any]] = {"a": {}, "b": {"sae.k": 2}, "c": {"sae.n_
 
 
 class StopAt(Watch):
-    """Asks for a stop when the rank is at a step; it takes effect after the next one."""
+    """A watch that requests a stop when the rank is at a step. The stop takes effect after the next
+    step.
+    """
 
     def __init__(self, stopping: threading.Event, step: int | None) -> None:
         super().__init__(RANKS, stopping, lost_seconds=60, hung_seconds=60)
@@ -70,7 +72,7 @@ def open_telemetry(run: Run) -> Telemetry:
 def train_here(
     run: Run, stop_at: int | None = None, telemetry: Telemetry | None = None
 ) -> tuple[dict[str, Any], str]:
-    """Train in this process; returns the results and the page of metrics."""
+    """Train in this process, and return the results and the metrics page."""
     stopping, telemetry = threading.Event(), telemetry or open_telemetry(run)
     with StopAt(stopping, stop_at) as watch, join_mesh(RANKS) as mesh:
         found = train(run, mesh, watch, stopping, telemetry)
@@ -89,7 +91,7 @@ def bytes_read(page: str, run: str) -> float:
 
 
 def check_alike(alone: Path, sweep: Path, run: str) -> None:
-    """The same weights, moments, counts and numbers, bit for bit."""
+    """Check that weights, moments, counts and numbers are the same bit for bit."""
     one, other = (checkpoint_of(folder, run) for folder in (alone, sweep))
     assert (one.step, one.scalars) == (other.step, other.scalars)
     check_same(one, other)
@@ -100,7 +102,7 @@ def check_alike(alone: Path, sweep: Path, run: str) -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, activations: str) -> Path:
-    """Each of the jobs, trained alone."""
+    """The folder in which each job was trained alone."""
     folder = tmp_path_factory.mktemp("alone")
     for job in jobs_of(load_run(sweep_file(folder, activations, JOBS))):
         train_here(job)
@@ -110,9 +112,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory, activations: str) -> Path:
 def test_a_sweep_trains_what_each_job_trains_alone(
     tmp_path: Path, activations: str, alone: Path
 ) -> None:
-    """Stopped twice, once at the step that is the last of one of them; a job is added in between.
+    """The sweep is stopped twice, the second time at one job's last step. A job is added in
+    between.
 
-    The added one begins at its own place, and the others wait until it is where they are.
+    The added job starts at step 0, and the others wait until it has caught up.
     """
     first = {name: own for name, own in JOBS.items() if name != "relu"}
     with pytest.raises(Stopped, match="stopped at step 9 of 60"):
@@ -127,11 +130,11 @@ def test_a_sweep_trains_what_each_job_trains_alone(
     }
     for name in JOBS:
         check_alike(alone, tmp_path, f"world-{name}")
-    assert train_here(run)[0].keys() == found.keys()  # all are complete: nothing is built
+    assert train_here(run)[0].keys() == found.keys()  # all jobs are complete, so nothing is built
 
 
 def test_a_batch_is_read_once_for_all_jobs(tmp_path: Path, activations: str) -> None:
-    """And each job has series, phases and a consumer of its own."""
+    """Each job has its own series, phases and consumer."""
     one, three = (
         train_here(load_run(sweep_file(tmp_path / str(len(jobs)), activations, jobs)))[1]
         for jobs in ({"a": OF_THREE["a"]}, OF_THREE)
@@ -150,7 +153,7 @@ def test_a_batch_is_read_once_for_all_jobs(tmp_path: Path, activations: str) -> 
 def test_no_block_is_read_twice(
     tmp_path: Path, activations: str, monkeypatch: pytest.MonkeyPatch, jobs: dict[str, Any]
 ) -> None:
-    """Initial values come from the batches that training begins with, however many jobs."""
+    """Initial values come from the first batches of training, however many jobs there are."""
     read, get = Counter[tuple[str, int]](), LocalStore.get
 
     def counted(self: LocalStore, key: str, start: int = 0, stop: int | None = None) -> bytes:
@@ -165,7 +168,7 @@ def test_no_block_is_read_twice(
 def test_first_batches_that_are_not_kept_are_read_again(
     tmp_path: Path, activations: str, alone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the dictionary is the same."""
+    """The dictionary is the same as with cached batches."""
     monkeypatch.setattr(dist_sae.training.batches, "KEPT_BYTES", 0)
     (job,) = jobs_of(load_run(sweep_file(tmp_path, activations, {"topk": JOBS["topk"]})))
     train_here(job)
@@ -194,7 +197,9 @@ def test_a_job_that_diverges_ends_and_the_others_go_on(
 
 
 def test_jobs_of_several_kinds_share_ranks(tmp_path: Path, activations: str) -> None:
-    """Two ranks: a dictionary on both, one cut in two, and experts; stopped and resumed."""
+    """Two ranks train a dictionary on both, one split into two shards, and one with experts. They
+    are stopped and resumed.
+    """
     jobs = {
         "whole": {},
         "cut": {"processes.latent_shards": 2, "train.seed": 1},
@@ -211,7 +216,7 @@ def test_jobs_of_several_kinds_share_ranks(tmp_path: Path, activations: str) -> 
 
 @contextmanager
 def withheld(activations: str, unit: int) -> Iterator[None]:
-    """Put a unit into another producer's hand: no run can end, however fast it is."""
+    """Remove a unit and claim it for another producer, so that no run can end early."""
     store, key = open_store(activations), manifest_key(unit)
     manifest = store.get(key)
     store.put(CLAIMS.key(unit), b"{}")
@@ -226,14 +231,15 @@ def withheld(activations: str, unit: int) -> Iterator[None]:
 def test_jobs_that_are_spread_over_ranks_are_those_of_each_alone(
     tmp_path: Path, activations: str, alone: Path
 ) -> None:
-    """Two ranks, each with its own job; stopped, and resumed with a third that diverges.
+    """Two ranks train a job each. They are stopped, and resumed with a third job that diverges.
 
-    That one comes to the first rank, which waits with its failure until the second has finished.
+    The third job goes to the first rank, which reports the failure only after the second rank has
+    finished.
     """
     jobs = {name: JOBS[name] for name in ("topk", "wide")}
     spread = {"placement": "spread", "jobs": jobs}
     path = run_file(tmp_path, activations, sweep=spread, processes={"trainers": 2})
-    with withheld(activations, unit=8):  # of a second window
+    with withheld(activations, unit=8):  # a unit of a second window
         train_ranks(path, world=2, stop_at=15)
     spread["jobs"] = jobs | {"wild": {"train.lr": 1e37, "train.clip_norm": None}}
     path = run_file(tmp_path, activations, sweep=spread, processes={"trainers": 2})
@@ -248,7 +254,7 @@ def test_jobs_that_are_spread_over_ranks_are_those_of_each_alone(
 def test_jobs_that_do_not_fit_together_are_refused_before_anything_is_built(
     tmp_path: Path, activations: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each takes 4 x 4 bytes x (33 x 64 + 16) numbers: 34,048 bytes; there is room for two."""
+    """Each job takes 4 x 4 bytes x (33 x 64 + 16) values, or 34,048 bytes, and two of them fit."""
     monkeypatch.setattr(memory, "memory_of", lambda _: ("here", 70_000))
     jobs = {name: {"train.seed": seed} for seed, name in enumerate("abc")}
     run = load_run(sweep_file(tmp_path, activations, jobs))

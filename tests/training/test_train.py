@@ -1,4 +1,7 @@
-"""Beginnings, bad endings, damaged checkpoints, numbers. Real processes, one thread a rank."""
+"""Starts, failures, damaged checkpoints and reported numbers of training.
+
+The tests use real processes with one thread per rank.
+"""
 
 import json
 import threading
@@ -54,7 +57,7 @@ pytestmark = pytest.mark.system
 def test_directions_from_data_take_as_many_batches_as_they_need(
     tmp_path: Path, activations: str
 ) -> None:
-    """64 latents from batches of 24 rows: two and two thirds."""
+    """64 latents need two and two thirds batches of 24 rows."""
     path = run_file(tmp_path, activations, train={"batch_rows": 24})
     settings = load_run(path)
     store = open_store(settings.store.activations)
@@ -69,9 +72,10 @@ def test_directions_from_data_take_as_many_batches_as_they_need(
     again = build_sae(settings.sae, 16)
     with open_loader(settings, mesh, activation_set, range(5), Lineage(), None) as loader:
         batches = FirstBatches(3, loader, mesh, activation_set.stopping, times, several=True)
-        for each in (sae, again):  # the second takes what the first has read
+        for each in (sae, again):  # the second one uses the batches that the first has read
             initialise(settings, normalisers, each, Start(), batches)
-        assert batches.loader() is loader  # training reads them, and goes on, without another
+        # training reads these batches and continues with the same loader
+        assert batches.loader() is loader
         read = list(loader)
     assert [batch.step for batch in read] == [0, 1, 2, 3, 4]
     assert torch.equal(sae.W_dec, again.W_dec)
@@ -86,7 +90,7 @@ def test_directions_from_data_take_as_many_batches_as_they_need(
 def test_a_wider_dictionary_begins_with_a_narrower_one(
     tmp_path: Path, activations: str, calm: Path
 ) -> None:
-    """On one rank and on two shards; where the narrower had come to."""
+    """The wider run starts from where the narrower one ended, on one rank and on two shards."""
     old = load_run(run_file(calm, activations))
     folders = [tmp_path / name for name in ("one", "shards")]
     wider = {"sae": {"n_latents": 96}, "train": {"rows": 1600}}
@@ -99,16 +103,16 @@ def test_a_wider_dictionary_begins_with_a_narrower_one(
     check_close(*map(final, folders))
     narrow, wide = history(calm), history(folders[0])
     assert wide[0]["fvu"] < 1.2 * narrow[-1]["fvu"]
-    # batches differ by more than the two dictionaries
+    # batches differ by more than the two dictionaries do
     assert evaluate(load_run(paths[0]))["fvu"] < evaluate(old)["fvu"]
     cosines = (final(folders[0]).read("W_dec")[:64] * final(calm).read("W_dec")).sum(1)
-    assert float(cosines.median()) > 0.99  # latent 17 stays latent 17
+    assert float(cosines.median()) > 0.99  # latent 17 is still latent 17
     with pytest.raises(ConfigError, match="world: has already been trained; choose another name"):
         convert_to_run(old, load_run(paths[0]), step=None)
 
 
 def test_what_a_run_begins_with_must_fit_it(tmp_path: Path, activations: str, calm: Path) -> None:
-    """Also when the run file is changed afterwards."""
+    """This is checked again when the run starts, because the run file may have changed."""
     old = load_run(run_file(calm, activations))
     for section, problem in (
         (
@@ -128,7 +132,7 @@ def test_what_a_run_begins_with_must_fit_it(tmp_path: Path, activations: str, ca
 def test_a_running_mean_of_the_weights_is_resumed_and_evaluated(
     tmp_path: Path, activations: str, calm: Path
 ) -> None:
-    """Bitwise; and what is trained is what is trained without it."""
+    """The resumed mean is bitwise equal, and averaging does not change the trained weights."""
     decay = {"ema_decay": 0.9}
     folders = [tmp_path / name for name in ("undisturbed", "stopped", "as weights")]
     paths = [run_file(folder, activations, train=decay) for folder in folders[:2]]
@@ -163,13 +167,14 @@ def test_other_settings_under_the_same_name_are_refused(activations: str, calm: 
     error = run("train", str(path), "--set", "train.lr=0.5", code=2)
     assert "train.lr: 0.003 -> 0.5" in error
     assert error.count("error:") == 1
-    run("train", str(path), "--set", "train.log_every_steps=7")  # how it is told is free to change
+    # settings of logging are free to change
+    run("train", str(path), "--set", "train.log_every_steps=7")
 
 
 def test_a_run_does_not_go_on_with_another_activation_set(
     tmp_path: Path, activations: str, calm: Path
 ) -> None:
-    """`store` may change between two starts, for a set may move; but not to another one."""
+    """`store` may change between two starts because a set may move, but it must be the same set."""
     run = load_run(run_file(calm, activations))
     runs = open_store(str(calm / "runs"))
     checkpoints = Checkpoints(runs, "world", 2)
@@ -184,7 +189,9 @@ def test_a_run_does_not_go_on_with_another_activation_set(
 
 
 def test_checkpoints_tell_their_held_out_fvu(tmp_path: Path, activations: str, calm: Path) -> None:
-    """What `evaluate` measures on the same rows; and measuring changes nothing."""
+    """The FVU equals what `evaluate` measures on the same rows, and measuring does not change
+    training.
+    """
     settings = {"heldout_rows": 200, "keep_best": 1, "save_every_steps": 20}
     path = run_file(tmp_path, activations, train=settings, evaluate={"rows": 200})
     train(path, *SHARDED, world=2)
@@ -197,9 +204,10 @@ def test_checkpoints_tell_their_held_out_fvu(tmp_path: Path, activations: str, c
 
 
 def test_held_out_fvu_is_that_of_the_running_mean(tmp_path: Path, activations: str) -> None:
-    """With a threshold of its own: as many latents are active as training keeps.
+    """The running mean has its own threshold, so as many latents are active as training keeps.
 
-    Those that did not fire on the last batch are idle; dead are they that do not now, either.
+    Latents that did not fire on the last batch are idle. They are dead only if they do not fire in
+    the evaluation either.
     """
     settings = {"heldout_rows": 200, "ema_decay": 0.9}
     sae = {"kind": "batchtopk", "n_latents": 64, "k": 4, "auxk": 0, "dead_after_rows": 1}
@@ -214,7 +222,7 @@ def test_held_out_fvu_is_that_of_the_running_mean(tmp_path: Path, activations: s
 
 
 def test_ranks_go_on_from_a_checkpoint_that_all_can_read(tmp_path: Path, activations: str) -> None:
-    """What one rank has read in vain, the others leave alone."""
+    """If one rank cannot read a checkpoint, all ranks skip it."""
     path = run_file(tmp_path, activations, train={"save_every_steps": 8, "keep_checkpoints": 3})
     train(path, stop_at=20)
     settings, runs = load_run(path), open_store(str(tmp_path / "runs"))
@@ -235,7 +243,7 @@ def test_ranks_go_on_from_a_checkpoint_that_all_can_read(tmp_path: Path, activat
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     tmp_path: Path, activations: str, sharded: Path, damage: str
 ) -> None:
-    """Loudly, on all ranks, and to the same end."""
+    """The damage is logged, all ranks fall back, and the result is the same."""
     settings = {"save_every_steps": 8, "keep_checkpoints": 100}
     path = run_file(tmp_path, activations, train=settings)
     train(path, *SHARDED, world=2, stop_at=20)
@@ -250,7 +258,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     errors = train(path, *SHARDED, world=2)
     assert name in "".join(errors)
     assert "resuming at step 16" in errors[0]
-    # and does not stay among those that are kept
+    # the damaged checkpoint is not one of the kept ones
     assert Checkpoints(store, "world", 2).steps() == [*range(8, STEPS, 8), STEPS]
     check_same(final(sharded), final(tmp_path))
 
@@ -304,15 +312,16 @@ def test_too_little_data_is_said_before_the_first_step(tmp_path: Path, activatio
     settings = {"max_passes": 1, "products": "bf16"}
     error = run("train", str(run_file(tmp_path, activations, train=settings)), code=2)
     assert "train.rows asks for 9600 rows" in error
-    # so is a precision that costs time here
+    # a precision that is slow on this machine is reported too
     assert ("train.products: bf16" in error) == is_emulated("bf16", torch.device("cpu"))
     assert not list((tmp_path / "runs").rglob("*"))
 
 
 def test_a_run_gets_the_rows_that_its_plan_promised(tmp_path: Path) -> None:
-    """Though rows are excluded by norm, of which no plan can know: others are read again.
+    """If rows are excluded by norm, which no plan can predict, other rows are read again.
 
-    Streams of 47 and 48 documents of 31 rows: 1,457 x 4 rows are promised, 36 batches or 1,440 x 4.
+    The streams have 47 or 48 documents of 31 rows. The plan promises 4 x 1,457 rows, and 36 batches
+    take 4 x 1,440.
     """
     path = write_run(
         tmp_path,
@@ -335,9 +344,9 @@ def test_a_run_gets_the_rows_that_its_plan_promised(tmp_path: Path) -> None:
         run_facts(run_, made, unit_totals(store, made), final(tmp_path))["repeated_rows"] == again
     )
     assert f"{again} were reread" in Path(report(run_)).read_text()
-    train(path)  # nothing is left to do
+    train(path)  # nothing remains to do
     Checkpoints(open_store(run_.store.runs), "world", 2).delete(36)
-    train(path)  # the last step, after 35 of which some have repeated rows
+    train(path)  # only the last step; some of the 35 steps before it repeated rows
     assert final(tmp_path).scalars["repeated_rows"] == again
 
 

@@ -1,4 +1,4 @@
-"""What is said of a run that waits for data, and of whose time."""
+"""Reports of a run that waits for data, and whose time the wait counts as."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from tests.training.trained import history, run_file
 
 
 def await_wait(rank: Program, *, step: int) -> float:
-    """For how many seconds a rank says that it has waited, at `step` or later."""
+    """Return the seconds that a rank reports to have waited, at `step` or later."""
     for line in rank.stdout:
         record = json.loads(line)
         if record["done"] >= step and record.get("waiting_seconds"):
@@ -47,9 +47,10 @@ def test_a_run_that_waits_for_longer_than_the_expiry_is_not_abandoned(
 def test_while_one_rank_waits_for_its_data_all_ranks_wait_for_data(
     tmp_path: Path, activations: str
 ) -> None:
-    """Unit 0 is missing at first, then one of the second rank's, which holds up the first.
+    """Unit 0 is missing at first. Then a unit of the second rank is missing, which also holds up
+    the first rank.
 
-    The number of steps, which they say as well, is the plan's.
+    The ranks report the plan's number of steps.
     """
     units = Path(shutil.copytree(activations, tmp_path / "activations")) / "units"
     hidden = {unit: (units / f"{unit:08d}.json") for unit in (0, 15)}
@@ -71,9 +72,10 @@ def test_while_one_rank_waits_for_its_data_all_ranks_wait_for_data(
     assert records[0]["phases"]["wait"] >= begun
     assert records[0]["phases"]["begin"] > 0
     held_up = max(records[1:], key=lambda record: float(record["phases"]["wait"]))
-    # of both, in the mean: were the first one's time its own, the two would be about equal
+    # both phases are means over the ranks. If the first rank's wait counted as time in collectives,
+    # the two would be about equal
     assert held_up["phases"]["wait"] > max(0.9 * later, 2 * held_up["phases"]["ranks"])
-    for record in (records[0], held_up):  # the pace of the steps, not of the stall
+    for record in (records[0], held_up):  # the rate excludes the time of the stall
         stood = sum(record["phases"][phase] for phase in ("wait", "begin", "save"))
         rate = record["rows_per_second"] * record["seconds"] / (record["seconds"] - stood)
         assert record["worked_rows_per_second"] == pytest.approx(rate)
