@@ -134,8 +134,9 @@ def test_a_list_is_sorted_and_cut_by_cluster(ask: Ask, index: Index) -> None:
 
 
 def test_a_row_says_what_a_latent_fires_on(ask: Ask, index: Index, run: Run) -> None:
-    """The row lists the most frequent tokens among the largest activations. Tokens that are equally
-    frequent are ordered by their largest activation.
+    """The row lists the most frequent tokens among the largest activations.
+
+    Tokens that are equally frequent are ordered by their largest activation.
     """
     tokens = [firing.token for firing in index.latent(3).largest]
     order = sorted(set(tokens), key=lambda token: (-tokens.count(token), tokens.index(token)))
@@ -323,8 +324,10 @@ def test_what_is_not_there_is_said(run: Run, other: Run, tmp_path: Path) -> None
 
 
 def test_only_names_of_this_machine_are_answered(ask: Ask) -> None:
-    """An unknown Host header is refused. Otherwise a foreign page could point its own name to this
-    machine (DNS rebinding), and its browser could read every page.
+    """An unknown Host header is refused.
+
+    Otherwise a foreign page could point its own name to this machine (DNS rebinding), and its
+    browser could read every page.
     """
     assert ask("/", Host="elsewhere.example").status == 403
     assert ask("/", Host="localhost:1").status == 200
@@ -332,8 +335,9 @@ def test_only_names_of_this_machine_are_answered(ask: Ask) -> None:
 
 
 def test_elsewhere_a_token_is_needed(run: Run) -> None:
-    """The token sets a cookie. The redirect drops the token from the URL and keeps the rest of the
-    URL.
+    """The token sets a cookie.
+
+    The redirect drops the token from the URL and keeps the rest of the URL.
     """
     with asking(Pages(OpenedRun(run), None), "0.0.0.0") as (ask, url):
         found = re.fullmatch(r"http://(\S+):(\d+)/\?token=(\S{32})", url)

@@ -56,8 +56,9 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def context(browser: Browser) -> Iterator[BrowserContext]:
-    """A user's browser. The test fails if a page logs an error or sends a request to another
-    machine.
+    """A user's browser.
+
+    The test fails if a page logs an error or sends a request to another machine.
     """
     faults: list[str] = []
 

@@ -31,8 +31,9 @@ def files_in(folder: Path) -> list[str]:
 
 
 def real_run(folder: Path, corpus: str) -> Path:
-    """Write a run over text whose language model does not exist. The text is checked before the
-    model.
+    """Write a run over text whose language model does not exist.
+
+    The text is checked before the model.
     """
     path = write_run(folder, TINY, activations={"sites": ["resid_post.0"]})
     run = yaml.safe_load(path.read_text())
@@ -370,8 +371,10 @@ def test_signal_during_an_import_ends_in_one_line(tmp_path: Path, name: str, mod
 
 
 def test_signal_at_the_very_end_does_not_change_the_exit_code() -> None:
-    """A signal during interpreter shutdown is ignored. Python restores the default handlers first
-    and destroys module globals later, so the default action would kill the process.
+    """A late signal is ignored because the program exits before the interpreter shuts down.
+
+    At shutdown, Python restores the default handlers before it destroys modules, so a SIGTERM
+    during the latter would end the process with 143.
     """
     program = """
 import os, signal, sys

@@ -35,8 +35,9 @@ TRAINERS = {"trainers": 2, "threads": 1}
 BOTH = {"producers": 2, **TRAINERS}
 Start = Callable[[Path], "subprocess.Popen[str]"]
 LATER = CLAIMS.key(8)
-"""The claim of a unit in a stream's second window. A run cannot end while another producer holds
-the claim.
+"""The claim of a unit in a stream's second window.
+
+A run cannot end while another producer holds the claim.
 """
 
 
@@ -292,8 +293,9 @@ class Full(io.StringIO):
 
 
 def test_children_are_heard_when_nothing_can_be_shown(tmp_path: Path) -> None:
-    """Children's output is read even if the console is full. Otherwise they would block once the
-    pipe fills.
+    """Children's output is read even if the console is full.
+
+    Otherwise they would block once the pipe fills.
     """
     words = WARNS + 'print(\'{"role": "train", "done": 1, "total": 2}\', flush=True); '
     words += "[log(30, 'x' * 1000) for _ in range(300)]; print('{\"all\": 1}')"

@@ -58,8 +58,9 @@ def test_a_run_that_began_with_the_defaults_of_its_time_is_the_same_run(tmp_path
 def test_a_penalised_run_goes_on_with_the_penalty_that_it_began_with(
     tmp_path: Path, older: dict[str, Any]
 ) -> None:
-    """A penalty that the run file omitted keeps its old default. A penalty that the file sets now
-    is compared with it.
+    """A penalty that the run file omitted keeps its old default.
+
+    A penalty that the file sets now is compared with it.
     """
     kind = {"kind": older["kind"], "n_latents": 64}
     run = load_run(write_run(tmp_path, sae=kind))

@@ -14,8 +14,9 @@ WORLD = 8
 
 
 def test_ranks_connect_only_to_those_with_whom_they_exchange(tmp_path: Path) -> None:
-    """A rank connects only to its neighbors. Connecting to every other rank in each of 4 groups
-    would take 28 sockets, and 4 that listen.
+    """A rank connects only to its neighbors.
+
+    Connecting to every other rank in each of 4 groups would take 28 sockets, and 4 that listen.
 
     A ring has 2 neighbors, and a tree log2(8). The TCP store has one connection for the groups.
     Rank 0 serves the store to all ranks, so only rank 0 raises its limit on open files.

@@ -201,8 +201,9 @@ def test_an_engine_goes_on_where_another_stopped(tmp_path: Path, mesh: Mesh, kin
 
 @pytest.mark.parametrize("kind", ZERO)
 def test_the_constraint_holds_in_zeros_masters_too(tmp_path: Path, mesh: Mesh, kind: str) -> None:
-    """DeepSpeed's fp32 masters are normalized too. Otherwise the next update would restore their
-    old norms.
+    """DeepSpeed's fp32 masters are normalized too.
+
+    Otherwise the next update would restore their old norms.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 

@@ -51,8 +51,9 @@ def trained(folder: Path, factor: float, steps: int = 40, **train: Any) -> list[
 
 
 def test_the_norm_is_that_of_all_elements_however_many(tmp_path: Path) -> None:
-    """The norm of a wide dictionary is accurate. Adding its squares one by one in fp32 would lose
-    small ones.
+    """The norm of a wide dictionary is accurate.
+
+    Adding its squares one by one in fp32 would lose small ones.
     """
     run = load_run(write_run(tmp_path, sae={"n_latents": 2**17, "init": "random"}))
     sae = build_sae(run.sae, 256)

@@ -45,6 +45,7 @@ def job(
     folder: Path, replicas: int, shards: int, kinds: tuple[str, ...], *, long: bool
 ) -> list[dict[tuple[str, str], dict[str, Any]]]:
     """Return what each rank of a job of `replicas` x `shards` recorded, by recipe and precision.
+
     The job runs once.
     """
     out, world, place = folder / f"{replicas}x{shards}", replicas * shards, (replicas, shards)

@@ -106,8 +106,9 @@ def test_a_rank_that_dies_before_the_groups_are_made_is_named(
 def test_a_rank_that_is_started_again_alone_does_not_take_part(
     start: Callable[..., list[Rank]],
 ) -> None:
-    """The other ranks report the lost rank although its replacement is up. All ranks must restart
-    together.
+    """The other ranks report the lost rank although its replacement is up.
+
+    All ranks must restart together.
     """
     job = start("goes on")
     job[1].reaches(5)
@@ -158,7 +159,7 @@ def test_a_hung_rank_is_named_and_tells_where_it_stands(
     entered.
 
     The watch must report the rank first, although torch's timeout for a collective is a sixth of
-    `hung_seconds`. NCCL's own timeouts are off so that the watch decides.
+    `hung_seconds`. So torch's own handling of NCCL hangs and errors is off.
     """
     job = start(how)
     for one in job:

@@ -56,8 +56,9 @@ def test_no_passage_is_both_shown_and_judged(sampled: list[SampledPassages]) -> 
 
 
 def test_active_passages_are_drawn_evenly_from_deciles(sampled: list[SampledPassages]) -> None:
-    """60 documents fire latent 0. The 30 with w11 all have activation 1, and these ties fill
-    deciles 0 to 4.
+    """60 documents fire latent 0.
+
+    The 30 with w11 all have activation 1, and these ties fill deciles 0 to 4.
     """
     active = [passage for passage in sampled[0].judged if passage.kind == "active"]
     assert Counter(passage.decile for passage in active) == dict.fromkeys(range(10), 2)

@@ -107,8 +107,9 @@ def test_the_last_line_of_a_cut_answer_is_no_explanation(answer: str, found: str
 
 
 def test_marks_and_strengths_are_for_the_explainer_alone() -> None:
-    """Tokens with at least 0.3 of the passage's largest activation are marked. Adjacent marked
-    tokens share one mark.
+    """Tokens with at least 0.3 of the passage's largest activation are marked.
+
+    Adjacent marked tokens share one mark.
     """
     passage = Passage(
         0, 0, 3, "active", ["The", " Nile", " River", "\nis", " long"], [0, 2, 4, 1, 1.25]

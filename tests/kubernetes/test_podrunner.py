@@ -193,8 +193,9 @@ def test_a_mistake_fails_a_job_at_once_and_ends_its_other_pods(cluster: Cluster)
 
 
 def test_a_container_that_hangs_is_told_to_end_and_then_killed(cluster: Cluster) -> None:
-    """The container was live and ready. Once it is stopped, it cannot handle SIGTERM within its
-    grace period of a second, and is killed.
+    """The container was live and ready.
+
+    Once it is stopped, it cannot handle SIGTERM within its grace period of a second, and is killed.
     """
     probe = {
         "httpGet": {"path": "/", "port": "web"},

@@ -107,8 +107,9 @@ class Runs:
             time.sleep(0.2)  # each poll costs time on the test and the server
 
     def withhold(self, run: Run, unit: int) -> Callable[[], None]:
-        """Remove a unit and claim it, as if another producer were writing it. Returns a function
-        that restores the unit.
+        """Remove a unit and claim it, as if another producer were writing it.
+
+        Returns a function that restores the unit.
 
         A producer takes the claim over by itself once it is three minutes old.
         """
@@ -130,8 +131,9 @@ class Runs:
         self.until(lambda: checkpoints.steps()[-1:] > [beyond])
 
     def await_waiting(self, pod: Pod, what: str) -> None:
-        """Wait until a pod logs that it waits. A pod with probes must also have started, according
-        to its probe.
+        """Wait until a pod logs that it waits.
+
+        A pod with probes must also have started, according to its probe.
         """
         self.until(lambda: f"waiting for {what}" in pod.log())
         probed = "startupProbe" in pod.spec["containers"][0]
@@ -271,6 +273,7 @@ def test_a_run_goes_on_with_more_ranks_and_ends_though_a_node_is_lost(
     runs: Runs, calm: Calm
 ) -> None:
     """A run that starts with two ranks is deleted, and submitted again with four ranks in two pods.
+
     Then one rank is killed.
 
     At the end the second pod's node becomes unreachable. The pod is given up after the first pod

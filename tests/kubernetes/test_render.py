@@ -251,8 +251,9 @@ def test_a_pod_of_the_index_is_one_worker() -> None:
 
 
 def test_a_pod_with_gpus_does_not_go_without() -> None:
-    """A broken driver ends the program with 2, and so ends the run. Falling back to CPUs would take
-    months.
+    """A broken driver ends the program with 2, and so ends the run.
+
+    Falling back to CPUs would take months.
     """
     needed = ["--set", "processes.device=cuda"]
     for part in ("trainer", "producer", "index"):

@@ -267,8 +267,9 @@ def test_status_says_how_far_the_index_is(api: ApiServer, sh: Shell, going: str)
 def test_status_of_a_sweep_has_a_line_for_each_job(
     api: ApiServer, sh: Shell, path: str, tmp_path: Path
 ) -> None:
-    """The sweep is one JobSet. One job's numbers come from the trainer, and the other's from its
-    history.
+    """The sweep is one JobSet.
+
+    One job's numbers come from the trainer, and the other's from its history.
     """
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text(Path(path).read_text() + "\nsweep: {over: {sae.k: [2, 4]}}\n")

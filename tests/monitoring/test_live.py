@@ -125,8 +125,9 @@ def live(
 def program(
     command: str, path: Path, offset: int, env: dict[str, str], *options: str
 ) -> Iterator[Program]:
-    """Start a program of the run, and kill it at the end. Its output is read so that it never
-    blocks.
+    """Start a program of the run, and kill it at the end.
+
+    Its output is read so that it never blocks.
     """
     started = launch.start(command, str(path), "--port-offset", str(offset), *options, env=env)
     readers = [Thread(target=pipe.read) for pipe in (started.stdout, started.stderr)]
@@ -186,8 +187,9 @@ def excused(expression: str) -> bool:
 
 
 def test_every_panel_has_data(live: Live) -> None:
-    """Each panel has data at some time. Not all have it at once, because producers exit once the
-    held-out units are stored.
+    """Each panel has data at some time.
+
+    Not all have it at once, because producers exit once the held-out units are stored.
     """
     unanswered = {
         f"{page.name}, {panel.title}: {query.expr}": filled(query.expr)

@@ -63,7 +63,7 @@ def run(made: Run) -> OpenedRun:
 
 
 def test_importing_it_imports_nothing_else() -> None:
-    """Looking up an unknown name imports nothing either. The package has exactly the stub's names."""
+    """Looking up an unknown name imports nothing either. The package has the stub's names."""
     code = "import sys, dist_sae; dir(dist_sae); hasattr(dist_sae, 'x'); print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -140,8 +140,9 @@ def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("heldout", [True, False])
 def test_rows_are_those_of_the_set_in_order(run: OpenedRun, made: Run, *, heldout: bool) -> None:
-    """Tokens of synthetic documents are row numbers, 64 per document. A batch has the rows of one
-    unit.
+    """Tokens of synthetic documents are row numbers, 64 per document.
+
+    A batch has the rows of one unit.
     """
     known = open_activation_set(made)
     units = known.plan.heldout_units if heldout else known.plan.train_units
@@ -190,8 +191,9 @@ def test_mistakes_get_one_line(run: OpenedRun) -> None:
 
 
 def test_units_that_are_gone_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A unit may have been deleted after use, or not produced yet. A requested unit raises an
-    error, and any other is logged as a warning.
+    """A unit may have been deleted after use, or not produced yet.
+
+    A requested unit raises an error, and any other is logged as a warning.
     """
     made = make_run(tmp_path, TINY)
     fill(made)
@@ -300,8 +302,9 @@ def test_the_model_is_the_whole_one_and_can_generate(language: Run) -> None:
 def test_the_latents_of_a_text_are_those_of_its_rows(
     language: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The first texts are documents of the set that are shorter than a context. The last one has
-    two contexts.
+    """The first texts are documents of the set that are shorter than a context.
+
+    The last one has two contexts.
     """
     opened = open_run(Path(language.store.runs) / "language")
     dictionary = opened.dictionary()

@@ -71,8 +71,9 @@ def replaced(model: Any, site: str, tokens: Tensor, acts: Tensor) -> Tensor:
 def test_latents_are_removed_and_the_error_stays(
     models: dict[str, Any], name: str, site: str
 ) -> None:
-    """Ablation computes x - sum a_i W_dec[i] and changes nothing else of x. The test computes it in
-    fp64 from the dense codes.
+    """Ablation computes x - sum a_i W_dec[i] and changes nothing else of x.
+
+    The test computes it in fp64 from the dense codes.
     """
     model, site = models[name], f"{site}.1"
     dictionary = at(model, site)

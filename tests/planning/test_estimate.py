@@ -107,8 +107,9 @@ def sizes_of(tmp_path: Path, rows: int = 10_000_000, **sections: Any) -> RunSize
 
 
 def test_gradients_are_summed_over_replicas_and_rows_over_shards(tmp_path: Path) -> None:
-    """32 latents with 8 + 8 + 1 weights, and 8 of b_dec, are 552 values. A ring of 4 sends 1.5
-    times as many.
+    """32 latents with 8 + 8 + 1 weights, and 8 of b_dec, are 552 values.
+
+    A ring of 4 sends 1.5 times as many.
 
     Shards of 8 latents have 144 values each, which are on no other rank.
     """
@@ -147,8 +148,9 @@ def test_memory_shrinks_with_shards_and_zero(tmp_path: Path) -> None:
 
 
 def test_dead_latents_and_saves_take_memory_too(tmp_path: Path) -> None:
-    """AuxK takes 256 rows of 4 entries, or two blocks of 256 x 32 products. The weights are 552
-    values.
+    """AuxK takes 256 rows of 4 entries, or two blocks of 256 x 32 products.
+
+    The weights are 552 values.
 
     A save copies the checkpoint. W_enc or W_dec is also serialized and written to a file, which
     takes as much memory as all weights.
@@ -203,7 +205,7 @@ def test_a_bench_of_the_same_shape_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 def test_the_slowest_part_limits_the_run(tmp_path: Path) -> None:
-    """Batches of 256 in a tenth of a second are 2,560 rows/s. A row of 8 fp32 values is 48 bytes."""
+    """Batches of 256 in a tenth of a second are 2,560 rows/s. A row of 8 fp32 has 48 bytes."""
     sizes = sizes_of(tmp_path)
     slow = compute_pace([[sizes]], Rates(0.1, 1000.0))
     assert slow["limited_by"] == "producers"
@@ -248,8 +250,9 @@ def test_data_sheets_give_rates(tmp_path: Path) -> None:
 def test_a_sweep_takes_what_its_jobs_take(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], placement: str
 ) -> None:
-    """With placement `together`, each rank has all states and the step times add up. With `spread`,
-    only the largest job counts.
+    """With placement `together`, each rank has all states and the step times add up.
+
+    With `spread`, only the largest job counts.
     """
     sweep = {"placement": placement, "jobs": {"a": {}, "b": {"sae.n_latents": 64}}}
     path = write_run(tmp_path, TINY, sweep=sweep, processes={"trainers": 2})

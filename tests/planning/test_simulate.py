@@ -51,8 +51,9 @@ def test_a_lost_node_repeats_the_steps_since_the_last_checkpoint() -> None:
 
 
 def test_a_store_with_a_fifth_of_its_bandwidth_limits_the_run() -> None:
-    """Writing 64 MB at 125 kB/s takes 512 s, less than the 1,600 s of producing. At a fifth of the
-    bandwidth it takes 2,560 s.
+    """Writing 64 MB at 125 kB/s takes 512 s, less than the 1,600 s of producing.
+
+    At a fifth of the bandwidth it takes 2,560 s.
     """
     fast = simulated(write_bytes_per_second=1.25e5)
     slow = simulated(write_bytes_per_second=1.25e5, slowdown=5.0)

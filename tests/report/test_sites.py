@@ -130,8 +130,9 @@ def test_report_and_terminal_show_the_profile(world: tuple[Run, Dictionary]) -> 
 def test_a_crosscoder_of_two_sites_shows_whose_its_latents_are(
     world: tuple[Run, Dictionary],
 ) -> None:
-    """Latents of the first half write one site each, in turn. The others write both sites. Latent 0
-    never fires.
+    """Latents of the first half write one site each, in turn.
+
+    The others write both sites. Latent 0 never fires.
     """
     sae = {"kind": "crosscoder_relu", "n_latents": N_LATENTS, "reads": list(SITES)}
     run = Run.model_validate(world[0].model_dump(mode="json") | {"name": "whose", "sae": sae})
@@ -162,8 +163,9 @@ def test_a_crosscoder_of_two_sites_shows_whose_its_latents_are(
 
 
 def test_more_sites_are_drawn_by_the_site_of_the_peak() -> None:
-    """Two latents write one site each, and one writes all sites about equally. No latent peaks at
-    the second site.
+    """Two latents write one site each, and one writes all sites about equally.
+
+    No latent peaks at the second site.
     """
     shares = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.4, 0.3, 0.3]])
     profiles = Profiles(("a.0", "a.1", "a.2"), shares)
@@ -206,8 +208,9 @@ def test_a_notebook_takes_sites_side_by_side_or_by_name(world: tuple[Run, Dictio
 def test_a_transcoder_is_measured_against_the_site_that_it_writes(
     world: tuple[Run, Dictionary],
 ) -> None:
-    """The dictionary has a skip. The evaluation measures held-out rows, and the index measures all
-    rows.
+    """The dictionary has a skip.
+
+    The evaluation measures held-out rows, and the index measures all rows.
     """
     read, written = SITES
     sae = {"kind": "transcoder", "selection": "batch", "skip": True, "n_latents": N_LATENTS}

@@ -45,8 +45,9 @@ def test_a_step_needs_no_exchange_to_agree(tmp_path: Path, activations: str) -> 
 def test_all_ranks_stop_at_the_step_at_which_one_must(
     tmp_path: Path, activations: str, why: str
 ) -> None:
-    """The rank that must stop tells the others during a step that it has a batch for. All ranks
-    then agree after that step, and save.
+    """The rank that must stop tells the others during a step that it has a batch for.
+
+    All ranks then agree after that step, and save.
     """
     words, exchanges, _ = last_words(tmp_path, activations, why)
     assert words == {f"stopped at step {REASON_AT} of {STEPS}; start again to continue"}
@@ -55,8 +56,9 @@ def test_all_ranks_stop_at_the_step_at_which_one_must(
 
 
 def test_a_slow_rank_is_named_with_its_node(tmp_path: Path, activations: str) -> None:
-    """Rank 0 names the slow rank of all ranks. The other rank's time is spent waiting in
-    collectives.
+    """Rank 0 names the slow rank of all ranks.
+
+    The other rank's time is spent waiting in collectives.
     """
     words, _, page = last_words(tmp_path, activations, "slow")
     assert words == {"ended"}

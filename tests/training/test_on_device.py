@@ -235,8 +235,9 @@ def sparser_steps(
 def test_dense_and_first_steps_wait_a_little_more_often(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """These steps keep the same entries as on a CPU. So do steps in which a block has too little
-    room.
+    """These steps keep the same entries as on a CPU.
+
+    So do steps in which a block has too little room.
     """
     monkeypatch.setattr(device_select, "MIN_ROOM", 0)
     with fake_device() as waits:

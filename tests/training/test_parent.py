@@ -45,8 +45,9 @@ def half(tmp_path_factory: pytest.TempPathFactory, activations: str) -> Path:
 def test_two_halves_are_the_whole_run_to_the_last_bit(
     tmp_path: Path, activations: str, half: Path
 ) -> None:
-    """The second 4,800 rows continue past the end of the first pass. They are stopped and resumed
-    once.
+    """The second 4,800 rows continue past the end of the first pass.
+
+    They are stopped and resumed once.
     """
     path = run_file(half, activations, sae=SAE, train=CONSTANT | {"ema_decay": 0.9})
     whole = run_file(tmp_path, activations, sae=SAE, train=CONSTANT | {"ema_decay": 0.9})

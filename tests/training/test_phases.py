@@ -21,8 +21,9 @@ JOB = "world"
 
 
 class Event:
-    """An event like torch.cuda's, which happens when the device reaches it. The device's time is
-    `now`.
+    """An event like torch.cuda's, which happens when the device reaches it.
+
+    The device's time is `now`.
     """
 
     now = 0.0
@@ -90,8 +91,9 @@ def test_a_phase_gives_up_what_other_phases_took_of_it(monkeypatch: pytest.Monke
 
 
 def test_a_phase_of_one_job_is_time_in_others_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Marks are a second apart. All jobs wait, then each makes a step, and each job's phases add up
-    to the total time.
+    """Marks are a second apart.
+
+    All jobs wait, then each makes a step, and each job's phases add up to the total time.
     """
     monkeypatch.setattr(torch.cuda, "Event", Event)
     watch = Phases(Clock(torch.device("cuda")), "a", "b")
@@ -113,8 +115,9 @@ def test_a_phase_of_one_job_is_time_in_others_for_the_rest(monkeypatch: pytest.M
 def test_time_in_collectives_is_that_of_the_devices_clock(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The host's clock cannot tell, because the host only launches collectives. Marks are a second
-    apart.
+    """The host's clock cannot tell, because the host only launches collectives.
+
+    Marks are a second apart.
     """
     monkeypatch.setattr(torch.cuda, "Event", Event)
     spent = {}
@@ -157,7 +160,7 @@ def test_waiting_is_counted_while_it_lasts() -> None:
 
 
 def test_the_product_is_scaled_up_from_its_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sample is 128 rows x 1,024 latents of 65,536, or of 2 experts of 16 that a row meets."""
+    """A sample is 128 rows x 1,024 latents: of 32,768, or of the 4,096 that a row meets."""
     seconds = iter([0.25, 0.5, 1.0])
     monkeypatch.setattr(Clock, "seconds", lambda *_: next(seconds))
     monkeypatch.setattr(phases, "MAX_SAMPLE_SHARE", 1e9)

@@ -25,8 +25,9 @@ TRAINING: dict[str, Any] = {
 
 
 def shown(*, terminal: bool) -> list[str]:
-    """Return the lines that are shown after two producers and a trainer have reported. On a
-    terminal, these are the final lines.
+    """Return the lines that are shown after two producers and a trainer have reported.
+
+    On a terminal, these are the final lines.
     """
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=80, legacy_windows=False)

@@ -1,5 +1,6 @@
-"""Training that is stopped, killed, or moved to other numbers of ranks gives the same result. The
-tests use real processes.
+"""Training that is stopped, killed, or moved to other numbers of ranks gives the same result.
+
+The tests use real processes.
 """
 
 import json
@@ -47,8 +48,9 @@ def test_a_stopped_run_resumes_bitwise(tmp_path: Path, activations: str, calm: P
 
 
 def test_a_stop_while_waiting_for_data_saves_what_was_done(tmp_path: Path, calm: Path) -> None:
-    """At first only 8 of 16 units exist, one window of each stream. The others appear after the
-    stop.
+    """At first only 8 of 16 units exist, one window of each stream.
+
+    The others appear after the stop.
     """
     path = write_run(tmp_path)
     produce(path)

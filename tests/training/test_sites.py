@@ -171,7 +171,7 @@ def test_the_held_out_fvu_is_that_of_the_written_sites(calm: dict[str, Path], ki
 
 
 def test_the_fvu_of_each_written_site_is_recorded(calm: dict[str, Path]) -> None:
-    """The sites' errors add up to the total FVU. A dictionary that writes one site has no others."""
+    """The sites' errors add up to the total. A dictionary that writes one site has no others."""
     run, checkpoint = load_run(calm["crosscoder"] / "run.yaml"), final(calm["crosscoder"])
     variances = {s: n.variance for s, n in normalisers_of(run, checkpoint).by_site.items()}
     for record in history(calm["crosscoder"]):

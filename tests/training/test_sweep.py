@@ -47,8 +47,9 @@ OF_THREE: dict[str, dict[str, Any]] = {"a": {}, "b": {"sae.k": 2}, "c": {"sae.n_
 
 
 class StopAt(Watch):
-    """A watch that requests a stop when the rank is at a step. The stop takes effect after the next
-    step.
+    """A watch that requests a stop when the rank is at a step.
+
+    The stop takes effect after the next step.
     """
 
     def __init__(self, stopping: threading.Event, step: int | None) -> None:
@@ -112,8 +113,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory, activations: str) -> Path:
 def test_a_sweep_trains_what_each_job_trains_alone(
     tmp_path: Path, activations: str, alone: Path
 ) -> None:
-    """The sweep is stopped twice, the second time at one job's last step. A job is added in
-    between.
+    """The sweep is stopped twice, the second time at one job's last step.
+
+    A job is added in between.
 
     The added job starts at step 0, and the others wait until it has caught up.
     """
@@ -197,8 +199,9 @@ def test_a_job_that_diverges_ends_and_the_others_go_on(
 
 
 def test_jobs_of_several_kinds_share_ranks(tmp_path: Path, activations: str) -> None:
-    """Two ranks train a dictionary on both, one split into two shards, and one with experts. They
-    are stopped and resumed.
+    """Two ranks train a dictionary on both, one split into two shards, and one with experts.
+
+    They are stopped and resumed.
     """
     jobs = {
         "whole": {},

@@ -47,8 +47,9 @@ def test_a_run_that_waits_for_longer_than_the_expiry_is_not_abandoned(
 def test_while_one_rank_waits_for_its_data_all_ranks_wait_for_data(
     tmp_path: Path, activations: str
 ) -> None:
-    """Unit 0 is missing at first. Then a unit of the second rank is missing, which also holds up
-    the first rank.
+    """Unit 0 is missing at first.
+
+    Then a unit of the second rank is missing, which also holds up the first rank.
 
     The ranks report the plan's number of steps.
     """
