@@ -134,7 +134,7 @@ def test_a_list_is_sorted_and_filtered_and_its_address_says_so(
     page.fill("[name=least]", "2")
     page.fill("[name=most]", "5")
     with page.expect_navigation():
-        page.select_option("[name=sort]", "latent")  # shows at once
+        page.select_option("[name=sort]", "latent")  # the list reloads at once
     between = [n for n in range(64) if 0.02 <= index.latent(n).density <= 0.05]
     assert latents(page) == between
     page.reload()
@@ -212,7 +212,7 @@ def test_all_is_reached_by_keys(page: Page, url: str, index: Index) -> None:
     page.keyboard.press("ArrowLeft")
     page.wait_for_url(f"{url}/?sort=density")
     page.keyboard.press("/")
-    page.keyboard.type("3")  # the search has the keys now
+    page.keyboard.type("3")  # keys now go to the search field
     page.keyboard.press("Enter")
     expect(page.locator("h2")).to_have_text("Latent 3")
 

@@ -193,7 +193,7 @@ def test_the_whole_run_works_over_s3_without_an_index_and_torchs_compiler(
     assert not [key for key in keys if key.startswith("runs/world/index/")]
     assert not [key for key in keys if "/claims/" in key]  # all claims were released
     shards = [key for key in keys if key.startswith("activations/shards/")]
-    assert len(shards) == 1  # the held-out one
+    assert len(shards) == 1  # the held-out unit's shard
     assert "activations/consumers/world.json" in keys
     # a trainer that was killed after all work was done starts again, and needs no unit
     run("train", str(path), "--set", "processes.trainers=1")

@@ -73,8 +73,8 @@ def test_the_explainer_sees_the_most_active_first_and_some_of_each_decile(
 ) -> None:
     """The explainer gets 40 passages that the judge does not see, 4 of each decile.
 
-    The ten with the largest activations are in deciles 7, 8 and 9. Each of the other deciles
-    supplies one, and two more are added.
+    The ten with the largest activations are in deciles 7, 8 and 9. Deciles 0 to 7 supply one more
+    each, and two more in total.
     """
     acts = [max(passage.acts) for passage in sampled[0].shown]
     assert acts == sorted(acts, reverse=True)

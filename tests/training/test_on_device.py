@@ -217,7 +217,8 @@ def sparser_steps(
     life, found, n_entries = Life(folder, kind, device), list[int](), list[int | None]()
     life.begin()
     life.step()
-    sae, margin = life.sae, getattr(life.sae, "bandwidth", 0.0) / 2  # the bound is below theta
+    # entries are kept down to theta - bandwidth / 2
+    sae, margin = life.sae, getattr(life.sae, "bandwidth", 0.0) / 2
     assert isinstance(sae, Penalised)
     every, one_chunk = slice(None), slice(16)
     sae.n_entries = None
