@@ -31,7 +31,7 @@ def test_trained_dictionaries_have_the_exponent_of_their_world(
     latents are features, with BatchTopK 245.
     """
     if not request.config.getoption("--long"):
-        pytest.skip("trains for minutes: with --long")
+        pytest.skip("trains for minutes; needs --long")
     world = World(d_in=128, n_features=2048, l0=6, zipf=zipf)
     widths = []
     for n in (128, 256, 512):

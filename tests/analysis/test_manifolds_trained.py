@@ -89,7 +89,7 @@ def test_circles_that_a_dictionary_was_trained_on_are_ranked_first(
     When this was written 20 did, with BatchTopK 19. The limits were tuned on seed 100.
     """
     if not request.config.getoption("--long"):
-        pytest.skip("trains for half a minute to two: with --long")
+        pytest.skip("trains for 0.5 to 2 minutes; needs --long")
     seed, d, corners = trial.seed, trial.d, trial.corners
     world = CircleWorld(
         d, trial.rays, CIRCLES, trial.l0, seed=seed, ranks=range(4, 24), corners=corners

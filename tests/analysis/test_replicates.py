@@ -157,7 +157,7 @@ def test_intervals_of_tail_and_floor_hold_the_truth(
     They have 64 and 128 of 256 features. When this was written 94 % or more did.
     """
     if zipf != 1.0 and not request.config.getoption("--long"):
-        pytest.skip("solves for half a minute: with --long")
+        pytest.skip("runs for half a minute; needs --long")
     world = World(d_in=64, n_features=256, l0=3, zipf=zipf)
     found = coverages(world, ideal(world, 64), ideal(world, 128), 200)
     assert min(found.values()) >= COVERED, found
@@ -181,7 +181,7 @@ def test_intervals_hold_the_truth_of_trained_dictionaries(
     rows: int,
 ) -> None:
     if not request.config.getoption("--long"):
-        pytest.skip("trains and solves for half a minute: with --long")
+        pytest.skip("trains and solves for half a minute; needs --long")
     world = World(d_in=d, n_features=features, l0=k, zipf=1.0)
     narrow, wide = (trained(world, each, k, steps) for each in (n, 2 * n))
     found = coverages(world, narrow, wide, rows)

@@ -108,5 +108,5 @@ def test_large_weights_are_there_four_times_and_no_more(
     The state is the values, gradient and two moments of each weight, and W_enc in bf16.
     """
     if kind not in BY_DEFAULT and not pytestconfig.getoption("--long"):
-        pytest.skip("a recipe that uses its weights alike is tried; this one needs --long")
+        pytest.skip("a similar recipe is tested by default; this one needs --long")
     assert beyond_state(tmp_path, kind, 32_768, 512, 16, steps=2) <= 60 * MIB

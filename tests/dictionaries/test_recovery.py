@@ -211,7 +211,7 @@ def test_l0_of_jumprelu_follows_the_coefficient_over_two_orders_of_magnitude() -
 def test_jumprelu_ends_at_its_target_l0(target: int, request: pytest.FixtureRequest) -> None:
     """L0 ends within 10 % of its target on rows not used in training, and few latents die."""
     if target != 23 and not request.config.getoption("--long"):
-        pytest.skip("the other targets: with --long")
+        pytest.skip("other targets need --long")
     config = JumpReLUConfig(n_latents=256, target_l0=target, dead_after_rows=50_000)
     trained = train(ZIPF, config, steps=300, batch=512, lr=3e-3)
     active = int(trained.sae.infer(ZIPF.batch(1_000_000, 4096)).firings.sum())
@@ -266,7 +266,7 @@ def test_prefixes_keep_parents_from_being_absorbed_by_their_children() -> None:
 @pytest.fixture(scope="module")
 def _long(request: pytest.FixtureRequest) -> None:
     if not request.config.getoption("--long"):
-        pytest.skip("trains for minutes: with --long")
+        pytest.skip("trains for minutes; needs --long")
 
 
 @pytest.mark.system

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if sys.platform != "linux":
-    pytest.skip("Triton is for Linux", allow_module_level=True)
+    pytest.skip("Triton requires Linux", allow_module_level=True)
 
 import triton
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 if sys.platform != "linux":
-    pytest.skip("Triton is for Linux", allow_module_level=True)
+    pytest.skip("Triton requires Linux", allow_module_level=True)
 
 _NAMES = {
     "gather_dot_kernel",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if sys.platform != "linux":
-    pytest.skip("Triton is for Linux", allow_module_level=True)
+    pytest.skip("Triton requires Linux", allow_module_level=True)
 
 from dist_sae.kernels import triton, triton_select
 from dist_sae.kernels.keys import NO_ENTRY, from_keys

@@ -152,7 +152,7 @@ def test_sharded_training_equals_unsharded(
     """In bf16, only the encoder product is rounded."""
     long = request.config.getoption("--long")
     if not long and (replicas, shards) not in BY_DEFAULT[dtype]:
-        pytest.skip("this factorisation in this precision: with --long")
+        pytest.skip("this factorization in this precision needs --long")
     one = Seen(job(folder, 1, 1, kinds, long=long), (kind, dtype), 1, 1)
     ranks = job(folder, replicas, shards, kinds, long=long)
     if "auxk" in RECIPES[kind]:

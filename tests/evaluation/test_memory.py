@@ -74,7 +74,7 @@ def test_evaluation_and_report_stay_within_their_budget(
 ) -> None:
     """Peak memory is the budget, plus one part of a tensor and 80 bytes per latent."""
     if kind == "topk" and not pytestconfig.getoption("--long"):
-        pytest.skip("jumprelu is tried, which has one tensor more; topk needs --long")
+        pytest.skip("jumprelu, which has one more tensor, is tested by default; topk needs --long")
     monkeypatch.setattr(layout, "PART_BYTES", 4 * MIB)
     tiny, small, wide = (write(tmp_path, kind, n) for n in (1024, SMALL, WIDE))
     for program in (evaluate, report):
