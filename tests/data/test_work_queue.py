@@ -160,10 +160,7 @@ def test_renewing_keeps_a_slow_producers_unit(run: Run, clock: Clock, store: Obj
 def test_claims_are_renewed_beside_the_work_while_it_does_not_hang(
     run: Run, clock: Clock, store: ObjectStore, monkeypatch: pytest.MonkeyPatch, *, lives: bool
 ) -> None:
-    """Claims are renewed while the worker is alive, and not when it hangs.
-
-    There are two claims, and two renewals before the third liveness check.
-    """
+    """Two claims are renewed twice before the third liveness check; never if the check fails."""
     monkeypatch.setattr(dist_sae.data.work_queue, "LEASE_SECONDS", 0.01)
     asked, over = itertools.count(1), threading.Event()
 
@@ -464,10 +461,7 @@ def test_a_producer_that_nobody_will_ever_let_go_on_ends(
 def test_a_queue_of_any_numbered_work_is_shared_by_its_workers(
     clock: Clock, tmp_path: Path
 ) -> None:
-    """A queue can share any numbered work, here the buckets of an index.
-
-    A bucket can be merged once it has been cut. The queue has no meter.
-    """
+    """A queue shares any numbered work, here an index's buckets, merged once they are cut."""
     store = Aging(open_store(str(tmp_path)), clock)
     done, ready = NumberedKeys("index/a/buckets/"), [3]
     merge = Work(
