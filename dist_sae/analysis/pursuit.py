@@ -1,4 +1,4 @@
-"""What a decoder can explain at best, by a sparse solver in place of the encoder.
+"""Measures how much a decoder can explain if a sparse solver replaces the encoder.
 
 The solver is orthogonal matching pursuit (Pati et al. 1993) with activations of at least 0. Each
 turn adds the latent whose decoder direction is nearest to the row's residual, and fits the

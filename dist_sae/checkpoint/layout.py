@@ -59,7 +59,7 @@ class TensorRecord(Record):
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     older: bool = False
-    """Whether it is stored under an older name and must be converted (`checkpoint/legacy.py`)."""
+    """True if the name is an older version's and must be converted (`checkpoint/legacy.py`)."""
 
 
 class CheckpointManifest(Record):

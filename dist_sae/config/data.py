@@ -266,7 +266,7 @@ class FilesCorpus(Section):
     text_field: str = "text"
     """Key (jsonl) or column (parquet) with the text."""
     txt_documents: Literal["paragraph", "line", "file"] = "paragraph"
-    """What counts as one document in a .txt file."""
+    """Unit of a .txt file that becomes one document."""
     max_documents: PositiveInt | None = None
     """Approximate number of documents to use, sampled with activations.seed. null: all."""
 
@@ -328,7 +328,7 @@ class ExcludeConfig(Section):
 
 
 class ActivationsConfig(Section):
-    """What the activation set contains, and its layout. The plan records all of these settings."""
+    """Content and layout of the activation set. The plan records all of these settings."""
 
     sites: Annotated[tuple[Site, ...], Field(min_length=1)]
     """Sites in the model whose activations are recorded, for example [resid_post.7]."""

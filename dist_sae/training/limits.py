@@ -1,4 +1,4 @@
-"""What limits a run's speed at present, in one line. Pure."""
+"""Describes in one line which part of a run currently limits its speed. Pure."""
 
 from collections.abc import Mapping
 

@@ -58,7 +58,7 @@ def test_the_encoder_must_agree_as_well(first: Run) -> None:
 
 
 def test_a_latent_is_the_partner_of_one(first: Run) -> None:
-    """Of two copies of latent 0 in the first dictionary, only one gets the partner."""
+    """Two copies of a latent share one partner: only one copy is matched to it."""
 
     def copy(sae: Dictionary) -> None:
         for name in ("W_enc", "W_dec", "b_enc"):

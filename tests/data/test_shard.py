@@ -94,10 +94,7 @@ def test_the_tar_adds_less_than_one_per_cent(store: ObjectStore) -> None:
 
 
 def test_the_same_rows_give_the_same_bytes(store: ObjectStore) -> None:
-    """The same rows give the same bytes, but under different keys.
-
-    So two attempts at a unit never overwrite each other.
-    """
+    """Two attempts at a unit write the same bytes, but to different keys, so neither overwrites."""
     rows = random_rows(50, 3)
     one = write_shard(store, 7, "s", rows, 20, "fp32")
     other = write_shard(store, 7, "s", SiteRows(*(c.clone() for c in rows)), 20, "fp32")

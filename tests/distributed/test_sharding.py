@@ -71,7 +71,7 @@ def job(
 
 
 class Seen:
-    """What a job's ranks recorded for one recipe, combined."""
+    """Combined records of one recipe from all ranks of a job."""
 
     def __init__(
         self, ranks: list[Any], which: tuple[str, str], replicas: int, shards: int

@@ -118,7 +118,7 @@ def test_the_same_passages_are_drawn_again(run: Run, sampled: list[SampledPassag
 
 
 def test_pieces_of_documents_are_passages_of_their_own(run: Run) -> None:
-    """Of a document's two halves of four tokens, only the one with the word is active."""
+    """A document is cut into two passages of four tokens; only the one with the word is active."""
     found = sampler(run, SETTINGS._replace(tokens=4, silent=150)).sample(1)
     halves = [p for p in found.judged if 12 in documents()[p.document] and p.kind != "active"]
     assert halves

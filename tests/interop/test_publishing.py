@@ -1,4 +1,4 @@
-"""What is published: its files and its card, and that nothing is sent without `--yes`.
+"""Publishing uploads the right files and card, and sends nothing without `--yes`.
 
 The hub is a local server that implements what `huggingface_hub` uses: small files are part of the
 commit, and weights go by the LFS protocol.

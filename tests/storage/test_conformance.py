@@ -150,7 +150,7 @@ def test_server_that_ignores_conditions_is_found_out(
 
 
 def test_put_if_absent_has_one_winner_among_racing_writers(kind: str, store: ObjectStore) -> None:
-    """Of several writers that race for a key, exactly one wins.
+    """Exactly one of several writers that race for a key wins.
 
     On a server that ignores conditions, several may win, which producers tolerate. moto checks and
     writes in two steps, so its races are not judged.
